@@ -1,0 +1,2914 @@
+"""Train a ternary (BitNet b1.58) language model from scratch, stop and go on exactly, and use it.
+
+One file holds the model, the tokenizer, the data, the resumable training loop and the command
+line; it runs on a laptop's CPU as well as on a GPU. Importing it defines names and does nothing.
+
+    import bitllm_core as bit
+    model, data, train = bit.PRESETS["demo"]
+    bit.train(model, data, train, "runs/demo")          # again: goes on where it stopped
+    net, tokenizer = bit.load_model("runs/demo")
+    print(bit.generate(net, tokenizer, "The with statement", bit.SamplingConfig(seed=0)))
+
+Contents
+    1 Configuration   what can be set, checked when it is set, and the presets
+    2 Quantization    ternary weights, 8-bit activations and the layer made of them
+    3 Model           the transformer, its initialisation and the import of seed checkpoints
+    4 Tokenizer       byte-level BPE (lossless) or the seed's WordPiece
+    5 Data            any text to a token file; a batch is a function of (seed, step)
+    6 Generation      cached sampling, streamed or whole
+    7 Optimization    Muon and AdamW, their groups and the schedule
+    8 Checkpoints     written whole or not at all, and loaded as data only
+    9 Training        evaluation and the loop
+    12 Command line   train, generate, evaluate, bench, info
+
+Dimensions in comments
+    B batch   T tokens   D hidden_size   H query heads   G key/value heads   K head_dim
+    V vocabulary   O, I out and in features of a matrix
+
+References
+    [1] Ma et al., The Era of 1-bit LLMs: All Large Language Models are in 1.58 Bits, 2024,
+        arXiv:2402.17764; the authors' "Training Tips, Code and FAQ" to it.
+    [2] Ma et al., BitNet b1.58 2B4T Technical Report, 2025, arXiv:2504.12285.
+    [3] Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024.
+    [4] Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, arXiv:2104.09864.
+    [5] Hägele et al., Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations,
+        2024, arXiv:2405.18392 (warm-up, constant, cooldown).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    "PRESETS",
+    "BitLM",
+    "BitLinear",
+    "Callback",
+    "DataConfig",
+    "ModelConfig",
+    "SamplingConfig",
+    "TokenData",
+    "TrainConfig",
+    "TrainState",
+    "activation_quant",
+    "estimate_memory",
+    "evaluate",
+    "generate",
+    "import_seed_checkpoint",
+    "load_checkpoint",
+    "load_model",
+    "load_tokenizer",
+    "prepare_data",
+    "save_checkpoint",
+    "stream",
+    "train",
+    "train_tokenizer",
+    "weight_quant",
+]
+
+# -----------------------------------------------------------------------------
+# 1 Configuration
+# Every field is a command-line flag of the same name. __post_init__ only checks.
+
+END_OF_TEXT = "<|endoftext|>"
+WORDPIECE_SPECIALS = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"]
+MIN_VOCAB_SIZE = 257  # 256 bytes and <|endoftext|>
+
+
+def _require(ok: bool, name: str, value: object, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={value!r}: expected {expected}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the network, in Hugging Face's names. The defaults are the `demo` preset's."""
+
+    vocab_size: int = 2048
+    """embedding rows; the tokenizer is trained to at most as many tokens"""
+    hidden_size: int = 256
+    """width of the residual stream"""
+    intermediate_size: int = 768
+    """width inside the feed-forward block"""
+    num_hidden_layers: int = 4
+    """transformer blocks"""
+    num_attention_heads: int = 4
+    """query heads; each is hidden_size / num_attention_heads wide"""
+    num_key_value_heads: int | None = None
+    """key and value heads, shared by groups of query heads; default: num_attention_heads"""
+    max_position_embeddings: int = 128
+    """context length and length of a training window, tokens"""
+    rope_theta: float = 10_000.0
+    """base wavelength of the rotary embedding"""
+    rms_norm_eps: float = 1e-5
+    """added to the mean square in every norm"""
+    tie_word_embeddings: bool = True
+    """the output head is the (float) embedding; without it the head is a BitLinear of its own"""
+    linear: str = "ternary"
+    """form of every BitLinear: ternary (and 8-bit activations), weight_only, or dense (the twin)"""
+    block: str = "bitnet"
+    """bitnet (RMSNorm, rotary, SiLU, sub-norms) or seed (LayerNorm, learned positions, ReLU)"""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(
+            self.vocab_size >= MIN_VOCAB_SIZE,
+            "vocab_size",
+            self.vocab_size,
+            f"at least {MIN_VOCAB_SIZE} (256 bytes and {END_OF_TEXT})",
+        )
+        heads, kv_heads = self.num_attention_heads, self.num_kv_heads
+        _require(heads >= 1, "num_attention_heads", heads, "at least 1")
+        _require(
+            self.hidden_size % heads == 0,
+            "num_attention_heads",
+            heads,
+            f"a divisor of hidden_size={self.hidden_size}, "
+            f"such as {_near_divisor(self.hidden_size, heads)}",
+        )
+        _require(
+            self.block == "seed" or self.head_dim % 2 == 0,
+            "num_attention_heads",
+            heads,
+            f"an even head width (rotary embedding turns pairs), not {self.head_dim}",
+        )
+        _require(
+            kv_heads >= 1 and heads % kv_heads == 0,
+            "num_key_value_heads",
+            kv_heads,
+            f"a divisor of num_attention_heads={heads}, such as {_near_divisor(heads, kv_heads)}",
+        )
+        context = self.max_position_embeddings
+        _require(context >= 2, "max_position_embeddings", context, "at least 2")
+        _require(self.rope_theta > 0, "rope_theta", self.rope_theta, "a positive number")
+        _require(self.rms_norm_eps > 0, "rms_norm_eps", self.rms_norm_eps, "a positive number")
+        linears = ("ternary", "weight_only", "dense")
+        _require(self.linear in linears, "linear", self.linear, f"one of {', '.join(linears)}")
+        _require(self.block in ("bitnet", "seed"), "block", self.block, "bitnet or seed")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def num_parameters(self) -> int:
+        """All trained numbers, the embedding counted once where it is tied."""
+        D, M, kv = self.hidden_size, self.intermediate_size, self.num_kv_heads * self.head_dim
+        seed = self.block == "seed"
+        norms = 4 * D if seed else 3 * D + M
+        matrices = 2 * D * D + 2 * D * kv + (2 if seed else 3) * D * M
+        total = self.vocab_size * D * (1 if self.tie_word_embeddings else 2)
+        total += self.num_hidden_layers * (matrices + norms) + (2 * D if seed else D)
+        return total + (self.max_position_embeddings * D if seed else 0)
+
+    @property
+    def export_limits(self) -> list[str]:
+        """What keeps this model from some client once it is exported; empty: every client works."""
+        found = []
+        if self.block != "bitnet" or not self.tie_word_embeddings or self.linear != "ternary":
+            found.append(
+                "only block=bitnet, linear=ternary and a tied embedding have a counterpart"
+            )
+        for name in ("hidden_size", "intermediate_size"):
+            if getattr(self, name) % 256:
+                found.append(f"llama.cpp's ternary blocks need {name} to be a multiple of 256")
+        if self.head_dim not in (64, 128):
+            found.append(f"head width {self.head_dim} is neither 64 nor 128")
+        return found
+
+
+def _near_divisor(n: int, wanted: int) -> int:
+    divisors = [d for d in range(1, min(n, 4096) + 1) if n % d == 0]
+    return min(divisors, key=lambda d: (abs(d - wanted), d))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes tokens."""
+
+    data: str = "pydocs"
+    """a .txt, .jsonl, .parquet file or folder, a known name, hf:OWNER/NAME[:CONFIG][#COLUMN]"""
+    validation_data: str | None = None
+    """a second source to validate on; default: the source's own split, or its held-out tail"""
+    validation_fraction: float = 0.05
+    """share of the text held out where the source has no validation split"""
+    text_column: str | None = None
+    """column of .jsonl, .parquet or hub rows; default: text, or the only column of strings"""
+    max_train_tokens: int | None = None
+    """read no more than this many training tokens (hub sources are then streamed)"""
+    tokenizer: str = "bpe"
+    """bpe (byte-level, lossless) or wordpiece (the seed's)"""
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.data), "data", self.data, "a file, a folder, a data set's name or pydocs"
+        )
+        fraction = self.validation_fraction
+        _require(0 < fraction < 0.9, "validation_fraction", fraction, "a number in (0, 0.9)")
+        budget = self.max_train_tokens
+        _require(budget is None or budget > 0, "max_train_tokens", budget, "a positive number")
+        kinds = ("bpe", "wordpiece")
+        _require(self.tokenizer in kinds, "tokenizer", self.tokenizer, "bpe or wordpiece")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how fast and with what care to train."""
+
+    max_steps: int = 200
+    """optimizer steps in all"""
+    batch_tokens: int = 4096
+    """tokens an optimizer step, a multiple of max_position_embeddings"""
+    micro_batch_size: int | None = None
+    """windows at once on the device; default: found. Does not change the mathematics"""
+    seed: int = 0
+    """of the initial weights and the order of the data"""
+    optimizer: str = "muon"
+    """muon (matrices; AdamW for the rest) or adamw"""
+    learning_rate: float | None = None
+    """peak rate of the matrices; default: 0.02 with muon, 0.0015 with adamw"""
+    adamw_learning_rate: float | None = None
+    """peak rate of embedding, norms, head; default: 0.005 with muon, learning_rate with adamw"""
+    weight_decay: float = 0.0
+    """decoupled, on matrices only"""
+    momentum: float = 0.95
+    """Muon's"""
+    adam_beta1: float = 0.9
+    """AdamW's decay of the mean gradient"""
+    adam_beta2: float = 0.95
+    """AdamW's decay of the mean square gradient"""
+    max_grad_norm: float = 1.0
+    """clip AdamW's gradients to this norm (Muon's step does not depend on it); 0: never"""
+    schedule: str = "wsd"
+    """wsd (warm-up, constant, linear cooldown) or cosine"""
+    warmup_steps: int = 20
+    """optimizer steps of linear warm-up"""
+    cooldown_fraction: float = 0.4
+    """share of max_steps in the cooldown of wsd"""
+    device: str = "auto"
+    """auto, cpu, cuda or mps"""
+    dtype: str = "auto"
+    """of matrix products: auto, float32, bfloat16, float16. Master weights are float32"""
+    compile: str = "auto"
+    """torch.compile: auto (where it pays), on, off"""
+    deterministic: bool = False
+    """ask a GPU for repeatable kernels (slower); a CPU always is"""
+    log_every_steps: int = 10
+    """optimizer steps between lines in metrics.jsonl"""
+    eval_every_steps: int = 100
+    """optimizer steps between evaluations; 0: only at the end"""
+    eval_tokens: int = 65_536
+    """validation tokens of an evaluation during training; at the end: all"""
+    sample_prompt: str = ""
+    """beginning of the text written at each evaluation"""
+    save_every_steps: int = 0
+    """optimizer steps between checkpoints; 0: by time only"""
+    save_every_minutes: float = 5.0
+    """minutes between checkpoints; 0: by steps only"""
+    save_every_epoch: bool = False
+    """keep a checkpoint of every finished epoch, as the seed script does"""
+    keep_checkpoints: int = 2
+    """how many of the newest checkpoints stay"""
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_tokens", "log_every_steps", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("eval_every_steps", "save_every_steps", "warmup_steps", "seed"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("weight_decay", "max_grad_norm", "save_every_minutes"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _require(self.eval_tokens >= 1, "eval_tokens", self.eval_tokens, "at least 1")
+        micro = self.micro_batch_size
+        _require(micro is None or micro >= 1, "micro_batch_size", micro, "at least 1")
+        for name in ("learning_rate", "adamw_learning_rate"):
+            rate = getattr(self, name)
+            _require(rate is None or rate > 0, name, rate, "a positive number")
+        for name in ("momentum", "adam_beta1", "adam_beta2"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a number in [0, 1)")
+        share = self.cooldown_fraction
+        _require(0 <= share <= 1, "cooldown_fraction", share, "a number in [0, 1]")
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            _require(value in allowed, name, value, f"one of {', '.join(allowed)}")
+
+    @property
+    def matrix_rate(self) -> float:
+        return self.learning_rate or (0.02 if self.optimizer == "muon" else 1.5e-3)
+
+    @property
+    def other_rate(self) -> float:
+        default = 5e-3 if self.optimizer == "muon" else self.matrix_rate
+        return self.adamw_learning_rate or default
+
+
+_CHOICES = {
+    "optimizer": ("muon", "adamw"),
+    "schedule": ("wsd", "cosine"),
+    "device": ("auto", "cpu", "cuda", "mps"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "compile": ("auto", "on", "off"),
+}
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is chosen."""
+
+    max_new_tokens: int = 100
+    """tokens to write at most"""
+    temperature: float = 0.8
+    """divides the logits; 0: always the likeliest token"""
+    top_k: int = 50
+    """choose among this many likeliest tokens; 0: all"""
+    top_p: float = 1.0
+    """choose among the likeliest tokens whose probabilities reach this sum"""
+    repetition_penalty: float = 1.0
+    """divides (negative: multiplies) the logits of tokens already there; 1: none"""
+    seed: int | None = None
+    """of the choices; default: a new one each time"""
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens >= 0, "max_new_tokens", self.max_new_tokens, "0 or more")
+        _require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        _require(self.top_k >= 0, "top_k", self.top_k, "0 or more")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
+        penalty = self.repetition_penalty
+        _require(penalty > 0, "repetition_penalty", penalty, "a positive number")
+        _require(self.seed is None or self.seed >= 0, "seed", self.seed, "0 or more")
+
+
+def check_configs(model: ModelConfig, train: TrainConfig) -> None:
+    """Check what depends on two configurations; ValueError names field, value and remedy."""
+    context, batch = model.max_position_embeddings, train.batch_tokens
+    below = max(batch // context, 1) * context
+    _require(
+        batch % context == 0,
+        "batch_tokens",
+        batch,
+        f"a multiple of max_position_embeddings={context}, such as {below} or {below + context}",
+    )
+    micro, windows = train.micro_batch_size, batch // context
+    _require(
+        micro is None or windows % micro == 0,
+        "micro_batch_size",
+        micro,
+        f"a divisor of the {windows} windows a step, such as {_near_divisor(windows, micro or 1)}",
+    )
+
+
+PRESETS: dict[str, tuple[ModelConfig, DataConfig, TrainConfig]] = {
+    "ci": (
+        ModelConfig(
+            vocab_size=512,
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+        ),
+        DataConfig(),
+        TrainConfig(
+            max_steps=40,
+            batch_tokens=1024,
+            warmup_steps=4,
+            eval_every_steps=20,
+            eval_tokens=4096,
+            log_every_steps=5,
+        ),
+    ),
+    "demo": (ModelConfig(), DataConfig(), TrainConfig()),
+    "laptop": (
+        ModelConfig(
+            vocab_size=8192,
+            hidden_size=512,
+            intermediate_size=1024,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            max_position_embeddings=256,
+        ),
+        DataConfig(data="wikitext-2"),
+        TrainConfig(max_steps=750, batch_tokens=8192, eval_every_steps=125),
+    ),
+    "t4-1h": (
+        ModelConfig(
+            vocab_size=8192,
+            hidden_size=512,
+            intermediate_size=1536,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+        ),
+        DataConfig(data="tinystories", max_train_tokens=150_000_000),
+        TrainConfig(max_steps=2500, batch_tokens=65_536, warmup_steps=100, eval_every_steps=250),
+    ),
+    "t4-3h": (
+        ModelConfig(
+            vocab_size=16_384,
+            hidden_size=768,
+            intermediate_size=2048,
+            num_hidden_layers=7,
+            num_attention_heads=12,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+        ),
+        DataConfig(data="fineweb-edu", max_train_tokens=300_000_000),
+        TrainConfig(max_steps=4000, batch_tokens=65_536, warmup_steps=100, eval_every_steps=250),
+    ),
+    "seed": (
+        ModelConfig(
+            vocab_size=30_000,
+            hidden_size=512,
+            intermediate_size=2048,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            max_position_embeddings=512,
+            tie_word_embeddings=False,
+            linear="weight_only",
+            block="seed",
+        ),
+        DataConfig(data="wikitext-2", tokenizer="wordpiece"),
+        TrainConfig(
+            max_steps=3000,
+            batch_tokens=8192,
+            optimizer="adamw",
+            learning_rate=1e-4,
+            weight_decay=0.01,
+            adam_beta2=0.999,
+            max_grad_norm=0.0,
+            warmup_steps=0,
+            cooldown_fraction=0.0,
+            save_every_epoch=True,
+        ),
+    ),
+}
+"""Name -> (ModelConfig, DataConfig, TrainConfig). t4-* are sized by arithmetic, not measured."""
+
+# -----------------------------------------------------------------------------
+# 2 Quantization
+# Both quantizers compute in float32: in float16, 127/absmax overflows below absmax 1.94e-3.
+
+_SCALE_FLOOR = 1e-5  # the reference's clamp [1]
+
+
+def weight_quant(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a weight matrix to {-1, 0, 1} times one scale (absmean).
+
+    Args:
+        weight: full-precision master weight, (out_features, in_features).
+
+    Returns:
+        ternary: float32, like `weight`, values in {-1, 0, 1}.
+        scale: float32, shape (); weight is approximated by ternary * scale.
+
+    Raises:
+        ValueError: `weight` is not a matrix.
+
+    Source: BitNet b1.58 [1], eq. 1-3. The authors' function returns the product.
+    """
+    if weight.ndim != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}: expected a matrix")
+    weight = weight.float()
+    scale = weight.abs().mean().clamp(min=_SCALE_FLOOR)
+    return (weight / scale).round().clamp(-1, 1), scale
+
+
+def activation_quant(x: Tensor) -> Tensor:
+    """Round each token's vector to 8 bits and back (absmax).
+
+    Args:
+        x: activations, (..., features), any float type.
+
+    Returns:
+        float32, like `x`; each vector holds at most 255 different values n * absmax / 127.
+
+    Source: [1], "Training Tips, Code and FAQ", activation_quant.
+    """
+    x = x.float()
+    scale = 127 / x.abs().amax(dim=-1, keepdim=True).clamp(min=_SCALE_FLOOR)
+    return (x * scale).round().clamp(-128, 127) / scale
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward: a quantizer. Backward: the gradient unchanged, none to the scale ([1], FAQ).
+
+    `x + (q(x) - x).detach()` is the same mathematics; compiled, it made a step three times slower.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kind: str) -> Tensor:
+        ctx.dtype = x.dtype
+        if kind == "activation":
+            return activation_quant(x)
+        ternary, scale = weight_quant(x)
+        return ternary * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Any) -> Any:
+        return grad[0].to(ctx.dtype), None
+
+
+def quantize_input(x: Tensor, linear: str) -> Tensor:
+    """What BitLinears of form `linear` read: 8-bit where ternary. Once for all that share `x`."""
+    return _StraightThrough.apply(x, "activation") if linear == "ternary" else x
+
+
+class BitLinear(nn.Linear):
+    """A matrix without bias that computes with ternary weights and learns in full precision.
+
+    The input is expected to be quantized already (`quantize_input`), since q, k and v, or gate
+    and up, share theirs.
+
+    Args:
+        in_features, out_features: sizes; the weight is (out_features, in_features).
+        linear: "ternary" or "weight_only" (both quantize the weight), or "dense" (neither).
+
+    `freeze` turns the layer into its inference form: `trits`, int8 (O, I), and `weight_scale`,
+    float32 (), in place of the weight; its output equals the training form's to float rounding.
+    Never quantize t * s again: the mean of already ternary weights is smaller than their scale.
+    """
+
+    trits: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, in_features: int, out_features: int, linear: str = "ternary") -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.linear = linear
+        self.held: Tensor | None = None  # see BitLM.hold_weights
+
+    @property
+    def frozen(self) -> bool:
+        return "trits" in self._buffers
+
+    def effective_weight(self) -> Tensor:
+        """The weight that multiplies: t * s, or the dense weight. (O, I)"""
+        if self.held is not None:
+            return self.held
+        if self.frozen:
+            return self.trits * self.weight_scale
+        if self.linear == "dense":
+            return self.weight
+        return _StraightThrough.apply(self.weight, "weight")
+
+    def ternary(self) -> tuple[Tensor, Tensor]:
+        """Trits, int8 (O, I), and their scale, float32 (). ValueError for a dense layer."""
+        if self.frozen:
+            return self.trits, self.weight_scale
+        if self.linear == "dense":
+            raise ValueError("this layer is dense (linear='dense'): it has no ternary form")
+        ternary, scale = weight_quant(self.weight.detach())
+        return ternary.to(torch.int8), scale
+
+    def freeze(self) -> None:
+        """Keep only trits and scale. A dense or already frozen layer stays as it is."""
+        if self.frozen or self.linear == "dense":
+            return
+        trits, scale = self.ternary()
+        del self.weight
+        self.register_buffer("trits", trits)
+        self.register_buffer("weight_scale", scale)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.effective_weight())
+
+
+# -----------------------------------------------------------------------------
+# 3 Model
+# The block of BitNet b1.58 2B4T [2] with a SiLU gate, which both transformers' and llama.cpp's
+# "bitnet" can hold; and, through the same classes, the seed guide's.
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square, times a learned weight. Always float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+
+
+def _norm(config: ModelConfig, size: int) -> nn.Module:
+    if config.block == "seed":
+        return nn.LayerNorm(size)
+    return RMSNorm(size, config.rms_norm_eps)
+
+
+def _rope_table(config: ModelConfig) -> Tensor:
+    """cos and sin of every position and feature pair, (2, T, K/2) [4]."""
+    K = config.head_dim
+    frequencies = config.rope_theta ** (-torch.arange(0, K, 2, dtype=torch.float64) / K)
+    angles = torch.outer(torch.arange(config.max_position_embeddings).double(), frequencies)
+    return torch.stack([angles.cos(), angles.sin()]).float()
+
+
+def _rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn the pairs (k, k + K/2) of x, (B, H, T, K), by rope, (2, B or 1, T, K/2)."""
+    cos, sin = rope.unsqueeze(2)  # (B or 1, 1, T, K/2) each
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, room for `max_position_embeddings` of them."""
+
+    def __init__(self, config: ModelConfig, batch: int, device: torch.device) -> None:
+        room = (config.num_hidden_layers, batch, config.num_kv_heads)
+        shape = (*room, config.max_position_embeddings, config.head_dim)
+        self.keys = torch.zeros(shape, device=device)
+        self.values = torch.zeros(shape, device=device)
+        self.length = 0
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, G, T, K) behind what is there; return all of it, (B, G, length + T, K)."""
+        end = self.length + keys.shape[2]
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        D, kv = config.hidden_size, config.num_kv_heads * config.head_dim
+        self.q_proj = BitLinear(D, D, config.linear)
+        self.k_proj = BitLinear(D, kv, config.linear)
+        self.v_proj = BitLinear(D, kv, config.linear)
+        self.o_proj = BitLinear(D, D, config.linear)
+        self.attn_sub_norm = nn.Identity() if config.block == "seed" else _norm(config, D)
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None, cache: KVCache | None, mask: Tensor | None
+    ) -> Tensor:
+        (B, T, D), K = x.shape, self.config.head_dim
+        x = quantize_input(x, self.config.linear)
+        q, k, v = (
+            proj(x).view(B, T, -1, K).transpose(1, 2)  # (B, H or G, T, K)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if rope is not None:
+            q, k = _rotate(q, rope), _rotate(k, rope)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        groups = q.shape[1] // k.shape[1]
+        if groups > 1:  # not enable_gqa: the T4's memory-efficient kernel does not have it
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        causal = mask is None and T > 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        y = self.attn_sub_norm(y.transpose(1, 2).reshape(B, T, D))
+        return self.o_proj(quantize_input(y, self.config.linear))
+
+
+class FeedForward(nn.Module):
+    """Gated SiLU with a norm before the way down; in the seed's block, plain ReLU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        D, M = config.hidden_size, config.intermediate_size
+        self.gate_proj = None if config.block == "seed" else BitLinear(D, M, config.linear)
+        self.up_proj = BitLinear(D, M, config.linear)
+        self.down_proj = BitLinear(M, D, config.linear)
+        self.ffn_sub_norm = nn.Identity() if config.block == "seed" else _norm(config, M)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = quantize_input(x, self.config.linear)
+        y = self.up_proj(x)
+        y = F.relu(y) if self.gate_proj is None else F.silu(self.gate_proj(x)) * y
+        return self.down_proj(quantize_input(self.ffn_sub_norm(y), self.config.linear))
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each normed before and added to the stream after."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = _norm(config, config.hidden_size)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = _norm(config, config.hidden_size)
+        self.mlp = FeedForward(config)
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None, cache: KVCache | None, mask: Tensor | None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class _Trunk(nn.Module):
+    """Everything but the head; it exists to give the parameters Hugging Face's names."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.block == "seed":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = _norm(config, config.hidden_size)
+
+
+class BitLM(nn.Module):
+    """The language model: token ids in, logits of each next token out.
+
+    Args:
+        config: the shape.
+        seed: of the initial weights (see `initialize`); None leaves them to the caller.
+    """
+
+    rope: Tensor
+
+    def __init__(self, config: ModelConfig, seed: int | None = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.model = _Trunk(config)
+        self.lm_head: BitLinear | None = None
+        if not config.tie_word_embeddings:
+            self.lm_head = BitLinear(config.hidden_size, config.vocab_size, config.linear)
+        table = _rope_table(config) if config.block == "bitnet" else torch.zeros(0)
+        self.register_buffer("rope", table, persistent=False)
+        if seed is not None:
+            initialize(self, torch.Generator().manual_seed(seed))
+
+    def bit_linears(self) -> dict[str, BitLinear]:
+        """Every BitLinear under its parameter name."""
+        return {n: m for n, m in self.named_modules() if isinstance(m, BitLinear)}
+
+    def freeze(self) -> BitLM:
+        """Turn every BitLinear into its inference form (in place) and return the model."""
+        for layer in self.bit_linears().values():
+            layer.freeze()
+        return self.requires_grad_(False).eval()
+
+    @contextlib.contextmanager
+    def hold_weights(self) -> Iterator[None]:
+        """Quantize each weight once for a whole evaluation or text instead of at every call."""
+        layers = list(self.bit_linears().values())
+        try:
+            with torch.no_grad():
+                for layer in layers:
+                    layer.held = layer.effective_weight()
+            yield
+        finally:
+            for layer in layers:
+                layer.held = None
+
+    def hidden(
+        self, input_ids: Tensor, cache: KVCache | None = None, left_pad: Tensor | None = None
+    ) -> Tensor:
+        """The normed output of the last block, (B, T, D); arguments as in `forward`."""
+        past, T = (cache.length if cache else 0), input_ids.shape[1]
+        limit = self.config.max_position_embeddings
+        if past + T > limit:
+            raise ValueError(f"{past + T} tokens, but max_position_embeddings={limit}")
+        at = torch.arange(past, past + T, device=input_ids.device)
+        mask = None
+        if left_pad is not None:
+            mask = self._padded_mask(at, left_pad)  # (B, 1, T, past + T)
+            at = (at - left_pad[:, None]).clamp(min=0)  # (B, T)
+        elif past and T > 1:
+            mask = at[:, None] >= torch.arange(past + T, device=at.device)  # (T, past + T)
+        x = self.model.embed_tokens(input_ids)  # (B, T, D)
+        rope = None
+        if self.config.block == "seed":
+            x = x + self.model.embed_positions(at)
+        else:
+            rope = self.rope[:, at].view(2, -1, T, self.config.head_dim // 2)
+        for layer in self.model.layers:
+            x = layer(x, rope, cache, mask)
+        if cache:
+            cache.length += T
+        return self.model.norm(x)
+
+    def _padded_mask(self, at: Tensor, left_pad: Tensor) -> Tensor:
+        keys = torch.arange(int(at[-1]) + 1, device=at.device)
+        seen = (keys <= at[:, None]) & (keys >= left_pad[:, None, None])  # (B, T, keys)
+        own = keys == at[:, None]  # padding sees itself: a row without keys would be NaN
+        return (seen | own)[:, None]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states, (..., V)."""
+        if self.lm_head is None:
+            return F.linear(hidden, self.model.embed_tokens.weight)
+        return self.lm_head(quantize_input(hidden, self.config.linear))
+
+    def forward(
+        self, input_ids: Tensor, cache: KVCache | None = None, left_pad: Tensor | None = None
+    ) -> Tensor:
+        """Logits of the token after each given one.
+
+        Args:
+            input_ids: (B, T), int64; with `cache`, only the tokens it has not seen.
+            cache: filled by earlier calls, extended by this one.
+            left_pad: (B,), how many tokens at the beginning of each row are only filling.
+
+        Returns:
+            (B, T, V).
+
+        Raises:
+            ValueError: more tokens than `max_position_embeddings`.
+        """
+        return self.head(self.hidden(input_ids, cache, left_pad))
+
+    def loss(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy in nats, summed over all tokens of `targets`, (B, T), in float32."""
+        logits = self.head(self.hidden(input_ids)).flatten(0, 1)
+        return F.cross_entropy(logits.float(), targets.flatten(), reduction="sum")
+
+
+@torch.no_grad()
+def initialize(model: BitLM, generator: torch.Generator) -> None:
+    """Fill every parameter, in the order of their names, from one generator.
+
+        parameter                            distribution
+        embed_tokens, embed_positions        normal, std 0.02 (the tied head starts near uniform)
+        q, k, v, gate, up, untied head       uniform, std 1/sqrt(in_features): unit gain
+        o_proj, down_proj                    the same / sqrt(2 num_hidden_layers)
+        norms                                weight 1, bias 0
+
+    A ternary layer's output does not shrink to zero with its weights' common factor until the
+    scale does, so the last two rows of matrices differ in gain exactly as dense ones would.
+    """
+    depth = (2 * model.config.num_hidden_layers) ** -0.5
+    for name, parameter in sorted(model.named_parameters()):
+        if "norm" in name:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        elif "embed" in name:
+            parameter.normal_(0.0, 0.02, generator=generator)
+        else:
+            bound = (3 / parameter.shape[1]) ** 0.5
+            gain = depth if "o_proj" in name or "down_proj" in name else 1.0
+            parameter.uniform_(-gain * bound, gain * bound, generator=generator)
+
+
+_SEED_NAMES = [
+    ("token_embedding", "model.embed_tokens"),
+    ("position_embedding", "model.embed_positions"),
+    ("output_layer", "lm_head"),
+    ("layers.", "model.layers."),
+    (".norm1.", ".input_layernorm."),
+    (".norm2.", ".post_attention_layernorm."),
+    (".attn.out_proj.", ".self_attn.o_proj."),
+    (".attn.", ".self_attn."),
+    (".ff.w_1.", ".mlp.up_proj."),
+    (".ff.w_2.", ".mlp.down_proj."),
+]
+
+
+def import_seed_checkpoint(path: str | Path, num_attention_heads: int = 8) -> BitLM:
+    """Turn a checkpoint of the seed guide's script into a `BitLM` with the same logits.
+
+    Args:
+        path: `mi_llm_checkpoint.pth` or `mi_llm_epoch_N.pth`.
+        num_attention_heads: the one size the file does not tell; the script's is 8.
+
+    Raises:
+        FileNotFoundError: nothing at `path`.
+        ValueError: not such a checkpoint. Nothing in the file is ever executed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected the seed script's checkpoint")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
+        renamed = {_seed_name(name): tensor.float() for name, tensor in weights.items()}
+        model = BitLM(_seed_config(renamed, num_attention_heads), seed=None)
+        model.load_state_dict(renamed)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(
+            f"{path}: not a checkpoint of the seed script ({type(error).__name__}: {reason}); "
+            "expected a dictionary with 'model_state_dict' as its torch.save wrote it"
+        ) from error
+    return model
+
+
+def _seed_name(name: str) -> str:
+    for old, new in _SEED_NAMES:
+        name = name.replace(old, new)
+    return "model." + name if name.startswith("norm.") else name
+
+
+def _seed_config(weights: dict[str, Tensor], num_attention_heads: int) -> ModelConfig:
+    vocab_size, hidden_size = weights["model.embed_tokens.weight"].shape
+    layers = {int(name.split(".")[2]) for name in weights if name.startswith("model.layers.")}
+    return dataclasses.replace(
+        PRESETS["seed"][0],
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=weights["model.layers.0.mlp.up_proj.weight"].shape[0],
+        num_hidden_layers=len(layers),
+        num_attention_heads=num_attention_heads,
+        max_position_embeddings=weights["model.embed_positions.weight"].shape[0],
+    )
+
+
+# -----------------------------------------------------------------------------
+# 4 Tokenizer
+# The library `tokenizers` does the work; here is only which tokenizer, and its special tokens.
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: str = "bpe") -> Any:
+    """Train a tokenizer by iterating once over `texts`.
+
+    Args:
+        texts: pieces of text, never all in memory.
+        vocab_size: most tokens, special ones included; a small text gives fewer.
+        kind: "bpe", byte-level with GPT-2's pre-tokenizer: decode(encode(x)) == x for every
+            string; or "wordpiece", the seed's, which loses white space and unknown characters.
+
+    Returns:
+        tokenizers.Tokenizer. Special tokens inside a text are encoded as text.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    _require(vocab_size >= MIN_VOCAB_SIZE, "vocab_size", vocab_size, f"at least {MIN_VOCAB_SIZE}")
+    if kind == "wordpiece":
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[*WORDPIECE_SPECIALS, END_OF_TEXT],
+            show_progress=False,
+        )
+    else:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """Read a `tokenizer.json`, ours or the seed script's.
+
+    Raises FileNotFoundError or ValueError naming the file.
+    """
+    from tokenizers import Tokenizer, decoders
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:
+        raise ValueError(f"{path}: not a tokenizer.json ({error})") from error
+    if tokenizer.decoder is None and tokenizer.token_to_id("[UNK]") is not None:
+        tokenizer.decoder = decoders.WordPiece()  # the seed script forgot it
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def end_of_text_id(tokenizer: Any) -> int | None:
+    """The id of <|endoftext|>; None in the seed script's own tokenizers."""
+    return tokenizer.token_to_id(END_OF_TEXT)
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of `text`, no special ones added. A lone surrogate becomes U+FFFD."""
+    clean = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    return tokenizer.encode(clean, add_special_tokens=False).ids
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """sha256 of what the tokenizer does."""
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+
+
+# -----------------------------------------------------------------------------
+# 5 Data
+# Text is read in pieces, never whole; tokens lie in memory-mapped files in the run folder.
+
+
+@dataclass(frozen=True)
+class _Hub:
+    """A data set on the Hugging Face hub. Rows are documents, or lines of a longer text."""
+
+    name: str
+    config: str | None = None
+    column: str | None = None
+    validation: str | None = None
+    lines: bool = False
+
+
+KNOWN_DATA = {
+    "wikitext-2": _Hub("Salesforce/wikitext", "wikitext-2-raw-v1", "text", "validation", True),
+    "wikitext-103": _Hub("Salesforce/wikitext", "wikitext-103-raw-v1", "text", "validation", True),
+    "tinystories": _Hub("roneneldan/TinyStories", None, "text", "validation"),
+    "fineweb-edu": _Hub("HuggingFaceFW/fineweb-edu", "sample-10BT", "text"),
+    "wikipedia-es": _Hub("wikimedia/wikipedia", "20231101.es", "text"),
+}
+_BUILDERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
+_PIECE_CHARS = 1 << 16  # lines are joined to pieces of about this length
+_LONGEST_PIECE = 1 << 20  # a longer row is cut at white space
+_TOKENIZER_CHARS = 100_000_000  # text a tokenizer is trained on at most
+_STREAM_VALIDATION_CHARS = 2_000_000  # held out at the beginning of a source of unknown length
+
+Piece = tuple[str, bool]  # text, and whether a document ends with it
+
+
+def _local_files(path: Path, split: str = "train") -> list[Path]:
+    """The files of a source, sorted. In a folder, valid*, dev* and test* are not training text."""
+    if path.is_file():
+        files = [path] if split == "train" else []
+    else:
+        found = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _BUILDERS)
+        held = {p: _split_of(p) for p in found}
+        files = [p for p in found if held[p] == split]
+    wrong = [p for p in files if p.suffix not in _BUILDERS]
+    if wrong or (split == "train" and not files):
+        raise ValueError(
+            f"data={str(path)!r}: expected {', '.join(_BUILDERS)} files"
+            + (" in the folder" if path.is_dir() else f", not {path.suffix or 'no ending'}")
+        )
+    return files
+
+
+def _split_of(path: Path) -> str:
+    stem = path.stem.lower()
+    for prefix, split in (("valid", "validation"), ("dev", "validation"), ("test", "test")):
+        if stem.startswith(prefix):
+            return split
+    return "train"
+
+
+def _is_local(source: str) -> bool:
+    return Path(source).expanduser().exists()
+
+
+def _hub_source(source: str) -> _Hub:
+    if source in KNOWN_DATA:
+        return KNOWN_DATA[source]
+    if not source.startswith("hf:"):
+        known = ", ".join(["pydocs", *KNOWN_DATA])
+        raise FileNotFoundError(
+            f"data={source!r}: no such file or folder, and no known data set; expected a "
+            f".txt, .jsonl or .parquet file, a folder of them, hf:OWNER/NAME, or one of {known}"
+        )
+    name, _, column = source[3:].partition("#")
+    name, _, config = name.partition(":")
+    _require(name.count("/") == 1, "data", source, "hf:OWNER/NAME[:CONFIG][#COLUMN]")
+    return _Hub(name, config or None, column or None)
+
+
+def _pydocs() -> Iterator[Piece]:
+    """Python's reference texts by topic, from the interpreter itself."""
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield topics[name].strip() + "\n", True
+
+
+def _text_column(rows: Any, wanted: str | None, source: str) -> str:
+    columns = next(iter(rows), {})
+    texts = [name for name, value in columns.items() if isinstance(value, str)]
+    column = wanted or ("text" if "text" in texts else texts[0] if len(texts) == 1 else None)
+    if column is None or column not in columns:
+        raise ValueError(
+            f"text_column={column!r}: data={source!r} has columns {', '.join(columns) or 'none'}; "
+            "name the one that holds the text with --text-column"
+        )
+    return column
+
+
+def _rows(rows: Any, column: str) -> Iterator[str]:
+    for batch in rows.iter(batch_size=1000):
+        for text in batch[column]:
+            if text:
+                yield text
+
+
+def _join_lines(lines: Iterable[str]) -> Iterator[str]:
+    """Join lines to pieces, cut where no token could join them: before a line without indent."""
+    piece, size = [], 0
+    for line in lines:
+        if size >= _PIECE_CHARS and not line[:1].isspace():
+            yield "".join(piece)
+            piece, size = [], 0
+        piece.append(line)
+        size += len(line)
+    if piece:
+        yield "".join(piece)
+
+
+def _one_document(texts: Iterable[str]) -> Iterator[Piece]:
+    """Pieces of which the last ends the document."""
+    previous: str | None = None
+    for text in texts:
+        if previous is not None:
+            yield previous, False
+        previous = text
+    if previous is not None:
+        yield previous, True
+
+
+def _cut_long(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    for text, ends in pieces:
+        while len(text) > _LONGEST_PIECE:
+            cut = text.rfind(" ", 1, _LONGEST_PIECE)
+            cut = cut if cut > 0 else _LONGEST_PIECE
+            yield text[:cut], False
+            text = text[cut:]
+        yield text, ends
+
+
+def _file_pieces(files: Sequence[Path], column: str | None) -> Iterator[Piece]:
+    import datasets
+
+    for path in files:
+        kind = _BUILDERS[path.suffix]
+        options = {"keep_linebreaks": True, "encoding": "utf-8-sig"} if kind == "text" else {}
+        try:
+            rows: Any = datasets.load_dataset(
+                kind, data_files={"train": [str(path)]}, split="train", streaming=True, **options
+            )
+            if kind == "text":
+                yield from _one_document(_join_lines(_rows(rows, "text")))
+            else:
+                for text in _rows(rows, _text_column(rows, column, str(path))):
+                    yield text, True
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+        except (ValueError, FileNotFoundError):
+            raise
+        except Exception as error:
+            raise ValueError(f"{path}: cannot be read as {path.suffix} ({error})") from error
+
+
+def _hub_pieces(hub: _Hub, split: str, column: str | None, streaming: bool) -> Iterator[Piece]:
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        rows: Any = datasets.load_dataset(hub.name, hub.config, split=split, streaming=streaming)
+    except (OSError, DatasetsError) as error:
+        raise ConnectionError(
+            f"the data set {hub.name} could not be loaded from the Hugging Face hub "
+            f"({' '.join(str(error).split())[:200]}). Without a connection, give a local file "
+            "(--data FILE.txt) or the text that comes with Python (--data pydocs)"
+        ) from error
+    texts = _rows(rows, _text_column(rows, hub.column or column, hub.name))
+    if hub.lines:
+        return ((text, False) for text in _join_lines(texts))
+    return ((text, True) for text in texts)
+
+
+def read_pieces(
+    source: str, split: str = "train", config: DataConfig | None = None
+) -> Iterator[Piece]:
+    """Text of a source in pieces of bounded length, each with whether a document ends there.
+
+    Args:
+        source: as `DataConfig.data`. A .txt file is one document; a row of any other is one.
+        split: "train", or "validation" where the source has one (nothing comes where not).
+
+    Raises:
+        FileNotFoundError, ValueError: no such source, or not readable as what its name says.
+        ConnectionError: the hub cannot be reached (after the library's own few tries).
+    """
+    config = config or DataConfig(data=source)
+    if _is_local(source):
+        pieces = _file_pieces(_local_files(Path(source).expanduser(), split), config.text_column)
+    elif source == "pydocs":
+        pieces = _pydocs() if split == "train" else iter(())
+    else:
+        hub, streaming = _hub_source(source), config.max_train_tokens is not None
+        name = hub.validation if split == "validation" else "train"
+        pieces = _hub_pieces(hub, name, config.text_column, streaming) if name else iter(())
+    return _cut_long(pieces)
+
+
+def _split_tail(pieces: Iterable[Piece], train_chars: int) -> Iterator[tuple[str, str, bool]]:
+    """(split, text, document ends): the first `train_chars` characters train, the rest validate."""
+    seen = 0
+    for text, ends in pieces:
+        room = train_chars - seen
+        seen += len(text)
+        if room >= len(text):
+            yield "train", text, ends
+        elif room <= 0:
+            yield "validation", text, ends
+        else:
+            cut = max(text.rfind("\n", 0, room), text.rfind(" ", 0, room)) + 1 or room
+            yield "train", text[:cut], True
+            yield "validation", text[cut:], ends
+            seen, train_chars = 1, 0
+
+
+def _split_head(pieces: Iterable[Piece], validation_chars: int) -> Iterator[tuple[str, str, bool]]:
+    """For a stream, whose end is unknown: its first documents validate, the rest trains."""
+    seen, validating = 0, True
+    for text, ends in pieces:
+        yield "validation" if validating else "train", text, ends
+        seen += len(text)
+        validating = validating and not (ends and seen >= validation_chars)
+
+
+def _splits(config: DataConfig) -> Callable[[], Iterator[tuple[str, str, bool]]]:
+    """A function that reads the source from its beginning, each piece with its split."""
+    held: str | None = config.validation_data
+    own = next(read_pieces(held or config.data, "train" if held else "validation", config), None)
+    if own is not None:
+
+        def read_own() -> Iterator[tuple[str, str, bool]]:
+            for text, ends in read_pieces(config.data, "train", config):
+                yield "train", text, ends
+            split = "train" if held else "validation"
+            for text, ends in read_pieces(held or config.data, split, config):
+                yield "validation", text, ends
+
+        return read_own
+    if not _is_local(config.data) and config.max_train_tokens is not None:
+        return lambda: _split_head(
+            read_pieces(config.data, "train", config), _STREAM_VALIDATION_CHARS
+        )
+    total = sum(len(text) for text, _ in read_pieces(config.data, "train", config))
+    train_chars = round(total * (1 - config.validation_fraction))
+    return lambda: _split_tail(read_pieces(config.data, "train", config), train_chars)
+
+
+class _TokenWriter:
+    """Appends tokens to a file beside its final name, counting and hashing them."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self.path, self.dtype = path, dtype
+        self.file = path.with_suffix(".tmp").open("wb")
+        self.digest = hashlib.sha256()
+        self.counts = {"tokens": 0, "bytes": 0}
+
+    def write(self, ids: list[int], text_bytes: int) -> None:
+        data = np.asarray(ids, dtype=self.dtype).tobytes()
+        self.file.write(data)
+        self.digest.update(data)
+        self.counts["tokens"] += len(ids)
+        self.counts["bytes"] += text_bytes
+
+    def close(self) -> dict[str, Any]:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        self.path.with_suffix(".tmp").replace(self.path)
+        return {**self.counts, "sha256": self.digest.hexdigest()}
+
+
+def _tokenize(
+    tokenizer: Any, pieces: Iterable[tuple[str, str, bool]], folder: Path, budget: int | None
+) -> dict[str, Any]:
+    """Write train.bin and validation.bin; return what the manifest says of them."""
+    from tqdm.auto import tqdm
+
+    dtype = "uint16" if tokenizer.get_vocab_size() <= 1 << 16 else "uint32"
+    eot = end_of_text_id(tokenizer)
+    writers = {s: _TokenWriter(folder / f"{s}.bin", dtype) for s in ("train", "validation")}
+    with tqdm(unit="B", unit_scale=True, desc="tokenizing", mininterval=0.5) as bar:
+        for batch in _batches(pieces, 64):
+            texts = [text for _, text, _ in batch]
+            encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            for (split, text, ends), tokens in zip(batch, encoded, strict=True):
+                size = len(text.encode())
+                end = [eot] if ends and eot is not None else []
+                writers[split].write(tokens.ids + end, size)
+                bar.update(size)
+            if budget and writers["train"].counts["tokens"] >= budget:
+                break
+    return {"dtype": dtype, **{split: writer.close() for split, writer in writers.items()}}
+
+
+def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    batch: list[Any] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _limited(texts: Iterator[str], chars: int) -> Iterator[str]:
+    for text in texts:
+        yield text
+        chars -= len(text)
+        if chars <= 0:
+            return
+
+
+def _file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def source_fingerprint(source: str) -> str | None:
+    """sha256 of a local source's files; None for any other source, or where it is not there."""
+    if not _is_local(source):
+        return None
+    digest = hashlib.sha256()
+    path = Path(source).expanduser()
+    for split in ("train", "validation"):
+        for file in _local_files(path, split):
+            digest.update(_file_hash(file).encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """Tokenised text of a run: two memory-mapped arrays and what is known of them."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    manifest: dict[str, Any]
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text a validation token stands for, on average."""
+        counts = self.manifest["validation"]
+        return counts["bytes"] / max(counts["tokens"], 1)
+
+    def batch(self, config: TrainConfig, context: int, step: int) -> np.ndarray:
+        """The windows of optimizer step `step` (from 0), (windows, context + 1), int64.
+
+        A pure function of (seed, step): each epoch shuffles all windows anew and begins to cut at
+        another place, the text being read as a ring, so no token is left out.
+        """
+        windows, N = config.batch_tokens // context, len(self.train)
+        per_epoch = N // context
+        number = np.arange(step * windows, (step + 1) * windows)
+        starts = np.empty(windows, dtype=np.int64)
+        for epoch in np.unique(number // per_epoch):
+            here = number // per_epoch == epoch
+            offset, order = _epoch_order(config.seed, int(epoch), per_epoch, N)
+            starts[here] = offset + order[number[here] % per_epoch] * context
+        return self.train[(starts[:, None] + np.arange(context + 1)) % N].astype(np.int64)
+
+    def steps_per_epoch(self, config: TrainConfig, context: int) -> float:
+        return (len(self.train) // context) / (config.batch_tokens // context)
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, windows: int, tokens: int) -> tuple[int, np.ndarray]:
+    generator = np.random.default_rng([seed, epoch])
+    return int(generator.integers(tokens)), generator.permutation(windows)
+
+
+def _read_tokens(folder: Path, manifest: dict[str, Any]) -> TokenData | None:
+    """The token files, or None where one is missing or not what the manifest says."""
+    arrays = []
+    for split in ("train", "validation"):
+        path, expected = folder / f"{split}.bin", manifest[split]
+        if not path.is_file() or not expected["tokens"]:
+            return None
+        tokens = np.memmap(path, dtype=manifest["dtype"], mode="r")
+        if _file_hash(path) != expected["sha256"]:
+            return None
+        arrays.append(tokens)
+    return TokenData(arrays[0], arrays[1], manifest)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Write beside `path`, flush to the disk, rename: whole or not at all."""
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def prepare_data(
+    config: DataConfig, vocab_size: int, context: int, out: str | Path
+) -> tuple[TokenData, Any]:
+    """Tokenizer and token files of a run folder, made where they are not there yet.
+
+    Files: `tokenizer.json` (reused when present) and `data/{train,validation}.bin` with
+    `data/manifest.json`. Reading the source again is not needed once they are there.
+
+    Raises:
+        ValueError: too little text, or the local source has changed since the files were made.
+    """
+    out = Path(out)
+    folder = out / "data"
+    manifest = _read_json(folder / "manifest.json")
+    asked = {"data": asdict(config), "vocab_size": vocab_size}
+    if manifest and manifest.get("asked") == asked and (out / "tokenizer.json").is_file():
+        tokenizer = load_tokenizer(out / "tokenizer.json")
+        tokens = _read_tokens(folder, manifest)
+        if tokens and manifest["tokenizer_sha256"] == tokenizer_hash(tokenizer):
+            _check_unchanged(config, manifest)
+            return tokens, tokenizer
+    folder.mkdir(parents=True, exist_ok=True)
+    fingerprint = source_fingerprint(config.data)
+    read = _splits(config)
+    path = out / "tokenizer.json"
+    if path.is_file():
+        tokenizer = load_tokenizer(path)
+        _say(f"tokenizer: reusing {path}")
+    else:
+        start = time.perf_counter()
+        texts = (text for split, text, _ in read() if split == "train")
+        tokenizer = train_tokenizer(_limited(texts, _TOKENIZER_CHARS), vocab_size, config.tokenizer)
+        _say(f"tokenizer: {tokenizer.get_vocab_size()} tokens, {time.perf_counter() - start:.1f} s")
+    size = tokenizer.get_vocab_size()
+    _require(size <= vocab_size, "vocab_size", vocab_size, f"at least the {size} of {path}")
+    manifest = {
+        "format_version": 1,
+        "asked": asked,
+        "source_sha256": fingerprint,
+        "tokenizer_sha256": tokenizer_hash(tokenizer),
+        **_tokenize(tokenizer, read(), folder, config.max_train_tokens),
+    }
+    for split, needed in (("train", context + 1), ("validation", 2)):
+        if manifest[split]["tokens"] < needed:
+            raise ValueError(
+                f"data={config.data!r}: {manifest[split]['tokens']} {split} tokens; expected at "
+                f"least {needed} (one window). Give more text or a smaller max_position_embeddings"
+            )
+    _write_atomically(path, tokenizer.to_str(pretty=True).encode())
+    _write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+    tokens = _read_tokens(folder, manifest)
+    assert tokens is not None, "token files differ from what was just written"
+    return tokens, tokenizer
+
+
+def _check_unchanged(config: DataConfig, manifest: dict[str, Any]) -> None:
+    now = source_fingerprint(config.data)
+    if now is not None and now != manifest["source_sha256"]:
+        raise ValueError(
+            f"data={config.data!r}: the text has changed since this run began. Put the old text "
+            "back, or train on the new one in another folder (--out)"
+        )
+
+
+def _say(line: str) -> None:
+    """One line to stderr; results alone go to stdout."""
+    print(line, file=sys.stderr, flush=True)
+
+
+# -----------------------------------------------------------------------------
+# 6 Generation
+
+
+def _choose(
+    logits: Tensor, seen: Tensor, config: SamplingConfig, generator: torch.Generator
+) -> Tensor:
+    """The next token of each row from logits, (B, V), and the tokens so far, (B, T). (B,)"""
+    if config.repetition_penalty != 1:
+        old = logits.gather(1, seen)
+        penalised = torch.where(
+            old > 0, old / config.repetition_penalty, old * config.repetition_penalty
+        )
+        logits = logits.scatter(1, seen, penalised)
+    if config.temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / config.temperature
+    if 0 < config.top_k < logits.shape[1]:
+        least = logits.topk(config.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if config.top_p < 1:
+        ordered, index = logits.sort(descending=True)
+        probabilities = ordered.softmax(dim=-1)
+        before = probabilities.cumsum(dim=-1) - probabilities
+        logits = logits.masked_fill((before >= config.top_p).gather(1, index.argsort()), -math.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
+
+
+@torch.no_grad()
+def generate_tokens(
+    model: BitLM,
+    prompts: Sequence[Sequence[int]],
+    config: SamplingConfig,
+    end_id: int | None = None,
+    num_tokens: int | None = None,
+) -> Iterator[list[int | None]]:
+    """Yield one new token id for each prompt at a time; None for those that have ended.
+
+    Text may go on beyond `max_position_embeddings`: when the context is full, its older half is
+    dropped and the newer half read again.
+
+    Args:
+        prompts: token ids, at least one each; lengths may differ.
+        end_id: a row ends before this token.
+        num_tokens: choose among the first `num_tokens` rows of the head only.
+    """
+    device = next(model.buffers()).device
+    limit = model.config.max_position_embeddings
+    width = max(map(len, prompts))
+    rows = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])  # (B, T), on the CPU
+    pad = torch.tensor([width - len(p) for p in prompts])
+    start, unread = max(0, width - limit), min(width, limit)
+    cache = KVCache(model.config, len(prompts), device)
+    generator = torch.Generator()
+    generator.manual_seed(config.seed) if config.seed is not None else generator.seed()
+    ended = [False] * len(prompts)
+    was_training = model.training
+    model.eval()
+    try:
+        with model.hold_weights():
+            for _ in range(config.max_new_tokens):
+                if cache.length + unread > limit:
+                    start, unread, cache.length = rows.shape[1] - limit // 2, limit // 2, 0
+                left_pad = (pad - start).clamp(min=0)
+                # a row whose padding is all of the window cannot be: its own tokens are newer
+                padded = left_pad.to(device) if left_pad.any() else None
+                logits = model(rows[:, -unread:].to(device), cache, padded)[:, -1]
+                logits = logits[:, :num_tokens].float().cpu()
+                seen = _real_tokens(rows, pad)
+                chosen = _choose(logits, seen, config, generator)
+                rows, unread = torch.cat([rows, chosen[:, None]], dim=1), 1
+                ended = [e or c == end_id for e, c in zip(ended, chosen.tolist(), strict=True)]
+                yield [None if e else c for e, c in zip(ended, chosen.tolist(), strict=True)]
+                if all(ended):
+                    return
+    finally:
+        model.train(was_training)
+
+
+def _real_tokens(rows: Tensor, pad: Tensor) -> Tensor:
+    """`rows` with the filling at each left end replaced by the row's last token."""
+    filling = torch.arange(rows.shape[1]) < pad[:, None]
+    return torch.where(filling, rows[:, -1:], rows)
+
+
+def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """An empty prompt begins where a document ends."""
+    eot = end_of_text_id(tokenizer)
+    return encode(tokenizer, prompt) or [0 if eot is None else eot]
+
+
+def stream(
+    model: BitLM, tokenizer: Any, prompt: str, sampling: SamplingConfig | None = None
+) -> Iterator[str]:
+    """Yield the continuation of `prompt` bit by bit, whole characters only."""
+    from tokenizers.decoders import DecodeStream
+
+    decoder = DecodeStream(skip_special_tokens=True)
+    for token in _prompt_ids(tokenizer, prompt):  # word pieces join what came before
+        decoder.step(tokenizer, token)
+    eot, size = end_of_text_id(tokenizer), tokenizer.get_vocab_size()
+    prompts = [_prompt_ids(tokenizer, prompt)]
+    for tokens in generate_tokens(model, prompts, sampling or SamplingConfig(), eot, size):
+        text = None if tokens[0] is None else decoder.step(tokenizer, tokens[0])
+        if text:
+            yield text
+
+
+def generate(
+    model: BitLM,
+    tokenizer: Any,
+    prompt: str | Sequence[str],
+    sampling: SamplingConfig | None = None,
+    on_text: Callable[[str], None] | None = None,
+) -> Any:
+    """The continuation of a prompt, or the list of those of several prompts at once.
+
+    Args:
+        prompt: one text or several; the results do not contain it.
+        on_text: called with every piece of text as it is written (one prompt only).
+    """
+    if isinstance(prompt, str):
+        pieces = []
+        for piece in stream(model, tokenizer, prompt, sampling):
+            pieces.append(piece)
+            if on_text:
+                on_text(piece)
+        return "".join(pieces)
+    if on_text:
+        raise ValueError("on_text goes with one prompt: expected a string, got several prompts")
+    if not prompt:
+        return []
+    prompts = [_prompt_ids(tokenizer, p) for p in prompt]
+    written: list[list[int]] = [[] for _ in prompts]
+    eot, size = end_of_text_id(tokenizer), tokenizer.get_vocab_size()
+    for tokens in generate_tokens(model, prompts, sampling or SamplingConfig(), eot, size):
+        for row, token in zip(written, tokens, strict=True):
+            if token is not None:
+                row.append(token)
+    return [tokenizer.decode(row) for row in written]
+
+
+# -----------------------------------------------------------------------------
+# 7 Optimization
+
+
+def learning_rate_factor(config: TrainConfig, step: int) -> float:
+    """What multiplies the peak rates at optimizer step `step` (from 0), in (0, 1].
+
+    wsd: linear warm-up, constant, linear cooldown to 0 [5]; cosine: warm-up, then half a cosine
+    to a tenth. Both end at `max_steps`: a larger one moves the end, and the rate goes up again.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "cosine":
+        span = max(config.max_steps - config.warmup_steps, 1)
+        return 0.55 + 0.45 * math.cos(math.pi * min((step - config.warmup_steps) / span, 1))
+    cooldown = max(round(config.cooldown_fraction * config.max_steps), 1)
+    return min(1.0, (config.max_steps - step) / cooldown)
+
+
+def make_optimizers(model: BitLM, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon [3] for the matrices inside the blocks and AdamW for the rest, or AdamW for all.
+
+    Matrices alone are decayed. Each group's peak rate is its `initial_lr`.
+    """
+    matrices = [m.weight for n, m in model.bit_linears().items() if n != "lm_head"]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    betas = (config.adam_beta1, config.adam_beta2)
+    rest = {"params": others, "lr": config.other_rate, "weight_decay": 0.0}
+    optimizers: list[torch.optim.Optimizer] = []
+    if config.optimizer == "muon":
+        optimizers.append(
+            torch.optim.Muon(
+                matrices,
+                lr=config.matrix_rate,
+                momentum=config.momentum,
+                weight_decay=config.weight_decay,
+            )
+        )
+        optimizers.append(torch.optim.AdamW([rest], betas=betas))
+    else:
+        decayed = {
+            "params": matrices,
+            "lr": config.matrix_rate,
+            "weight_decay": config.weight_decay,
+        }
+        optimizers.append(torch.optim.AdamW([decayed, rest], betas=betas))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def _clip(optimizers: list[torch.optim.Optimizer], limit: float) -> Tensor:
+    """Clip the gradients AdamW will read; return the norm of all of them, before, shape ()."""
+    norms = []
+    for optimizer in optimizers:
+        grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if limit and isinstance(optimizer, torch.optim.AdamW):
+            parameters = [p for g in optimizer.param_groups for p in g["params"]]
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        norms.append(norm)
+    return torch.stack(norms).norm()
+
+
+def apply_gradients(
+    optimizers: list[torch.optim.Optimizer], scaler: Any, factor: float, max_grad_norm: float
+) -> float:
+    """One optimizer step on the gradients there are, with the rates times `factor`.
+
+    Nothing is changed where a gradient is not finite: with two optimizers, GradScaler.step would
+    let one step and skip the other.
+
+    Returns:
+        the norm of all gradients; not finite where the step was skipped.
+    """
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+    norm = _clip(optimizers, max_grad_norm).item()  # waits for the device
+    if math.isfinite(norm):
+        for optimizer in optimizers:
+            optimizer.step()
+    if scaler.is_enabled():
+        scaler.update()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    return norm
+
+
+# -----------------------------------------------------------------------------
+# 8 Checkpoints
+# A checkpoint is a file of plain types and, written after it, a manifest with its size and
+# sha256: what has no manifest, or does not match it, was not finished and is passed over.
+
+FORMAT_VERSION = 1
+
+
+def _checkpoint_name(step: int, kind: str = "step") -> str:
+    return f"{kind}_{step:08d}.pt"
+
+
+def save_checkpoint(folder: str | Path, contents: dict[str, Any], kind: str = "step") -> Path:
+    """Write a checkpoint whole or not at all: beside its name, flushed, renamed, read back.
+
+    Args:
+        folder: of checkpoints; made if need be.
+        contents: plain types and tensors, with at least `step`.
+        kind: "step", "epoch" or "best", the beginning of the file's name.
+
+    Raises:
+        OSError: the disk refused; what was there before is untouched.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / _checkpoint_name(contents["step"], kind)
+    buffer = io.BytesIO()
+    torch.save({"format_version": FORMAT_VERSION, **contents}, buffer)
+    data = buffer.getbuffer()
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "step": contents["step"],
+        "size": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    _write_atomically(path, data)
+    if _file_hash(path) != manifest["sha256"]:
+        raise OSError(f"{path}: what was read back is not what was written; is the disk failing?")
+    _write_atomically(path.with_suffix(".json"), json.dumps(manifest).encode())
+    return path
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint as data: nothing in it is executed, all tensors on the CPU.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: incomplete, damaged, or not a checkpoint; the message says which.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    manifest = _read_json(path.with_suffix(".json"))
+    if manifest is None:
+        raise ValueError(f"{path}: no manifest beside it, so it was not written to its end")
+    if path.stat().st_size != manifest.get("size") or _file_hash(path) != manifest.get("sha256"):
+        raise ValueError(f"{path}: damaged (its size or sha256 is not its manifest's)")
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+        version = contents["format_version"]
+    except Exception as error:
+        raise ValueError(f"{path}: not a checkpoint of this program ({error})") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path}: format {version}; this program reads {FORMAT_VERSION}")
+    return contents
+
+
+def list_checkpoints(folder: str | Path, kind: str = "step") -> list[Path]:
+    """Checkpoint files by step, newest last, finished or not."""
+    return sorted(Path(folder).glob(f"{kind}_????????.pt"))
+
+
+def newest_checkpoint(folder: str | Path, kind: str = "step") -> dict[str, Any] | None:
+    """The newest that is whole; each one passed over is said in a line. None: there is none."""
+    for path in reversed(list_checkpoints(folder, kind)):
+        try:
+            return load_checkpoint(path)
+        except ValueError as error:
+            _say(f"passed over: {error}")
+    return None
+
+
+def prune_checkpoints(folder: str | Path, keep: int, kind: str = "step") -> None:
+    """Delete all but the `keep` newest of a kind, the manifest first."""
+    for path in list_checkpoints(folder, kind)[:-keep]:
+        path.with_suffix(".json").unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+
+def load_model(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM, Any]:
+    """A model ready to generate, and its tokenizer.
+
+    Args:
+        path: a run folder; or a seed script's .pth file with its tokenizer.json beside it.
+        checkpoint: "last", "best" (lowest validation loss) or a step that was kept.
+
+    Raises:
+        FileNotFoundError, ValueError: what is missing or wrong, and where.
+    """
+    path = Path(path)
+    if path.suffix == ".pth":
+        model = import_seed_checkpoint(path)
+        return model.freeze(), load_tokenizer(path.with_name("tokenizer.json"))
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path}: not a run folder (no config.json in it)")
+    config = _model_config(path)
+    if isinstance(checkpoint, int):
+        files = [path / "checkpoints" / _checkpoint_name(checkpoint, k) for k in ("step", "epoch")]
+        contents = load_checkpoint(next((f for f in files if f.is_file()), files[0]))
+    else:
+        kinds = {"last": "step", "best": "best"}
+        _require(checkpoint in kinds, "checkpoint", checkpoint, "last, best or a step")
+        found = newest_checkpoint(path / "checkpoints", kinds[checkpoint])
+        if found is None:
+            raise FileNotFoundError(f"{path}: no whole checkpoint in it yet; train first")
+        contents = found
+    model = BitLM(config, seed=None)
+    try:
+        model.load_state_dict(contents["model"])
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"{path}: config.json and checkpoint differ in shape ({error})") from error
+    return model.freeze(), load_tokenizer(path / "tokenizer.json")
+
+
+def _model_config(run: Path) -> ModelConfig:
+    try:
+        return ModelConfig(**json.loads((run / "config.json").read_text("utf-8"))["model"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{run / 'config.json'}: not a run's configuration ({error})") from error
+
+
+# -----------------------------------------------------------------------------
+# 9 Training
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where and in which precision to compute; chosen once, said once."""
+
+    device: torch.device
+    dtype: torch.dtype
+    why: str
+
+    def autocast(self) -> Any:
+        """Matrix products in `dtype`, all else in float32."""
+        reduced = self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=reduced)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Loss scaling, which only float16's narrow range needs."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def __str__(self) -> str:
+        return f"{self.device}, {str(self.dtype).removeprefix('torch.')} ({self.why})"
+
+
+def choose_device(device: str = "auto", dtype: str = "auto") -> Device:
+    """CUDA, MPS or CPU; bfloat16 where the hardware has it, float16 on older GPUs, else float32.
+
+    Raises ValueError for a device that this machine does not have.
+    """
+    present = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if device == "auto":
+        device = next(name for name, there in present.items() if there)
+    there = ", ".join(name for name, ok in present.items() if ok)
+    _require(present[device], "device", device, f"one that this machine has: {there}")
+    if dtype != "auto":
+        return Device(torch.device(device), getattr(torch, dtype), "as asked")
+    if device == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Device(torch.device(device), torch.bfloat16, "the GPU has bfloat16")
+        return Device(torch.device(device), torch.float16, "the GPU has no bfloat16; loss scaled")
+    if device == "cpu" and _cpu_has_bfloat16():
+        return Device(torch.device(device), torch.bfloat16, "the processor has bfloat16")
+    return Device(torch.device(device), torch.float32, "no fast bfloat16 here")
+
+
+def _cpu_has_bfloat16() -> bool:
+    """AMX or AVX-512 with bfloat16; without them its products are slower than float32's."""
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
+def _compiles(device: Device) -> str:
+    """Why torch.compile cannot work here; empty where it can."""
+    if sys.platform == "win32" or device.device.type == "mps":
+        return f"not used on {device.device.type} under {platform.system()}"
+    if device.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        return "no C++ compiler found"
+    return ""
+
+
+def _pays_to_compile(model: ModelConfig, train: TrainConfig) -> bool:
+    """Compiling takes half a minute, and a step is then about twice as fast."""
+    return 6 * model.num_parameters * train.batch_tokens * train.max_steps > 2e13
+
+
+def _micro_batch(model: ModelConfig, train: TrainConfig, device: Device) -> int:
+    """Windows at once: as many as keep the logits small, a divisor of the windows of a step."""
+    windows = train.batch_tokens // model.max_position_embeddings
+    if train.micro_batch_size:
+        return train.micro_batch_size
+    room = 256 << 20 if device.device.type == "cpu" else _free_memory(device) // 16
+    at_once = room // (4 * model.vocab_size * model.max_position_embeddings)
+    return max(d for d in range(1, windows + 1) if windows % d == 0 and d <= max(at_once, 1))
+
+
+def _free_memory(device: Device) -> int:
+    return torch.cuda.mem_get_info()[0] if device.device.type == "cuda" else 4 << 30
+
+
+def estimate_memory(model: ModelConfig, train: TrainConfig) -> int:
+    """Bytes that weights, gradients and optimizer state take in training, float32."""
+    matrices = model.num_parameters - model.vocab_size * model.hidden_size
+    states = 1 if train.optimizer == "muon" else 2
+    return 4 * (
+        2 * model.num_parameters + states * matrices + 2 * (model.num_parameters - matrices)
+    )
+
+
+@torch.no_grad()
+def total_loss(
+    model: BitLM, tokens: np.ndarray, first: int, device: Device, batch_size: int = 16
+) -> float:
+    """Nats of `tokens`, each predicted once, `first` standing before them; not per token.
+
+    The text is cut into windows of the context length, so a token sees what is before it in its
+    window only. The result does not depend on `batch_size`, but for rounding.
+    """
+    context, count, total = model.config.max_position_embeddings, len(tokens), 0.0
+    with model.hold_weights(), device.autocast():
+        for start in range(0, count, context * batch_size):
+            piece = tokens[start : start + context * batch_size].astype(np.int64)
+            before = first if start == 0 else int(tokens[start - 1])
+            whole = len(piece) // context * context
+            for part, rows in ((piece[:whole], context), (piece[whole:], len(piece) - whole)):
+                if len(part):
+                    inputs = np.concatenate([[before], part[:-1]])
+                    pair = torch.from_numpy(np.stack([inputs, part])).to(device.device)
+                    x, y = pair.view(2, -1, rows)
+                    total += model.loss(x, y).item()
+                    before = int(part[-1])
+    return total
+
+
+def evaluate(
+    model: BitLM,
+    tokenizer: Any,
+    data: str | Path,
+    *,
+    text_column: str | None = None,
+    batch_size: int = 16,
+    device: Device | None = None,
+) -> dict[str, float]:
+    """How well the model predicts a text it is given: every token of it, once.
+
+    Args:
+        data: a source as `DataConfig.data`; of a folder, the training files.
+
+    Returns:
+        loss: nats per token. perplexity: exp(loss). bits_per_byte: bits per byte of UTF-8 text.
+        word_perplexity: exp(nats / words), where words are white-space words and line ends, so
+        models with different vocabularies compare. tokens, words, bytes: the counts.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: as `read_pieces`; or no text in it.
+    """
+    device = device or choose_device()
+    model.to(device.device)
+    eot = end_of_text_id(tokenizer)
+    ids: list[int] = []
+    words = size = 0
+    config = DataConfig(data=str(data), text_column=text_column)
+    document_ended = False
+    for text, ends in read_pieces(str(data), "train", config):
+        if document_ended and eot is not None:
+            ids.append(eot)
+        ids.extend(encode(tokenizer, text))
+        words += len(text.split()) + text.count("\n")
+        size += len(text.encode("utf-8", "replace"))
+        document_ended = ends
+    if not ids:
+        raise ValueError(f"data={str(data)!r}: no text in it to evaluate on")
+    first = eot if eot is not None else 0
+    nats = total_loss(model, np.asarray(ids), first, device, batch_size)
+    return {
+        "loss": nats / len(ids),
+        "perplexity": _exp(nats / len(ids)),
+        "bits_per_byte": nats / math.log(2) / size,
+        "word_perplexity": _exp(nats / max(words, 1)),
+        "tokens": len(ids),
+        "words": words,
+        "bytes": size,
+    }
+
+
+def _exp(x: float) -> float:
+    return math.exp(min(x, 700.0))
+
+
+@dataclass
+class TrainState:
+    """Everything that a step changes, and what a checkpoint holds. Callbacks read it."""
+
+    model: BitLM
+    optimizers: list[torch.optim.Optimizer]
+    scaler: torch.amp.GradScaler
+    config: TrainConfig
+    step: int = 0
+    """optimizer steps done"""
+    skipped: int = 0
+    """of these, steps left out because a gradient was not finite"""
+    skipped_in_a_row: int = 0
+    loss: float = math.nan
+    """nats per token of the last step's batch"""
+    val_loss: float = math.nan
+    """of the last evaluation"""
+    best_val_loss: float = math.inf
+    best_step: int = 0
+    train_seconds: float = 0.0
+    """of training, all sessions"""
+    trits: dict[str, Tensor] = field(default_factory=dict)
+    """of each BitLinear when last logged, int8"""
+    stop_signal: int = 0
+    """set by a signal handler or a callback; read after each step"""
+
+    _SAVED = (
+        "step",
+        "skipped",
+        "skipped_in_a_row",
+        "loss",
+        "val_loss",
+        "best_val_loss",
+        "best_step",
+        "train_seconds",
+    )
+
+    @property
+    def tokens(self) -> int:
+        """training tokens read so far"""
+        return self.step * self.config.batch_tokens
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types and tensors, enough to go on as if never stopped."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return {
+            **{name: getattr(self, name) for name in self._SAVED},
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+            "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
+            "trits": self.trits,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned, possibly on another device."""
+        for name in self._SAVED:
+            setattr(self, name, saved[name])
+        self.model.load_state_dict(saved["model"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            rates = [group["initial_lr"] for group in optimizer.param_groups]
+            optimizer.load_state_dict(state)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["initial_lr"] = rate  # as asked now, which need not be as saved
+        if saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
+        torch.set_rng_state(saved["rng"]["torch"])
+        if torch.cuda.is_available() and len(saved["rng"]["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
+        self.trits = dict(saved["trits"])
+
+
+class Callback:
+    """What may be attached to `train`; override what is needed. To stop: set state.stop_signal."""
+
+    def on_start(self, state: TrainState) -> None:
+        """Before the first step of this session."""
+
+    def on_step(self, state: TrainState, metrics: dict[str, Any] | None) -> None:
+        """After every step; `metrics` is the line just logged, on steps that are."""
+
+    def on_eval(self, state: TrainState, metrics: dict[str, Any]) -> None:
+        """After an evaluation."""
+
+    def on_sample(self, state: TrainState, text: str) -> None:
+        """After a text was written for the eye."""
+
+    def on_checkpoint(self, state: TrainState, path: Path) -> None:
+        """After a checkpoint was written and verified."""
+
+    def on_end(self, state: TrainState) -> None:
+        """After the last step of this session, whatever ended it."""
+
+
+class ProgressBar(Callback):
+    """tqdm on stderr: loss, tokens/s, time left; texts and evaluations above it."""
+
+    def on_start(self, state: TrainState) -> None:
+        from tqdm.auto import tqdm
+
+        total = state.config.max_steps
+        self.bar = tqdm(total=total, initial=state.step, unit="step", dynamic_ncols=True)
+
+    def on_step(self, state: TrainState, metrics: dict[str, Any] | None) -> None:
+        if metrics:
+            self.bar.set_postfix_str(
+                f"loss {metrics['loss']:.3f}, {metrics['tokens_per_s']:,.0f} tokens/s",
+                refresh=False,
+            )
+        self.bar.update()
+
+    def on_eval(self, state: TrainState, metrics: dict[str, Any]) -> None:
+        self.bar.write(
+            f"step {state.step}: validation loss {metrics['val_loss']:.4f}, "
+            f"perplexity {metrics['val_perplexity']:.1f}",
+            file=sys.stderr,
+        )
+
+    def on_sample(self, state: TrainState, text: str) -> None:
+        self.bar.write(f"  | {' '.join(text.split())[:160]}", file=sys.stderr)
+
+    def on_end(self, state: TrainState) -> None:
+        self.bar.close()
+
+
+class MetricsLog:
+    """metrics.jsonl: one object a line, cut back to the step a run goes on from."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        kept = [line for line in self.read(path) if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        _write_atomically(path, text.encode())
+
+    @staticmethod
+    def read(path: Path) -> list[dict[str, Any]]:
+        """All whole lines; a torn last one, as a kill leaves it, is not there."""
+        lines = []
+        with contextlib.suppress(FileNotFoundError):
+            for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError):
+                    lines.append(json.loads(text))
+        return [line for line in lines if isinstance(line, dict) and "step" in line]
+
+    def write(self, line: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+@contextlib.contextmanager
+def _stop_on_signals(state: TrainState) -> Iterator[None]:
+    """Ctrl-C and SIGTERM set a flag read between steps; a second one ends at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if state.stop_signal:
+            raise KeyboardInterrupt
+        state.stop_signal = number
+        _say("stopping: this step ends, then a checkpoint is saved (again: stop at once)")
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, handle) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+MAX_SKIPPED_STEPS = 25
+"""Non-finite steps in a row that end a run. float16's first loss scale takes some to settle."""
+
+_MAY_CHANGE = ("micro_batch_size", "device", "dtype", "compile", "deterministic", "max_steps")
+_MAY_CHANGE += ("log_every_steps", "eval_every_steps", "eval_tokens", "sample_prompt")
+_MAY_CHANGE += ("save_every_steps", "save_every_minutes", "save_every_epoch", "keep_checkpoints")
+
+
+def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Fields that a run cannot change on its way, as 'name (run: a, asked: b)'."""
+    found = []
+    for part in ("model", "data", "train"):
+        for name, value in now[part].items():
+            there = saved.get(part, {}).get(name)
+            if there != value and not (part == "train" and name in _MAY_CHANGE):
+                found.append(f"{name} (run: {there}, asked: {value})")
+    return found
+
+
+def open_run(out: Path, configs: dict[str, Any], resume: str) -> dict[str, Any] | None:
+    """The checkpoint to go on from, None to begin; checked before any work.
+
+    Raises:
+        ValueError: other settings, a folder of something else, or `resume` asks for what is not so.
+    """
+    _require(resume in ("auto", "never", "must"), "resume", resume, "auto, never or must")
+    saved = _read_json(out / "config.json")
+    if saved is None:
+        strange = [] if not out.exists() else [p.name for p in out.iterdir()]
+        strange = [n for n in strange if n not in ("tokenizer.json", "data") and ".tmp" not in n]
+        if strange or out.is_file():
+            raise ValueError(
+                f"{out}: not a run folder (no config.json) and not empty "
+                f"({', '.join(sorted(strange)[:3])}); choose another --out"
+            )
+        if resume == "must":
+            raise ValueError(f"{out}: resume=must, but there is no run in it")
+        return None
+    if resume == "never":
+        raise ValueError(
+            f"{out}: resume=never, but there is a run in it; choose another --out, or delete it"
+        )
+    different = _differences(saved, configs)
+    if different:
+        raise ValueError(
+            f"{out} was made with other settings: {'; '.join(different)}. "
+            "Ask for the same, or choose another --out"
+        )
+    checkpoint = newest_checkpoint(out / "checkpoints")
+    if checkpoint is None and list_checkpoints(out / "checkpoints"):
+        raise ValueError(
+            f"{out}: no checkpoint in it is whole; nothing is overwritten, use another --out"
+        )
+    if checkpoint is None and resume == "must":
+        raise ValueError(f"{out}: resume=must, but it has no checkpoint yet")
+    return checkpoint
+
+
+class _Trainer:
+    """The parts of one session that `train` puts together; not for use outside."""
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        data_config: DataConfig,
+        config: TrainConfig,
+        out: Path,
+        callbacks: Sequence[Callback],
+    ) -> None:
+        self.model_config, self.config, self.out, self.callbacks = (
+            model_config,
+            config,
+            out,
+            callbacks,
+        )
+        self.context = model_config.max_position_embeddings
+        self.device = choose_device(config.device, config.dtype)
+        self.data, self.tokenizer = prepare_data(
+            data_config, model_config.vocab_size, self.context, out
+        )
+        if config.deterministic:
+            torch.use_deterministic_algorithms(True)
+        self.micro_batch = _micro_batch(model_config, config, self.device)
+        model = BitLM(model_config, config.seed).to(self.device.device)
+        self.state = TrainState(model, make_optimizers(model, config), self.device.scaler(), config)
+        self.loss: Callable[[Tensor, Tensor], Tensor] = model.loss
+        self.compiled = False
+        self.last_save = time.monotonic()
+
+    def tell(self, event: str, *values: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self.state, *values)
+
+    def announce(self) -> None:
+        """What is going to happen, in four lines."""
+        model, config = self.model_config, self.config
+        epochs = config.max_steps / self.data.steps_per_epoch(config, self.context)
+        counts = self.data.manifest
+        _say(
+            f"model: {model.num_parameters / 1e6:.2f}M parameters, {model.linear}, on {self.device}"
+        )
+        _say(
+            f"data: {counts['train']['tokens']:,} training and "
+            f"{counts['validation']['tokens']:,} validation tokens; {epochs:.1f} epochs"
+        )
+        _say(
+            f"steps: {config.max_steps} of {config.batch_tokens:,} tokens, "
+            f"{self.micro_batch} windows of {self.context} at once"
+        )
+        for limit in model.export_limits:
+            _say(f"note: this model trains, but not every client will load it: {limit}")
+
+    def compile(self) -> None:
+        """Wrap the loss in torch.compile where asked for, or where it pays."""
+        asked, why_not = self.config.compile, _compiles(self.device)
+        wanted = asked == "on" or (
+            asked == "auto" and _pays_to_compile(self.model_config, self.config)
+        )
+        if wanted and why_not:
+            _say(f"torch.compile: off ({why_not})")
+        elif wanted:
+            _say("torch.compile: on; the first step takes up to a minute")
+            self.loss, self.compiled = torch.compile(self.state.model.loss, dynamic=False), True
+
+    def backward(self, batch: Tensor) -> float:
+        """Mean loss of the windows in `batch`, (windows, T + 1), its gradient accumulated."""
+        tokens = batch[:, 1:].numel()
+        total = torch.zeros((), device=self.device.device)
+        for part in batch.split(self.micro_batch):
+            part = part.to(self.device.device, non_blocking=True)
+            with self.device.autocast():
+                loss = self.loss(part[:, :-1].contiguous(), part[:, 1:].contiguous()) / tokens
+            self.state.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total.item()
+
+    def backward_or_less(self, batch: Tensor) -> float:
+        """`backward`; in halves when the GPU's memory does not do, eager when compiling fails."""
+        while True:
+            try:
+                return self.backward(batch)
+            except torch.OutOfMemoryError:
+                if self.micro_batch == 1:
+                    raise
+                smaller = [d for d in range(1, self.micro_batch) if len(batch) % d == 0]
+                self.micro_batch = smaller[-1]
+                _say(f"out of GPU memory: {self.micro_batch} windows at once from here on")
+            except Exception as error:
+                if not self.compiled or self.state.step or self.state.stop_signal:
+                    raise
+                reason = next(iter(str(error).strip().splitlines()), "")[:120]
+                _say(f"torch.compile: off ({type(error).__name__}: {reason})")
+                self.loss, self.compiled = self.state.model.loss, False
+            for optimizer in self.state.optimizers:
+                optimizer.zero_grad()
+            if self.device.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def train_step(self) -> float:
+        """One optimizer step; returns the norm of its gradient."""
+        state = self.state
+        batch = torch.from_numpy(self.data.batch(self.config, self.context, state.step))
+        state.loss = self.backward_or_less(batch)
+        factor = learning_rate_factor(self.config, state.step)
+        norm = apply_gradients(state.optimizers, state.scaler, factor, self.config.max_grad_norm)
+        state.step += 1
+        if math.isfinite(norm):
+            state.skipped_in_a_row = 0
+        else:
+            state.skipped += 1
+            state.skipped_in_a_row += 1
+        return norm
+
+    def telemetry(self) -> dict[str, list[float]]:
+        """Per layer: share of zeros, and of trits that changed since the last call."""
+        if self.model_config.linear == "dense":
+            return {}
+        zeros, flips, sizes = (np.zeros(self.model_config.num_hidden_layers) for _ in range(3))
+        for name, linear in self.state.model.bit_linears().items():
+            if name == "lm_head":
+                continue
+            layer, trits = int(name.split(".")[2]), linear.ternary()[0].cpu()
+            sizes[layer] += trits.numel()
+            zeros[layer] += (trits == 0).sum().item()
+            if name in self.state.trits:
+                flips[layer] += (trits != self.state.trits[name]).sum().item()
+            self.state.trits[name] = trits
+        return {
+            "zero_fraction": [round(z, 6) for z in zeros / sizes],
+            "flip_rate": [round(f, 6) for f in flips / sizes],
+        }
+
+    def step_metrics(self, norm: float, tokens_per_s: float) -> dict[str, Any]:
+        state = self.state
+        factor = learning_rate_factor(self.config, state.step - 1)
+        return {
+            "step": state.step,
+            "loss": state.loss,
+            "learning_rate": self.config.matrix_rate * factor,
+            "grad_norm": norm,
+            "tokens": state.tokens,
+            "tokens_per_s": round(tokens_per_s, 1),
+            "memory_bytes": _memory_in_use(self.device),
+            "train_seconds": round(state.train_seconds, 3),
+            **self.telemetry(),
+        }
+
+    def evaluate(self, whole: bool) -> dict[str, Any]:
+        """Loss on a fixed slice of the validation tokens, or on all of them."""
+        tokens = self.data.validation if whole else self.data.validation[: self.config.eval_tokens]
+        first = end_of_text_id(self.tokenizer) or 0
+        loss = total_loss(self.state.model, tokens, first, self.device) / len(tokens)
+        return {
+            "step": self.state.step,
+            "val_loss": loss,
+            "val_perplexity": _exp(loss),
+            "val_bits_per_byte": loss / math.log(2) / self.data.bytes_per_token,
+            "val_tokens": len(tokens),
+            **({"final": True} if whole else {}),
+        }
+
+    def sample(self) -> str:
+        """A text of fixed seed; it touches no random state of the training."""
+        sampling = SamplingConfig(max_new_tokens=60, seed=0)
+        prompt = self.config.sample_prompt
+        return prompt + generate(self.state.model, self.tokenizer, prompt, sampling)
+
+    def checkpoint_contents(self) -> dict[str, Any]:
+        return {
+            **self.state.state_dict(),
+            "tokenizer_sha256": self.data.manifest["tokenizer_sha256"],
+            "data_sha256": self.data.manifest["train"]["sha256"],
+            "versions": versions(),
+            "device": str(self.device),
+            "micro_batch": self.micro_batch,
+        }
+
+    def save(self, kind: str = "step") -> Path:
+        contents = self.checkpoint_contents()
+        if kind == "best":  # to generate from, not to go on from
+            contents = {name: contents[name] for name in ("step", "model", "val_loss", "versions")}
+        path = save_checkpoint(self.out / "checkpoints", contents, kind)
+        if kind == "step":
+            self.last_save = time.monotonic()
+            prune_checkpoints(path.parent, self.config.keep_checkpoints)
+            self.tell("on_checkpoint", path)
+        elif kind == "best":
+            prune_checkpoints(path.parent, 1, kind)
+        return path
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from a checkpoint; other versions or another device are said, not refused."""
+        for name in ("tokenizer_sha256", "data_sha256"):
+            there = {**self.data.manifest, "data_sha256": self.data.manifest["train"]["sha256"]}
+            if checkpoint[name] != there[name]:
+                raise ValueError(
+                    f"{self.out}: its checkpoint was trained on other tokens ({name} differs); "
+                    "put tokenizer.json and data/ back, or choose another --out"
+                )
+        now = {**versions(), "device": str(self.device)}
+        before = {**checkpoint["versions"], "device": checkpoint["device"]}
+        changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
+        if changed:
+            _say(f"note: not bit for bit as before, for these changed: {', '.join(changed)}")
+        if not self.config.micro_batch_size:
+            self.micro_batch = checkpoint["micro_batch"]
+        self.state.load_state_dict(checkpoint)
+
+    def save_is_due(self) -> bool:
+        config, step = self.config, self.state.step
+        by_steps = config.save_every_steps and step % config.save_every_steps == 0
+        minutes = (time.monotonic() - self.last_save) / 60
+        return bool(
+            by_steps or (config.save_every_minutes and minutes >= config.save_every_minutes)
+        )
+
+    def epoch_ended(self) -> bool:
+        per_epoch = self.data.steps_per_epoch(self.config, self.context)
+        return self.state.step // per_epoch > (self.state.step - 1) // per_epoch
+
+    def after_step(self, log: MetricsLog) -> None:
+        """Evaluate, write a sample and save, each where it is due."""
+        state, config = self.state, self.config
+        if config.eval_every_steps and state.step % config.eval_every_steps == 0:
+            metrics = self.evaluate(whole=False)
+            log.write(metrics)
+            state.val_loss = metrics["val_loss"]
+            self.tell("on_eval", metrics)
+            self.tell("on_sample", self.sample())
+            if state.val_loss < state.best_val_loss:
+                state.best_val_loss, state.best_step = state.val_loss, state.step
+                self.save("best")
+        if config.save_every_epoch and self.epoch_ended():
+            self.save("epoch")
+        if self.save_is_due():
+            self.save()
+
+    def run(self, log: MetricsLog) -> None:
+        """Steps until all are done, a signal came, or the loss stays non-finite."""
+        state, config = self.state, self.config
+        steps_logged, started = 0, time.perf_counter()
+        while state.step < config.max_steps and not state.stop_signal:
+            start = time.perf_counter()
+            norm = self.train_step()
+            state.train_seconds += time.perf_counter() - start
+            steps_logged += 1
+            metrics = None
+            if state.step % config.log_every_steps == 0 or state.step == config.max_steps:
+                elapsed = time.perf_counter() - started
+                speed = steps_logged * config.batch_tokens / elapsed
+                metrics = self.step_metrics(norm, speed)
+                log.write(metrics)
+            self.tell("on_step", metrics)
+            if state.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+                raise FloatingPointError(
+                    f"{MAX_SKIPPED_STEPS} steps in a row had no finite gradient; stopped at step "
+                    f"{state.step}. The last checkpoint in {self.out} is from before. Try a lower "
+                    "learning_rate, or --dtype float32"
+                )
+            self.after_step(log)
+            if metrics:
+                steps_logged, started = 0, time.perf_counter()
+
+    def finish(self, log: MetricsLog) -> dict[str, Any]:
+        """Save and evaluate on everything, once."""
+        self.save()
+        metrics = self.evaluate(whole=True)
+        log.write(metrics)
+        self.state.val_loss = metrics["val_loss"]
+        self.tell("on_eval", metrics)
+        return metrics
+
+
+def _memory_in_use(device: Device) -> int:
+    """Most bytes held so far: on the GPU, or by this process."""
+    if device.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the bits of a run."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+    }
+
+
+def train(
+    model_config: ModelConfig,
+    data_config: DataConfig,
+    train_config: TrainConfig,
+    out: str | Path,
+    *,
+    resume: str = "auto",
+    callbacks: Sequence[Callback] | None = None,
+) -> TrainState:
+    """Train, or go on where the run in `out` stopped, exactly as if it had not.
+
+    Args:
+        out: run folder: config.json, tokenizer.json, data/, metrics.jsonl, checkpoints/.
+        resume: "auto" goes on where there is something; "never" and "must" refuse otherwise.
+        callbacks: see `Callback`; default: a progress bar.
+
+    Returns:
+        the state after the last step; its `stop_signal` is set when it was interrupted, after a
+        checkpoint. A finished run comes back at once.
+
+    Raises:
+        ValueError: settings that cannot be, or that differ from the run's, before any work.
+        FloatingPointError: the loss does not come back to finite numbers.
+    """
+    out = Path(out)
+    check_configs(model_config, train_config)
+    configs = {
+        "model": asdict(model_config),
+        "data": asdict(data_config),
+        "train": asdict(train_config),
+    }
+    checkpoint = open_run(out, configs, resume)
+    out.mkdir(parents=True, exist_ok=True)
+    callbacks = [ProgressBar()] if callbacks is None else callbacks
+    trainer = _Trainer(model_config, data_config, train_config, out, callbacks)
+    state = trainer.state
+    if checkpoint:
+        trainer.restore(checkpoint)
+        del checkpoint
+    _write_atomically(
+        out / "config.json",
+        json.dumps({"format_version": FORMAT_VERSION, **configs}, indent=1).encode(),
+    )
+    log = MetricsLog(out / "metrics.jsonl", state.step)
+    if state.step >= train_config.max_steps and _final_metrics(out, state.step):
+        state.val_loss = _final_metrics(out, state.step)["val_loss"]
+        return state
+    trainer.announce()
+    if state.step:
+        _say(f"going on from step {state.step} of {train_config.max_steps}")
+    if state.step < train_config.max_steps:
+        trainer.compile()
+    with _stop_on_signals(state):
+        trainer.tell("on_start")
+        try:
+            trainer.run(log)
+            if state.stop_signal:
+                trainer.save()
+            else:
+                trainer.finish(log)
+        finally:
+            trainer.tell("on_end")
+    return state
+
+
+def _final_metrics(out: Path, step: int) -> dict[str, Any]:
+    """The last evaluation of a finished run; empty where it is not finished."""
+    lines = MetricsLog.read(out / "metrics.jsonl")
+    return next((line for line in lines if line.get("final") and line["step"] == step), {})
+
+
+# -----------------------------------------------------------------------------
+# 12 Command line
+
+
+def _field_help(config: type) -> dict[str, str]:
+    """The string under each field, which Python itself forgets."""
+    try:
+        body = ast.parse(inspect.getsource(config)).body[0]
+    except OSError:  # no source file, as in a notebook cell
+        return {}
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for item, after in zip(body.body, body.body[1:], strict=False):
+        if isinstance(item, ast.AnnAssign) and isinstance(after, ast.Expr):
+            assert isinstance(item.target, ast.Name)
+            assert isinstance(after.value, ast.Constant)
+            found[item.target.id] = str(after.value.value).replace("%", "%%")
+    return found
+
+
+def _parse_bool(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes", "on"):
+        return True
+    if text.lower() in ("false", "0", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r}: expected true or false")
+
+
+def _add_fields(parser: argparse.ArgumentParser, config: type, preset_gives: bool) -> None:
+    """One flag a field; without a preset's say, with its default."""
+    group = parser.add_argument_group(config.__name__)
+    texts = _field_help(config)
+    for item in fields(config):
+        kind = str(item.type).split(" | ")[0]
+        options: dict[str, Any] = {"type": {"int": int, "float": float}.get(kind, str)}
+        if kind == "bool":
+            options = {"type": _parse_bool, "nargs": "?", "const": True}
+        help_text = texts.get(item.name, "")
+        if not preset_gives:
+            help_text += f" (default: {item.default})"
+        group.add_argument(
+            "--" + item.name.replace("_", "-"),
+            default=argparse.SUPPRESS,
+            metavar=kind.upper(),
+            help=help_text,
+            **options,
+        )
+
+
+def _from_flags(config: type, flags: argparse.Namespace, base: Any = None) -> Any:
+    given = {f.name: getattr(flags, f.name) for f in fields(config) if hasattr(flags, f.name)}
+    return config(**given) if base is None else dataclasses.replace(base, **given)
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a wrong flag, and exit 2."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="bitllm_core.py", description="Train and use ternary language models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("train", help="train, or go on where a run stopped")
+    command.add_argument("--preset", help=f"settings to begin from: {', '.join(PRESETS)}")
+    command.add_argument("--out", required=True, metavar="DIR", help="run folder")
+    command.add_argument("--resume", default="auto", help="auto, never or must")
+    for config in (ModelConfig, DataConfig, TrainConfig):
+        _add_fields(command, config, preset_gives=True)
+    command.set_defaults(run=_train_command)
+
+    command = commands.add_parser("generate", help="write text")
+    _add_model_flags(command)
+    command.add_argument("--prompt", default="", help="beginning of the text")
+    _add_fields(command, SamplingConfig, preset_gives=False)
+    command.set_defaults(run=_generate_command)
+
+    command = commands.add_parser("evaluate", help="loss on a text, as one JSON object")
+    _add_model_flags(command)
+    command.add_argument("--data", required=True, metavar="SOURCE", help="file, folder or name")
+    command.add_argument("--text-column", help="column of .jsonl, .parquet or hub rows")
+    command.add_argument("--dtype", default="float32", help="auto, float32, bfloat16, float16")
+    command.set_defaults(run=_evaluate_command)
+
+    command = commands.add_parser("bench", help="speeds on this machine, as one JSON object")
+    command.add_argument("--quick", action="store_true", help="a small shape, seconds")
+    command.set_defaults(run=_bench_command)
+
+    command = commands.add_parser("info", help="device, versions and presets")
+    command.set_defaults(run=_info_command)
+    return parser
+
+
+def _add_model_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", required=True, metavar="PATH", help="run folder, or seed .pth")
+    command.add_argument("--checkpoint", default="last", help="last, best or a step")
+
+
+def _load_from_flags(flags: argparse.Namespace) -> tuple[BitLM, Any]:
+    chosen = flags.checkpoint
+    return load_model(flags.model, int(chosen) if chosen.isdigit() else chosen)
+
+
+def _configs_from_flags(flags: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The preset's, or the run's own where no preset is named, with the flags laid over."""
+    kinds = (ModelConfig, DataConfig, TrainConfig)
+    if flags.preset is not None:
+        _require(flags.preset in PRESETS, "preset", flags.preset, f"one of {', '.join(PRESETS)}")
+    saved = None if flags.preset else _read_json(Path(flags.out) / "config.json")
+    if saved:
+        parts = zip(kinds, ("model", "data", "train"), strict=True)
+        bases = tuple(kind(**saved[part]) for kind, part in parts)
+    else:
+        bases = PRESETS[flags.preset or "demo"]
+    model, data, train_config = (
+        _from_flags(kind, flags, base) for kind, base in zip(kinds, bases, strict=True)
+    )
+    return model, data, train_config
+
+
+def _train_command(flags: argparse.Namespace) -> int:
+    configs = _configs_from_flags(flags)
+    state = train(*configs, flags.out, resume=flags.resume)
+    out = Path(flags.out)
+    if state.stop_signal:
+        _say(f"stopped at step {state.step} of {state.config.max_steps}; saved in {out}")
+        return 128 + state.stop_signal
+    model, tokenizer = load_model(out)
+    prompt = state.config.sample_prompt
+    text = generate(model, tokenizer, prompt, SamplingConfig(max_new_tokens=120, seed=0))
+    speed = state.tokens / state.train_seconds if state.train_seconds else 0
+    size = model.config.vocab_size
+    print(f"\n{prompt}{text}\n")
+    print(f"complete: {state.step} steps, {state.tokens:,} tokens, {speed:,.0f} tokens/s")
+    print(f"last training loss {state.loss:.4f}, {state.skipped} steps skipped")
+    print(f"validation loss {state.val_loss:.4f}, perplexity {_exp(state.val_loss):.1f}", end="")
+    print(f" (a uniform guess: {math.log(size):.4f}, {size})")
+    print(f"checkpoint: {list_checkpoints(out / 'checkpoints')[-1]}")
+    return 0
+
+
+def _generate_command(flags: argparse.Namespace) -> int:
+    sampling = _from_flags(SamplingConfig, flags)
+    model, tokenizer = _load_from_flags(flags)
+    print(flags.prompt, end="", flush=True)
+    generate(model, tokenizer, flags.prompt, sampling, lambda t: print(t, end="", flush=True))
+    print()
+    return 0
+
+
+def _evaluate_command(flags: argparse.Namespace) -> int:
+    _require(flags.dtype in _DTYPES, "dtype", flags.dtype, f"one of {', '.join(_DTYPES)}")
+    model, tokenizer = _load_from_flags(flags)
+    device = choose_device("auto", flags.dtype)
+    result = evaluate(model, tokenizer, flags.data, text_column=flags.text_column, device=device)
+    print(json.dumps(result))
+    return 0
+
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def _time_training(model: ModelConfig, device: Device, windows: int, steps: int) -> float:
+    """Tokens a second of full optimizer steps on random tokens, compiled where that works."""
+    net = BitLM(model).to(device.device)
+    optimizers, scaler = make_optimizers(net, TrainConfig()), device.scaler()
+    loss = net.loss if _compiles(device) else torch.compile(net.loss, dynamic=False)
+    shape = (windows, model.max_position_embeddings)
+    ids = torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    ids = ids.to(device.device)
+
+    def step() -> None:
+        for part in ids.split(4):
+            with device.autocast():
+                value = loss(part, part) / ids.numel()
+            scaler.scale(value).backward()
+        apply_gradients(optimizers, scaler, 1.0, 1.0)
+
+    step()
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    return steps * ids.numel() / (time.perf_counter() - start)
+
+
+def _product_rate(device: Device) -> float:
+    """FLOP a second of 2048³ matrix products in the training's dtype, the best of five."""
+    a = torch.randn(2048, 2048, device=device.device, dtype=device.dtype)
+    best = math.inf
+    for _ in range(6):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048**3 / best
+
+
+def _bench_command(flags: argparse.Namespace) -> int:
+    device = choose_device()
+    model = ModelConfig(
+        vocab_size=512 if flags.quick else 30_000,
+        hidden_size=128 if flags.quick else 512,
+        intermediate_size=256 if flags.quick else 1536,
+        num_hidden_layers=2 if flags.quick else 6,
+        num_attention_heads=2 if flags.quick else 8,
+        max_position_embeddings=64 if flags.quick else 512,
+    )
+    steps = 20 if flags.quick else 3
+    ternary = _time_training(model, device, 16, steps)
+    dense = _time_training(dataclasses.replace(model, linear="dense"), device, 16, steps)
+    net = BitLM(model).to(device.device).freeze()
+    tokens = min(128, model.max_position_embeddings - 1)
+    start = time.perf_counter()
+    for _ in generate_tokens(net, [[1]], SamplingConfig(max_new_tokens=tokens, seed=0)):
+        pass
+    generation = tokens / (time.perf_counter() - start)
+    flops = 6 * model.num_parameters * ternary
+    result = {
+        "train": {
+            "ternary_tokens_per_s": ternary,
+            "dense_tokens_per_s": dense,
+            "flop_utilization": flops / _product_rate(device),
+        },
+        "generate": {"tokens_per_s": generation},
+        "memory": {
+            "peak_bytes": _memory_in_use(device),
+            "weights_and_optimizer_bytes": estimate_memory(model, TrainConfig()),
+        },
+        "machine": {**machine(), "device": str(device), "parameters": model.num_parameters},
+    }
+    print(json.dumps(result))
+    return 0
+
+
+def machine() -> dict[str, Any]:
+    """What a figure was measured on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    found = {"system": platform.platform(), "cores": os.cpu_count(), "gpu": gpu}
+    return {**found, "threads": torch.get_num_threads(), **versions()}
+
+
+def _info_command(flags: argparse.Namespace) -> int:
+    device = choose_device()
+    print(f"device: {device}")
+    print(f"torch.compile: {_compiles(device) or 'available'}")
+    for name, value in machine().items():
+        print(f"{name}: {value}")
+    rate = _product_rate(device) * 0.25
+    print(f"\n{'preset':8} {'parameters':>10} {'memory':>8} {'time here':>10}  data")
+    for name, (model, data, config) in PRESETS.items():
+        flops = 6 * model.num_parameters * config.batch_tokens * config.max_steps
+        memory, minutes = estimate_memory(model, config) / 2**20, flops / rate / 60
+        print(
+            f"{name:8} {model.num_parameters / 1e6:9.2f}M {memory:5.0f} MB "
+            f"{minutes:6.0f} min  {data.data}"
+        )
+    print("\nmemory: weights, gradients and optimizer; time: at a quarter of this machine's best")
+    print("matrix product rate, measured now, without compiling and reading the data")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 2 for what the user gave, 130 after Ctrl-C."""
+    flags = _parser().parse_args(arguments)
+    try:
+        return flags.run(flags)
+    except KeyboardInterrupt:
+        _say("stopped at once; nothing after the last checkpoint was saved")
+        return 130
+    except (ValueError, FileNotFoundError) as error:
+        _say(f"error: {error}")
+        return 2
+    except (OSError, FloatingPointError) as error:
+        _say(f"error: {error}")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
