@@ -1173,9 +1173,9 @@ def _file_pieces(files: Sequence[Path], column: str | None) -> Iterator[Piece]:
                     yield text, True
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
-        except (ValueError, FileNotFoundError):
-            raise
         except Exception as error:
+            if str(error).startswith("text_column="):  # ours, and clear already
+                raise
             raise ValueError(f"{path}: cannot be read as {path.suffix} ({error})") from error
 
 

@@ -1,0 +1,110 @@
+"""A tiny model, corpus and tokenizer, and a clean slate around every test."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bitllm_core as bit
+
+ROOT = Path(__file__).parents[1]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def _restore_global_state():
+    seed, dtype = torch.get_rng_state(), torch.get_default_dtype()
+    yield
+    torch.set_rng_state(seed)
+    torch.set_default_dtype(dtype)
+
+
+@pytest.fixture
+def tiny_config():
+    return bit.ModelConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=16,
+    )
+
+
+@pytest.fixture
+def tiny_train():
+    return bit.TrainConfig(
+        max_steps=12,
+        batch_tokens=128,
+        warmup_steps=2,
+        log_every_steps=2,
+        eval_every_steps=4,
+        eval_tokens=256,
+        save_every_steps=3,
+        dtype="float32",
+        compile="off",
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory):
+    """A text of some 12 kB that is easy to learn, with blank lines and a second alphabet."""
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    lines = [f"{i} cats sat on {i + 1} mats.\n\n  Пять котов, {i % 7} 🐱!\n" for i in range(250)]
+    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_corpus):
+    return bit.train_tokenizer([tiny_corpus.read_text(encoding="utf-8")], 300)
+
+
+@pytest.fixture(scope="session")
+def seed_script():
+    """The seed guide's model classes, as its script defines them."""
+    path = Path(__file__).parent / "seed_model.py"
+    spec = importlib.util.spec_from_file_location("seed_model", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run_cli():
+    """Run the command line in a process of its own, as a user does."""
+
+    def run(*arguments, **options):
+        command = [sys.executable, str(ROOT / "bitllm_core.py"), *map(str, arguments)]
+        options = {"capture_output": True, "text": True, "encoding": "utf-8", **options}
+        return subprocess.run(command, timeout=300, check=False, **options)
+
+    return run
+
+
+def weights_of(folder):
+    """Model and optimizer tensors of a run's newest checkpoint, by name."""
+    found = bit.newest_checkpoint(Path(folder) / "checkpoints")
+    tensors = dict(found["model"])
+    for i, optimizer in enumerate(found["optimizers"]):
+        for key, state in optimizer["state"].items():
+            tensors |= {f"{i}.{key}.{name}": value for name, value in state.items()}
+    return tensors
+
+
+def assert_same_bits(a, b):
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different
+
+
+def without_times(path):
+    """metrics.jsonl but for what a clock or the machine's memory decides."""
+    clocks = ("tokens_per_s", "memory_bytes", "train_seconds")
+    lines = bit.MetricsLog.read(Path(path) / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k not in clocks} for line in lines]

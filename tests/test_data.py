@@ -1,0 +1,178 @@
+import dataclasses
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+import bitllm_core as bit
+
+
+def prepared(path, out, **options):
+    return bit.prepare_data(bit.DataConfig(data=str(path), **options), 300, 16, out)
+
+
+def text_of(tokens, tokenizer):
+    return tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+
+
+def test_tokens_are_the_text_and_the_tail_is_held_out(tiny_corpus, tmp_path):
+    data, tokenizer = prepared(tiny_corpus, tmp_path)
+    text = tiny_corpus.read_text(encoding="utf-8")
+    train, held = text_of(data.train, tokenizer), text_of(data.validation, tokenizer)
+    assert train + held == text
+    assert 0.04 < len(held) / len(text) < 0.06
+    assert data.train.dtype == np.uint16
+    assert data.manifest["train"]["tokens"] == len(data.train)
+    assert data.manifest["validation"]["bytes"] == len(held.encode())
+
+
+def test_pieces_join_to_the_text_tokenized_whole(tmp_path, tokenizer):
+    text = "".join(f"line {i}\n" + "\n" * (i % 4) + "   indented\n" for i in range(20_000))
+    path = tmp_path / "a.txt"
+    path.write_text(text, encoding="utf-8", newline="\n")
+    pieces = [piece for piece, _ in bit.read_pieces(str(path))]
+    assert len(pieces) > 3
+    assert "".join(pieces) == text
+    assert sum((bit.encode(tokenizer, p) for p in pieces), []) == bit.encode(tokenizer, text)
+
+
+def test_one_endless_line_is_read_in_pieces(tmp_path):
+    text = "word " * 600_000
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    pieces = [piece for piece, _ in bit.read_pieces(str(tmp_path / "a.txt"))]
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 1 << 20
+
+
+def test_rows_of_jsonl_and_parquet_are_documents(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = ["one\ntwo", "", "three"]
+    rows = "".join(json.dumps({"text": t, "n": 1}) + "\n" for t in texts)
+    (tmp_path / "a.jsonl").write_text(rows, encoding="utf-8")
+    table = pyarrow.table({"body": texts, "title": ["a", "b", "c"]})
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
+    expected = [("one\ntwo", True), ("three", True)]
+    assert list(bit.read_pieces(str(tmp_path / "a.jsonl"))) == expected
+    parquet = str(tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"columns body, title.*--text-column"):
+        list(bit.read_pieces(parquet))
+    config = bit.DataConfig(data=parquet, text_column="body")
+    assert list(bit.read_pieces(parquet, config=config)) == expected
+
+
+def test_a_folder_gives_its_own_validation_split(tmp_path):
+    source = tmp_path / "text"
+    source.mkdir()
+    for name in ("train-1", "train-2", "valid", "test"):
+        (source / f"{name}.txt").write_text(f"{name} text here. " * 60, encoding="utf-8")
+    data, tokenizer = prepared(source, tmp_path / "run")
+    assert set(text_of(data.validation, tokenizer).split()) == {"valid", "text", "here."}
+    assert "valid" not in text_of(data.train, tokenizer)
+    assert "test text" not in text_of(data.train, tokenizer)
+
+
+def test_other_validation_data(tiny_corpus, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("something else entirely " * 20, encoding="utf-8")
+    data, tokenizer = prepared(tiny_corpus, tmp_path / "run", validation_data=str(other))
+    assert text_of(data.validation, tokenizer) == other.read_text(encoding="utf-8")
+    assert text_of(data.train, tokenizer) == tiny_corpus.read_text(encoding="utf-8")
+
+
+def test_files_are_reused_until_they_do_not_match(tiny_corpus, tmp_path, monkeypatch):
+    first, _ = prepared(tiny_corpus, tmp_path)
+    monkeypatch.setattr(bit, "_tokenize", lambda *a: pytest.fail("tokenized again"))
+    again, _ = prepared(tiny_corpus, tmp_path)
+    assert np.array_equal(first.train, again.train)
+    monkeypatch.undo()
+    path = tmp_path / "data" / "train.bin"
+    del first, again
+    damaged = bytearray(path.read_bytes())
+    damaged[7] ^= 1
+    path.write_bytes(damaged)
+    repaired, _ = prepared(tiny_corpus, tmp_path)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == repaired.manifest["train"]["sha256"]
+
+
+def test_a_changed_text_is_never_taken_silently(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("some words in a row. " * 50, encoding="utf-8")
+    prepared(path, tmp_path / "run")
+    path.write_text("other words in a row. " * 50, encoding="utf-8")
+    with pytest.raises(ValueError, match="has changed"):
+        prepared(path, tmp_path / "run")
+    path.unlink()  # a run folder is enough to go on
+    prepared(path, tmp_path / "run")
+
+
+def test_pydocs_needs_nothing(tmp_path):
+    data, tokenizer = prepared("pydocs", tmp_path)
+    assert len(data.train) > 50_000
+    assert "statement" in text_of(data.train[:4000], tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "says"),
+    [
+        ("no-such-file.txt", FileNotFoundError, "no such file or folder"),
+        ("hf:name", ValueError, "hf:OWNER/NAME"),
+    ],
+)
+def test_wrong_sources_say_what_would_do(source, error, says, tmp_path):
+    with pytest.raises(error, match=says):
+        prepared(source, tmp_path)
+
+
+def test_wrong_files_say_what_would_do(tmp_path):
+    (tmp_path / "a.doc").write_text("x")
+    with pytest.raises(ValueError, match=r"\.txt, \.jsonl, \.parquet"):
+        prepared(tmp_path / "a.doc", tmp_path / "run")
+    (tmp_path / "latin.txt").write_bytes("ñandú y camión".encode("latin-1") * 50)
+    with pytest.raises(ValueError, match=r"latin\.txt: not UTF-8"):
+        prepared(tmp_path / "latin.txt", tmp_path / "run2")
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(ValueError, match="Give more text"):
+        prepared(tmp_path / "short.txt", tmp_path / "run3")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    with pytest.raises(ValueError, match=r"bad\.jsonl"):
+        prepared(tmp_path / "bad.jsonl", tmp_path / "run4")
+
+
+def test_a_hub_out_of_reach_names_the_alternatives(tmp_path):
+    """HF_HUB_OFFLINE is set for the tests: the library refuses at once, as without a network."""
+    with pytest.raises(ConnectionError, match=r"--data FILE\.txt.*pydocs"):
+        prepared("tinystories", tmp_path / "run")
+    assert not (tmp_path / "run" / "tokenizer.json").exists()
+
+
+@pytest.fixture
+def ring():
+    return bit.TokenData(np.arange(1000, dtype=np.uint16), np.arange(10, dtype=np.uint16), {})
+
+
+def test_a_batch_is_a_function_of_seed_and_step(ring):
+    config = bit.TrainConfig(batch_tokens=64, seed=5)
+    steps = [ring.batch(config, 16, step) for step in (0, 7, 300)]
+    again = [ring.batch(config, 16, step) for step in (300, 0, 7)]
+    for a, b in zip(steps, [again[1], again[2], again[0]], strict=True):
+        assert np.array_equal(a, b)
+    other = ring.batch(dataclasses.replace(config, seed=6), 16, 0)
+    assert not np.array_equal(steps[0], other)
+
+
+def test_every_window_comes_once_an_epoch_and_epochs_differ(ring):
+    config = bit.TrainConfig(batch_tokens=32)  # 2 windows a step, 62 windows an epoch
+    epochs = []
+    for epoch in range(3):
+        steps = range(epoch * 31, (epoch + 1) * 31)
+        windows = np.concatenate([ring.batch(config, 16, step) for step in steps])
+        assert np.array_equal(windows[:, 1:], (windows[:, :-1] + 1) % 1000)
+        starts = windows[:, 0]
+        assert len(np.unique(windows[:, :-1])) == 62 * 16  # nothing twice
+        epochs.append(starts)
+    assert len({starts.min() % 16 for starts in epochs} | {s[0] for s in map(tuple, epochs)}) > 2
+    assert not np.array_equal(np.sort(epochs[0]), np.sort(epochs[1]))  # cut elsewhere
+    assert np.any(np.diff(epochs[0]) < 0)  # shuffled

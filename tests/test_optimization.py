@@ -1,0 +1,71 @@
+import copy
+
+import pytest
+import torch
+
+import bitllm_core as bit
+
+
+def test_wsd_warms_up_stays_and_cools_down():
+    config = bit.TrainConfig(max_steps=100, warmup_steps=10, cooldown_fraction=0.4)
+    factors = [bit.learning_rate_factor(config, step) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9:61] == [1.0] * 52
+    assert factors[80] == pytest.approx(0.5)
+    assert 0 < factors[99] < 0.03
+
+
+def test_cosine_ends_at_a_tenth():
+    config = bit.TrainConfig(max_steps=100, warmup_steps=10, schedule="cosine")
+    factors = [bit.learning_rate_factor(config, step) for step in range(100)]
+    assert max(factors) == 1.0
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert 0.1 <= factors[99] < 0.11
+
+
+def test_muon_has_the_matrices_and_adamw_the_rest(tiny_config):
+    model = bit.BitLM(tiny_config)
+    muon, adamw = bit.make_optimizers(model, bit.TrainConfig())
+    assert len(muon.param_groups[0]["params"]) == 2 * 7
+    both = [p for o in (muon, adamw) for g in o.param_groups for p in g["params"]]
+    assert {id(p) for p in both} == {id(p) for p in model.parameters()}
+    assert len(both) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_non_finite_gradient_changes_nothing(tiny_config, optimizer):
+    model = bit.BitLM(tiny_config)
+    optimizers = bit.make_optimizers(model, bit.TrainConfig(optimizer=optimizer))
+    before = copy.deepcopy(model.state_dict())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    model.model.norm.weight.grad[0] = torch.inf
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    norm = bit.apply_gradients(optimizers, scaler, 1.0, 1.0)
+    assert norm == torch.inf
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_loss_scaling_gives_the_same_step(tiny_config):
+    stepped = []
+    for enabled in (False, True):
+        model = bit.BitLM(tiny_config)
+        optimizers = bit.make_optimizers(model, bit.TrainConfig())
+        scaler = torch.amp.GradScaler("cpu", enabled=enabled)
+        x = torch.randint(300, (2, 17), generator=torch.Generator().manual_seed(0))
+        scaler.scale(model.loss(x[:, :-1], x[:, 1:])).backward()
+        bit.apply_gradients(optimizers, scaler, 1.0, 1.0)
+        stepped.append(model.state_dict())
+    for name, value in stepped[0].items():
+        torch.testing.assert_close(value, stepped[1][name], msg=name)
+
+
+def test_clipping_bounds_adamw_only(tiny_config):
+    model = bit.BitLM(tiny_config)
+    optimizers = bit.make_optimizers(model, bit.TrainConfig())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    bit._clip(optimizers, 1.0)
+    muon, adamw = ([p.grad for g in o.param_groups for p in g["params"]] for o in optimizers)
+    assert torch.nn.utils.get_total_norm(adamw) == pytest.approx(1.0, rel=1e-4)
+    assert all((grad == 1).all() for grad in muon)
