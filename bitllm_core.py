@@ -100,7 +100,7 @@ WORDPIECE_SPECIALS = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"]
 MIN_VOCAB_SIZE = 257  # 256 bytes and <|endoftext|>
 
 
-def _require(ok: bool, name: str, value: object, expected: str) -> None:
+def require(ok: bool, name: str, value: object, expected: str) -> None:
     if not ok:
         raise ValueError(f"{name}={value!r}: expected {expected}")
 
@@ -136,41 +136,41 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(
             self.vocab_size >= MIN_VOCAB_SIZE,
             "vocab_size",
             self.vocab_size,
             f"at least {MIN_VOCAB_SIZE} (256 bytes and {END_OF_TEXT})",
         )
         heads, kv_heads = self.num_attention_heads, self.num_kv_heads
-        _require(heads >= 1, "num_attention_heads", heads, "at least 1")
-        _require(
+        require(heads >= 1, "num_attention_heads", heads, "at least 1")
+        require(
             self.hidden_size % heads == 0,
             "num_attention_heads",
             heads,
             f"a divisor of hidden_size={self.hidden_size}, "
             f"such as {_near_divisor(self.hidden_size, heads)}",
         )
-        _require(
+        require(
             self.block == "seed" or self.head_dim % 2 == 0,
             "num_attention_heads",
             heads,
             f"an even head width (rotary embedding turns pairs), not {self.head_dim}",
         )
-        _require(
+        require(
             kv_heads >= 1 and heads % kv_heads == 0,
             "num_key_value_heads",
             kv_heads,
             f"a divisor of num_attention_heads={heads}, such as {_near_divisor(heads, kv_heads)}",
         )
         context = self.max_position_embeddings
-        _require(context >= 2, "max_position_embeddings", context, "at least 2")
-        _require(self.rope_theta > 0, "rope_theta", self.rope_theta, "a positive number")
-        _require(self.rms_norm_eps > 0, "rms_norm_eps", self.rms_norm_eps, "a positive number")
+        require(context >= 2, "max_position_embeddings", context, "at least 2")
+        require(self.rope_theta > 0, "rope_theta", self.rope_theta, "a positive number")
+        require(self.rms_norm_eps > 0, "rms_norm_eps", self.rms_norm_eps, "a positive number")
         linears = ("ternary", "weight_only", "dense")
-        _require(self.linear in linears, "linear", self.linear, f"one of {', '.join(linears)}")
-        _require(self.block in ("bitnet", "seed"), "block", self.block, "bitnet or seed")
+        require(self.linear in linears, "linear", self.linear, f"one of {', '.join(linears)}")
+        require(self.block in ("bitnet", "seed"), "block", self.block, "bitnet or seed")
 
     @property
     def head_dim(self) -> int:
@@ -230,15 +230,13 @@ class DataConfig:
     """bpe (byte-level, lossless) or wordpiece (the seed's)"""
 
     def __post_init__(self) -> None:
-        _require(
-            bool(self.data), "data", self.data, "a file, a folder, a data set's name or pydocs"
-        )
+        require(bool(self.data), "data", self.data, "a file, a folder, a data set's name or pydocs")
         fraction = self.validation_fraction
-        _require(0 < fraction < 0.9, "validation_fraction", fraction, "a number in (0, 0.9)")
+        require(0 < fraction < 0.9, "validation_fraction", fraction, "a number in (0, 0.9)")
         budget = self.max_train_tokens
-        _require(budget is None or budget > 0, "max_train_tokens", budget, "a positive number")
+        require(budget is None or budget > 0, "max_train_tokens", budget, "a positive number")
         kinds = ("bpe", "wordpiece")
-        _require(self.tokenizer in kinds, "tokenizer", self.tokenizer, "bpe or wordpiece")
+        require(self.tokenizer in kinds, "tokenizer", self.tokenizer, "bpe or wordpiece")
 
 
 @dataclass(frozen=True)
@@ -302,24 +300,24 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_tokens", "log_every_steps", "keep_checkpoints"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("eval_every_steps", "save_every_steps", "warmup_steps", "seed"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("weight_decay", "max_grad_norm", "save_every_minutes"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        _require(self.eval_tokens >= 1, "eval_tokens", self.eval_tokens, "at least 1")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(self.eval_tokens >= 1, "eval_tokens", self.eval_tokens, "at least 1")
         micro = self.micro_batch_size
-        _require(micro is None or micro >= 1, "micro_batch_size", micro, "at least 1")
+        require(micro is None or micro >= 1, "micro_batch_size", micro, "at least 1")
         for name in ("learning_rate", "adamw_learning_rate"):
             rate = getattr(self, name)
-            _require(rate is None or rate > 0, name, rate, "a positive number")
+            require(rate is None or rate > 0, name, rate, "a positive number")
         for name in ("momentum", "adam_beta1", "adam_beta2"):
-            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a number in [0, 1)")
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a number in [0, 1)")
         share = self.cooldown_fraction
-        _require(0 <= share <= 1, "cooldown_fraction", share, "a number in [0, 1]")
+        require(0 <= share <= 1, "cooldown_fraction", share, "a number in [0, 1]")
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
-            _require(value in allowed, name, value, f"one of {', '.join(allowed)}")
+            require(value in allowed, name, value, f"one of {', '.join(allowed)}")
 
     @property
     def matrix_rate(self) -> float:
@@ -358,27 +356,27 @@ class SamplingConfig:
     """of the choices; default: a new one each time"""
 
     def __post_init__(self) -> None:
-        _require(self.max_new_tokens >= 0, "max_new_tokens", self.max_new_tokens, "0 or more")
-        _require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
-        _require(self.top_k >= 0, "top_k", self.top_k, "0 or more")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
+        require(self.max_new_tokens >= 0, "max_new_tokens", self.max_new_tokens, "0 or more")
+        require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        require(self.top_k >= 0, "top_k", self.top_k, "0 or more")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
         penalty = self.repetition_penalty
-        _require(penalty > 0, "repetition_penalty", penalty, "a positive number")
-        _require(self.seed is None or self.seed >= 0, "seed", self.seed, "0 or more")
+        require(penalty > 0, "repetition_penalty", penalty, "a positive number")
+        require(self.seed is None or self.seed >= 0, "seed", self.seed, "0 or more")
 
 
-def check_configs(model: ModelConfig, train: TrainConfig) -> None:
+def check_configs(model: ModelConfig, training: TrainConfig) -> None:
     """Check what depends on two configurations; ValueError names field, value and remedy."""
-    context, batch = model.max_position_embeddings, train.batch_tokens
+    context, batch = model.max_position_embeddings, training.batch_tokens
     below = max(batch // context, 1) * context
-    _require(
+    require(
         batch % context == 0,
         "batch_tokens",
         batch,
         f"a multiple of max_position_embeddings={context}, such as {below} or {below + context}",
     )
-    micro, windows = train.micro_batch_size, batch // context
-    _require(
+    micro, windows = training.micro_batch_size, batch // context
+    require(
         micro is None or windows % micro == 0,
         "micro_batch_size",
         micro,
@@ -958,7 +956,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: str = "bpe") ->
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    _require(vocab_size >= MIN_VOCAB_SIZE, "vocab_size", vocab_size, f"at least {MIN_VOCAB_SIZE}")
+    require(vocab_size >= MIN_VOCAB_SIZE, "vocab_size", vocab_size, f"at least {MIN_VOCAB_SIZE}")
     if kind == "wordpiece":
         tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -1091,7 +1089,7 @@ def _hub_source(source: str) -> _Hub:
         )
     name, _, column = source[3:].partition("#")
     name, _, config = name.partition(":")
-    _require(name.count("/") == 1, "data", source, "hf:OWNER/NAME[:CONFIG][#COLUMN]")
+    require(name.count("/") == 1, "data", source, "hf:OWNER/NAME[:CONFIG][#COLUMN]")
     return _Hub(name, config or None, column or None)
 
 
@@ -1337,7 +1335,7 @@ def _limited(texts: Iterator[str], chars: int) -> Iterator[str]:
             return
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -1353,7 +1351,7 @@ def source_fingerprint(source: str) -> str | None:
     path = Path(source).expanduser()
     for split in ("train", "validation"):
         for file in _local_files(path, split):
-            digest.update(_file_hash(file).encode())
+            digest.update(file_hash(file).encode())
     return digest.hexdigest()
 
 
@@ -1361,7 +1359,7 @@ def source_fingerprint(source: str) -> str | None:
 class TokenData:
     """Tokenised text of a run: two memory-mapped arrays and what is known of them."""
 
-    train: np.ndarray
+    training: np.ndarray
     validation: np.ndarray
     manifest: dict[str, Any]
 
@@ -1377,7 +1375,7 @@ class TokenData:
         A pure function of (seed, step): each epoch shuffles all windows anew and begins to cut at
         another place, the text being read as a ring, so no token is left out.
         """
-        windows, N = config.batch_tokens // context, len(self.train)
+        windows, N = config.batch_tokens // context, len(self.training)
         per_epoch = N // context
         number = np.arange(step * windows, (step + 1) * windows)
         starts = np.empty(windows, dtype=np.int64)
@@ -1385,10 +1383,10 @@ class TokenData:
             here = number // per_epoch == epoch
             offset, order = _epoch_order(config.seed, int(epoch), per_epoch, N)
             starts[here] = offset + order[number[here] % per_epoch] * context
-        return self.train[(starts[:, None] + np.arange(context + 1)) % N].astype(np.int64)
+        return self.training[(starts[:, None] + np.arange(context + 1)) % N].astype(np.int64)
 
     def steps_per_epoch(self, config: TrainConfig, context: int) -> float:
-        return (len(self.train) // context) / (config.batch_tokens // context)
+        return (len(self.training) // context) / (config.batch_tokens // context)
 
 
 @lru_cache(maxsize=2)
@@ -1405,13 +1403,13 @@ def _read_tokens(folder: Path, manifest: dict[str, Any]) -> TokenData | None:
         if not path.is_file() or not expected["tokens"]:
             return None
         tokens = np.memmap(path, dtype=manifest["dtype"], mode="r")
-        if _file_hash(path) != expected["sha256"]:
+        if file_hash(path) != expected["sha256"]:
             return None
         arrays.append(tokens)
     return TokenData(arrays[0], arrays[1], manifest)
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -1419,7 +1417,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _write_atomically(path: Path, data: bytes | memoryview) -> None:
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Write beside `path`, flush to the disk, rename: whole or not at all."""
     beside = path.with_name(path.name + ".tmp")
     with beside.open("wb") as file:
@@ -1442,7 +1440,7 @@ def prepare_data(
     """
     out = Path(out)
     folder = out / "data"
-    manifest = _read_json(folder / "manifest.json")
+    manifest = read_json(folder / "manifest.json")
     asked = {"data": asdict(config), "vocab_size": vocab_size}
     if manifest and manifest.get("asked") == asked and (out / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(out / "tokenizer.json")
@@ -1456,14 +1454,14 @@ def prepare_data(
     path = out / "tokenizer.json"
     if path.is_file():
         tokenizer = load_tokenizer(path)
-        _say(f"tokenizer: reusing {path}")
+        say(f"tokenizer: reusing {path}")
     else:
         start = time.perf_counter()
         texts = (text for split, text, _ in read() if split == "train")
         tokenizer = train_tokenizer(_limited(texts, _TOKENIZER_CHARS), vocab_size, config.tokenizer)
-        _say(f"tokenizer: {tokenizer.get_vocab_size()} tokens, {time.perf_counter() - start:.1f} s")
+        say(f"tokenizer: {tokenizer.get_vocab_size()} tokens, {time.perf_counter() - start:.1f} s")
     size = tokenizer.get_vocab_size()
-    _require(size <= vocab_size, "vocab_size", vocab_size, f"at least the {size} of {path}")
+    require(size <= vocab_size, "vocab_size", vocab_size, f"at least the {size} of {path}")
     manifest = {
         "format_version": 1,
         "asked": asked,
@@ -1477,8 +1475,8 @@ def prepare_data(
                 f"data={config.data!r}: {manifest[split]['tokens']} {split} tokens; expected at "
                 f"least {needed} (one window). Give more text or a smaller max_position_embeddings"
             )
-    _write_atomically(path, tokenizer.to_str(pretty=True).encode())
-    _write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+    write_atomically(path, tokenizer.to_str(pretty=True).encode())
+    write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
     tokens = _read_tokens(folder, manifest)
     assert tokens is not None, "token files differ from what was just written"
     return tokens, tokenizer
@@ -1493,7 +1491,7 @@ def _check_unchanged(config: DataConfig, manifest: dict[str, Any]) -> None:
         )
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     """One line to stderr; results alone go to stdout."""
     print(line, file=sys.stderr, flush=True)
 
@@ -1767,10 +1765,10 @@ def save_checkpoint(folder: str | Path, contents: dict[str, Any], kind: str = "s
         "size": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
     }
-    _write_atomically(path, data)
-    if _file_hash(path) != manifest["sha256"]:
+    write_atomically(path, data)
+    if file_hash(path) != manifest["sha256"]:
         raise OSError(f"{path}: what was read back is not what was written; is the disk failing?")
-    _write_atomically(path.with_suffix(".json"), json.dumps(manifest).encode())
+    write_atomically(path.with_suffix(".json"), json.dumps(manifest).encode())
     return path
 
 
@@ -1784,10 +1782,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
-    manifest = _read_json(path.with_suffix(".json"))
+    manifest = read_json(path.with_suffix(".json"))
     if manifest is None:
         raise ValueError(f"{path}: no manifest beside it, so it was not written to its end")
-    if path.stat().st_size != manifest.get("size") or _file_hash(path) != manifest.get("sha256"):
+    if path.stat().st_size != manifest.get("size") or file_hash(path) != manifest.get("sha256"):
         raise ValueError(f"{path}: damaged (its size or sha256 is not its manifest's)")
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
@@ -1810,7 +1808,7 @@ def newest_checkpoint(folder: str | Path, kind: str = "step") -> dict[str, Any] 
         try:
             return load_checkpoint(path)
         except ValueError as error:
-            _say(f"passed over: {error}")
+            say(f"passed over: {error}")
     return None
 
 
@@ -1843,7 +1841,7 @@ def load_model(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM,
         contents = load_checkpoint(next((f for f in files if f.is_file()), files[0]))
     else:
         kinds = {"last": "step", "best": "best"}
-        _require(checkpoint in kinds, "checkpoint", checkpoint, "last, best or a step")
+        require(checkpoint in kinds, "checkpoint", checkpoint, "last, best or a step")
         found = newest_checkpoint(path / "checkpoints", kinds[checkpoint])
         if found is None:
             raise FileNotFoundError(f"{path}: no whole checkpoint in it yet; train first")
@@ -1901,7 +1899,7 @@ def choose_device(device: str = "auto", dtype: str = "auto") -> Device:
     if device == "auto":
         device = next(name for name, there in present.items() if there)
     there = ", ".join(name for name, ok in present.items() if ok)
-    _require(present[device], "device", device, f"one that this machine has: {there}")
+    require(present[device], "device", device, f"one that this machine has: {there}")
     if dtype != "auto":
         return Device(torch.device(device), getattr(torch, dtype), "as asked")
     if device == "cuda":
@@ -1919,7 +1917,7 @@ def _cpu_has_bfloat16() -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
-def _compiles(device: Device) -> str:
+def why_not_compile(device: Device) -> str:
     """Why torch.compile cannot work here; empty where it can."""
     if sys.platform == "win32" or device.device.type == "mps":
         return f"not used on {device.device.type} under {platform.system()}"
@@ -2023,16 +2021,16 @@ def evaluate(
     nats = total_loss(model, np.asarray(ids), first, device, batch_size)
     return {
         "loss": nats / len(ids),
-        "perplexity": _exp(nats / len(ids)),
+        "perplexity": safe_exp(nats / len(ids)),
         "bits_per_byte": nats / math.log(2) / size,
-        "word_perplexity": _exp(nats / max(words, 1)),
+        "word_perplexity": safe_exp(nats / max(words, 1)),
         "tokens": len(ids),
         "words": words,
         "bytes": size,
     }
 
 
-def _exp(x: float) -> float:
+def safe_exp(x: float) -> float:
     return math.exp(min(x, 700.0))
 
 
@@ -2168,7 +2166,7 @@ class MetricsLog:
         self.path = path
         kept = [line for line in self.read(path) if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        _write_atomically(path, text.encode())
+        write_atomically(path, text.encode())
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
@@ -2196,7 +2194,7 @@ def _stop_on_signals(state: TrainState) -> Iterator[None]:
         if state.stop_signal:
             raise KeyboardInterrupt
         state.stop_signal = number
-        _say("stopping: this step ends, then a checkpoint is saved (again: stop at once)")
+        say("stopping: this step ends, then a checkpoint is saved (again: stop at once)")
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, handle) for number in numbers]
@@ -2232,8 +2230,8 @@ def open_run(out: Path, configs: dict[str, Any], resume: str) -> dict[str, Any] 
     Raises:
         ValueError: other settings, a folder of something else, or `resume` asks for what is not so.
     """
-    _require(resume in ("auto", "never", "must"), "resume", resume, "auto, never or must")
-    saved = _read_json(out / "config.json")
+    require(resume in ("auto", "never", "must"), "resume", resume, "auto, never or must")
+    saved = read_json(out / "config.json")
     if saved is None:
         strange = [] if not out.exists() else [p.name for p in out.iterdir()]
         strange = [n for n in strange if n not in ("tokenizer.json", "data") and ".tmp" not in n]
@@ -2293,7 +2291,7 @@ class _Trainer:
         model = BitLM(model_config, config.seed).to(self.device.device)
         self.state = TrainState(model, make_optimizers(model, config), self.device.scaler(), config)
         self.loss: Callable[[Tensor, Tensor], Tensor] = model.loss
-        self.compiled = False
+        self.unproven = False  # compiled, but no step has shown yet that it works
         self.last_save = time.monotonic()
 
     def tell(self, event: str, *values: Any) -> None:
@@ -2305,31 +2303,40 @@ class _Trainer:
         model, config = self.model_config, self.config
         epochs = config.max_steps / self.data.steps_per_epoch(config, self.context)
         counts = self.data.manifest
-        _say(
+        say(
             f"model: {model.num_parameters / 1e6:.2f}M parameters, {model.linear}, on {self.device}"
         )
-        _say(
+        say(
             f"data: {counts['train']['tokens']:,} training and "
             f"{counts['validation']['tokens']:,} validation tokens; {epochs:.1f} epochs"
         )
-        _say(
+        say(
             f"steps: {config.max_steps} of {config.batch_tokens:,} tokens, "
             f"{self.micro_batch} windows of {self.context} at once"
         )
         for limit in model.export_limits:
-            _say(f"note: this model trains, but not every client will load it: {limit}")
+            say(f"note: this model trains, but not every client will load it: {limit}")
 
     def compile(self) -> None:
         """Wrap the loss in torch.compile where asked for, or where it pays."""
-        asked, why_not = self.config.compile, _compiles(self.device)
+        asked, why_not = self.config.compile, why_not_compile(self.device)
         wanted = asked == "on" or (
             asked == "auto" and _pays_to_compile(self.model_config, self.config)
         )
         if wanted and why_not:
-            _say(f"torch.compile: off ({why_not})")
+            say(f"torch.compile: off ({why_not})")
         elif wanted:
-            _say("torch.compile: on; the first step takes up to a minute")
-            self.loss, self.compiled = torch.compile(self.state.model.loss, dynamic=False), True
+            say("torch.compile: on; the first step takes up to a minute")
+            try:  # it also imports the compiler
+                self.loss = torch.compile(self.state.model.loss, dynamic=False)
+                self.unproven = True
+            except Exception as error:
+                self.back_to_eager(error)
+
+    def back_to_eager(self, error: Exception) -> None:
+        reason = next(iter(str(error).strip().splitlines()), "")[:120]
+        say(f"torch.compile: off ({type(error).__name__}: {reason})")
+        self.loss, self.unproven = self.state.model.loss, False
 
     def backward(self, batch: Tensor) -> float:
         """Mean loss of the windows in `batch`, (windows, T + 1), its gradient accumulated."""
@@ -2353,13 +2360,13 @@ class _Trainer:
                     raise
                 smaller = [d for d in range(1, self.micro_batch) if len(batch) % d == 0]
                 self.micro_batch = smaller[-1]
-                _say(f"out of GPU memory: {self.micro_batch} windows at once from here on")
+                say(f"out of GPU memory: {self.micro_batch} windows at once from here on")
             except Exception as error:
-                if not self.compiled or self.state.step or self.state.stop_signal:
+                if not self.unproven:
                     raise
-                reason = next(iter(str(error).strip().splitlines()), "")[:120]
-                _say(f"torch.compile: off ({type(error).__name__}: {reason})")
-                self.loss, self.compiled = self.state.model.loss, False
+                if self.state.stop_signal:  # it reaches the compiler's helpers too
+                    raise KeyboardInterrupt from error
+                self.back_to_eager(error)
             for optimizer in self.state.optimizers:
                 optimizer.zero_grad()
             if self.device.device.type == "cuda":
@@ -2370,6 +2377,7 @@ class _Trainer:
         state = self.state
         batch = torch.from_numpy(self.data.batch(self.config, self.context, state.step))
         state.loss = self.backward_or_less(batch)
+        self.unproven = False
         factor = learning_rate_factor(self.config, state.step)
         norm = apply_gradients(state.optimizers, state.scaler, factor, self.config.max_grad_norm)
         state.step += 1
@@ -2409,7 +2417,7 @@ class _Trainer:
             "grad_norm": norm,
             "tokens": state.tokens,
             "tokens_per_s": round(tokens_per_s, 1),
-            "memory_bytes": _memory_in_use(self.device),
+            "memory_bytes": memory_in_use(self.device),
             "train_seconds": round(state.train_seconds, 3),
             **self.telemetry(),
         }
@@ -2422,7 +2430,7 @@ class _Trainer:
         return {
             "step": self.state.step,
             "val_loss": loss,
-            "val_perplexity": _exp(loss),
+            "val_perplexity": safe_exp(loss),
             "val_bits_per_byte": loss / math.log(2) / self.data.bytes_per_token,
             "val_tokens": len(tokens),
             **({"final": True} if whole else {}),
@@ -2470,7 +2478,7 @@ class _Trainer:
         before = {**checkpoint["versions"], "device": checkpoint["device"]}
         changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
         if changed:
-            _say(f"note: not bit for bit as before, for these changed: {', '.join(changed)}")
+            say(f"note: not bit for bit as before, for these changed: {', '.join(changed)}")
         if not self.config.micro_batch_size:
             self.micro_batch = checkpoint["micro_batch"]
         self.state.load_state_dict(checkpoint)
@@ -2540,7 +2548,7 @@ class _Trainer:
         return metrics
 
 
-def _memory_in_use(device: Device) -> int:
+def memory_in_use(device: Device) -> int:
     """Most bytes held so far: on the GPU, or by this process."""
     if device.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
@@ -2600,7 +2608,7 @@ def train(
     if checkpoint:
         trainer.restore(checkpoint)
         del checkpoint
-    _write_atomically(
+    write_atomically(
         out / "config.json",
         json.dumps({"format_version": FORMAT_VERSION, **configs}, indent=1).encode(),
     )
@@ -2610,7 +2618,7 @@ def train(
         return state
     trainer.announce()
     if state.step:
-        _say(f"going on from step {state.step} of {train_config.max_steps}")
+        say(f"going on from step {state.step} of {train_config.max_steps}")
     if state.step < train_config.max_steps:
         trainer.compile()
     with _stop_on_signals(state):
@@ -2741,8 +2749,8 @@ def _configs_from_flags(flags: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The preset's, or the run's own where no preset is named, with the flags laid over."""
     kinds = (ModelConfig, DataConfig, TrainConfig)
     if flags.preset is not None:
-        _require(flags.preset in PRESETS, "preset", flags.preset, f"one of {', '.join(PRESETS)}")
-    saved = None if flags.preset else _read_json(Path(flags.out) / "config.json")
+        require(flags.preset in PRESETS, "preset", flags.preset, f"one of {', '.join(PRESETS)}")
+    saved = None if flags.preset else read_json(Path(flags.out) / "config.json")
     if saved:
         parts = zip(kinds, ("model", "data", "train"), strict=True)
         bases = tuple(kind(**saved[part]) for kind, part in parts)
@@ -2759,7 +2767,7 @@ def _train_command(flags: argparse.Namespace) -> int:
     state = train(*configs, flags.out, resume=flags.resume)
     out = Path(flags.out)
     if state.stop_signal:
-        _say(f"stopped at step {state.step} of {state.config.max_steps}; saved in {out}")
+        say(f"stopped at step {state.step} of {state.config.max_steps}; saved in {out}")
         return 128 + state.stop_signal
     model, tokenizer = load_model(out)
     prompt = state.config.sample_prompt
@@ -2769,7 +2777,9 @@ def _train_command(flags: argparse.Namespace) -> int:
     print(f"\n{prompt}{text}\n")
     print(f"complete: {state.step} steps, {state.tokens:,} tokens, {speed:,.0f} tokens/s")
     print(f"last training loss {state.loss:.4f}, {state.skipped} steps skipped")
-    print(f"validation loss {state.val_loss:.4f}, perplexity {_exp(state.val_loss):.1f}", end="")
+    print(
+        f"validation loss {state.val_loss:.4f}, perplexity {safe_exp(state.val_loss):.1f}", end=""
+    )
     print(f" (a uniform guess: {math.log(size):.4f}, {size})")
     print(f"checkpoint: {list_checkpoints(out / 'checkpoints')[-1]}")
     return 0
@@ -2785,7 +2795,7 @@ def _generate_command(flags: argparse.Namespace) -> int:
 
 
 def _evaluate_command(flags: argparse.Namespace) -> int:
-    _require(flags.dtype in _DTYPES, "dtype", flags.dtype, f"one of {', '.join(_DTYPES)}")
+    require(flags.dtype in _DTYPES, "dtype", flags.dtype, f"one of {', '.join(_DTYPES)}")
     model, tokenizer = _load_from_flags(flags)
     device = choose_device("auto", flags.dtype)
     result = evaluate(model, tokenizer, flags.data, text_column=flags.text_column, device=device)
@@ -2800,7 +2810,7 @@ def _time_training(model: ModelConfig, device: Device, windows: int, steps: int)
     """Tokens a second of full optimizer steps on random tokens, compiled where that works."""
     net = BitLM(model).to(device.device)
     optimizers, scaler = make_optimizers(net, TrainConfig()), device.scaler()
-    loss = net.loss if _compiles(device) else torch.compile(net.loss, dynamic=False)
+    loss = net.loss if why_not_compile(device) else torch.compile(net.loss, dynamic=False)
     shape = (windows, model.max_position_embeddings)
     ids = torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     ids = ids.to(device.device)
@@ -2858,7 +2868,7 @@ def _bench_command(flags: argparse.Namespace) -> int:
         },
         "generate": {"tokens_per_s": generation},
         "memory": {
-            "peak_bytes": _memory_in_use(device),
+            "peak_bytes": memory_in_use(device),
             "weights_and_optimizer_bytes": estimate_memory(model, TrainConfig()),
         },
         "machine": {**machine(), "device": str(device), "parameters": model.num_parameters},
@@ -2877,7 +2887,7 @@ def machine() -> dict[str, Any]:
 def _info_command(flags: argparse.Namespace) -> int:
     device = choose_device()
     print(f"device: {device}")
-    print(f"torch.compile: {_compiles(device) or 'available'}")
+    print(f"torch.compile: {why_not_compile(device) or 'available'}")
     for name, value in machine().items():
         print(f"{name}: {value}")
     rate = _product_rate(device) * 0.25
@@ -2900,13 +2910,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return flags.run(flags)
     except KeyboardInterrupt:
-        _say("stopped at once; nothing after the last checkpoint was saved")
+        say("stopped at once; nothing after the last checkpoint was saved")
         return 130
     except (ValueError, FileNotFoundError) as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return 2
     except (OSError, FloatingPointError) as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return 1
 
 

@@ -19,11 +19,11 @@ def text_of(tokens, tokenizer):
 def test_tokens_are_the_text_and_the_tail_is_held_out(tiny_corpus, tmp_path):
     data, tokenizer = prepared(tiny_corpus, tmp_path)
     text = tiny_corpus.read_text(encoding="utf-8")
-    train, held = text_of(data.train, tokenizer), text_of(data.validation, tokenizer)
+    train, held = text_of(data.training, tokenizer), text_of(data.validation, tokenizer)
     assert train + held == text
     assert 0.04 < len(held) / len(text) < 0.06
-    assert data.train.dtype == np.uint16
-    assert data.manifest["train"]["tokens"] == len(data.train)
+    assert data.training.dtype == np.uint16
+    assert data.manifest["train"]["tokens"] == len(data.training)
     assert data.manifest["validation"]["bytes"] == len(held.encode())
 
 
@@ -34,7 +34,8 @@ def test_pieces_join_to_the_text_tokenized_whole(tmp_path, tokenizer):
     pieces = [piece for piece, _ in bit.read_pieces(str(path))]
     assert len(pieces) > 3
     assert "".join(pieces) == text
-    assert sum((bit.encode(tokenizer, p) for p in pieces), []) == bit.encode(tokenizer, text)
+    ids = [token for piece in pieces for token in bit.encode(tokenizer, piece)]
+    assert ids == bit.encode(tokenizer, text)
 
 
 def test_one_endless_line_is_read_in_pieces(tmp_path):
@@ -70,8 +71,8 @@ def test_a_folder_gives_its_own_validation_split(tmp_path):
         (source / f"{name}.txt").write_text(f"{name} text here. " * 60, encoding="utf-8")
     data, tokenizer = prepared(source, tmp_path / "run")
     assert set(text_of(data.validation, tokenizer).split()) == {"valid", "text", "here."}
-    assert "valid" not in text_of(data.train, tokenizer)
-    assert "test text" not in text_of(data.train, tokenizer)
+    assert "valid" not in text_of(data.training, tokenizer)
+    assert "test text" not in text_of(data.training, tokenizer)
 
 
 def test_other_validation_data(tiny_corpus, tmp_path):
@@ -79,14 +80,14 @@ def test_other_validation_data(tiny_corpus, tmp_path):
     other.write_text("something else entirely " * 20, encoding="utf-8")
     data, tokenizer = prepared(tiny_corpus, tmp_path / "run", validation_data=str(other))
     assert text_of(data.validation, tokenizer) == other.read_text(encoding="utf-8")
-    assert text_of(data.train, tokenizer) == tiny_corpus.read_text(encoding="utf-8")
+    assert text_of(data.training, tokenizer) == tiny_corpus.read_text(encoding="utf-8")
 
 
 def test_files_are_reused_until_they_do_not_match(tiny_corpus, tmp_path, monkeypatch):
     first, _ = prepared(tiny_corpus, tmp_path)
     monkeypatch.setattr(bit, "_tokenize", lambda *a: pytest.fail("tokenized again"))
     again, _ = prepared(tiny_corpus, tmp_path)
-    assert np.array_equal(first.train, again.train)
+    assert np.array_equal(first.training, again.training)
     monkeypatch.undo()
     path = tmp_path / "data" / "train.bin"
     del first, again
@@ -110,8 +111,8 @@ def test_a_changed_text_is_never_taken_silently(tmp_path):
 
 def test_pydocs_needs_nothing(tmp_path):
     data, tokenizer = prepared("pydocs", tmp_path)
-    assert len(data.train) > 50_000
-    assert "statement" in text_of(data.train[:4000], tokenizer)
+    assert len(data.training) > 50_000
+    assert "statement" in text_of(data.training[:4000], tokenizer)
 
 
 @pytest.mark.parametrize(

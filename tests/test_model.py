@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import bitllm_core as bit
+from tests.conftest import Payload
 
 
 def ids(config, batch=2, length=16, seed=0):
@@ -114,19 +115,11 @@ def test_the_seed_preset_is_the_seeds_model(seed_script):
     assert counted == bit.PRESETS["seed"][0].num_parameters
 
 
-class _Payload:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
-
-
 def test_a_foreign_file_is_an_error_and_never_executed(tmp_path):
     proof = tmp_path / "executed"
     for name, write in {
-        "payload.pth": lambda p: torch.save({"model_state_dict": _Payload(proof)}, p),
-        "pickle.pth": lambda p: p.write_bytes(pickle.dumps(_Payload(proof))),
+        "payload.pth": lambda p: torch.save({"model_state_dict": Payload(proof)}, p),
+        "pickle.pth": lambda p: p.write_bytes(pickle.dumps(Payload(proof))),
         "text.pth": lambda p: p.write_text("hello"),
         "other.pth": lambda p: torch.save({"weights": {}}, p),
         "empty.pth": lambda p: p.touch(),

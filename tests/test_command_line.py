@@ -1,0 +1,105 @@
+import json
+
+import pytest
+
+import bitllm_core as bit
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "run"
+    assert bit.main(["train", "--preset", "ci", "--max-steps", "10", "--out", str(out)]) == 0
+    return out
+
+
+def test_train_writes_text_and_perplexity_and_then_says_it_is_complete(run_cli, tmp_path):
+    command = ["train", "--preset", "ci", "--out", tmp_path / "run"]
+    first = run_cli(*command)
+    assert first.returncode == 0, first.stderr
+    second = run_cli(*command)
+    assert second.returncode == 0
+    assert "complete: 40 steps" in first.stdout
+    assert "validation loss" in first.stdout
+    assert first.stdout.splitlines()[-4:] == second.stdout.splitlines()[-4:]
+    # without a preset, the run's own settings are meant
+    assert "complete: 40 steps" in run_cli("train", "--out", tmp_path / "run").stdout
+
+
+def test_generate_repeats_itself_with_a_seed(run_cli, trained):
+    command = ["generate", "--model", trained, "--prompt", "The ", "--max-new-tokens", 20]
+    texts = [run_cli(*command, "--seed", seed).stdout for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith("The ")
+
+
+def test_evaluate_prints_one_json_object(run_cli, trained, tiny_corpus):
+    result = run_cli("evaluate", "--model", trained, "--data", tiny_corpus)
+    found = json.loads(result.stdout)
+    keys = ["loss", "perplexity", "bits_per_byte", "word_perplexity", "tokens", "words", "bytes"]
+    assert list(found) == keys
+    assert found["bytes"] == tiny_corpus.stat().st_size
+
+
+def test_bench_prints_one_json_object(run_cli):
+    found = json.loads(run_cli("bench", "--quick").stdout)
+    assert found["train"].keys() >= {
+        "ternary_tokens_per_s",
+        "dense_tokens_per_s",
+        "flop_utilization",
+    }
+    assert found["generate"]["tokens_per_s"] > 0
+    assert {"memory", "machine"} <= found.keys()
+
+
+def test_info_lists_the_presets(run_cli):
+    text = run_cli("info").stdout
+    assert all(name in text for name in bit.PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "--preset", "huge", "--out", "x"], "one of ci, demo"),
+        (["train", "--out", "x", "--no-such-flag", "1"], "unrecognized arguments"),
+        (["train", "--out", "x", "--max-steps", "many"], "invalid int value: 'many'"),
+        (["train", "--out", "x", "--num-attention-heads", "7"], "divisor of hidden_size=256"),
+        (["train", "--out", "x", "--data", "nowhere.txt"], "no such file or folder"),
+        (["train", "--out", "x", "--resume", "perhaps"], "auto, never or must"),
+        (["generate", "--model", "nowhere"], "not a run folder"),
+        (["generate", "--model", "nowhere", "--top-p", "2"], "top_p=2.0"),
+        ([], "required: COMMAND"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_exit_2(run_cli, tmp_path, arguments, says):
+    result = run_cli(*arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert says in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not result.stdout
+
+
+def test_every_field_is_a_flag_with_its_meaning(run_cli):
+    text = run_cli("train", "--help").stdout
+    for config in (bit.ModelConfig, bit.DataConfig, bit.TrainConfig):
+        for name in config.__dataclass_fields__:
+            assert f"--{name.replace('_', '-')} " in text
+    assert "optimizer steps between checkpoints" in " ".join(text.split())
+
+
+def test_a_seed_checkpoint_generates(run_cli, seed_script, tiny_corpus, tmp_path):
+    import torch
+
+    tokenizer = bit.train_tokenizer([tiny_corpus.read_text("utf-8")], 300, kind="wordpiece")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    model = seed_script.MiLLM(300, 64, 8, 128, 2, 32)
+    path = tmp_path / "mi_llm_checkpoint.pth"
+    torch.save({"epoch": 0, "batch": 0, "model_state_dict": model.state_dict()}, path)
+    result = run_cli("generate", "--model", path, "--prompt", "cats sat", "--seed", 0)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout) > len("cats sat") + 10
+
+
+def test_the_import_works_from_anywhere(run_cli, tmp_path):
+    assert run_cli("info", cwd=tmp_path).returncode == 0
+    assert (ROOT / "bitllm_core.py").is_file()

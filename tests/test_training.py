@@ -1,0 +1,309 @@
+"""The loop: it learns, it stops anywhere, and goes on as if it had not."""
+
+import dataclasses
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import bitllm_core as bit
+from tests.conftest import ROOT, assert_same_bits, weights_of, without_times
+
+
+@pytest.fixture
+def run(tiny_config, tiny_train, tiny_corpus):
+    def train(out, *, resume="auto", callbacks=(), model=None, **changes):
+        return bit.train(
+            model or tiny_config,
+            bit.DataConfig(data=str(tiny_corpus)),
+            dataclasses.replace(tiny_train, **changes),
+            out,
+            resume=resume,
+            callbacks=callbacks,
+        )
+
+    return train
+
+
+class StopAt(bit.Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step(self, state, metrics):
+        if state.step == self.step:
+            state.stop_signal = signal.SIGINT
+
+
+class DieAt(StopAt):
+    def on_step(self, state, metrics):
+        if state.step == self.step:
+            raise RuntimeError("as if the machine had gone")
+
+
+def test_loss_falls(run, tmp_path):
+    state = run(tmp_path / "run", max_steps=120, save_every_steps=0)
+    lines = bit.MetricsLog.read(tmp_path / "run" / "metrics.jsonl")
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[0] > 5
+    assert losses[-1] < 3
+    assert state.val_loss < 3
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7, 11])
+def test_stopping_and_going_on_changes_no_bit(run, tmp_path, stop):
+    run(tmp_path / "whole")
+    stopped = run(tmp_path / "parts", callbacks=[StopAt(stop)])
+    assert stopped.step == stop
+    run(tmp_path / "parts")
+    assert_same_bits(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+    assert without_times(tmp_path / "whole") == without_times(tmp_path / "parts")
+
+
+@pytest.mark.parametrize("die", [2, 5, 8])
+def test_dying_and_going_on_changes_no_bit(run, tmp_path, die):
+    run(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="machine"):
+        run(tmp_path / "parts", callbacks=[DieAt(die)])
+    run(tmp_path / "parts")
+    assert_same_bits(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+    assert without_times(tmp_path / "whole") == without_times(tmp_path / "parts")
+
+
+def test_another_optimizer_and_epoch_ends_resume_too(run, tmp_path):
+    options = {"optimizer": "adamw", "max_steps": 90, "save_every_epoch": True}
+    run(tmp_path / "whole", **options)
+    run(tmp_path / "parts", callbacks=[StopAt(47)], **options)
+    run(tmp_path / "parts", **options)
+    assert_same_bits(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+    assert bit.list_checkpoints(tmp_path / "whole" / "checkpoints", "epoch")
+
+
+def test_the_micro_batch_does_not_change_the_mathematics(run, tmp_path):
+    for size in (1, 4, 8):
+        run(tmp_path / str(size), micro_batch_size=size, max_steps=3)
+    one, four, eight = (weights_of(tmp_path / str(size)) for size in (1, 4, 8))
+    for name in one:
+        # Newton-Schulz in bfloat16 turns float32 rounding into its own
+        torch.testing.assert_close(one[name], eight[name], rtol=0.05, atol=2e-3, msg=name)
+        torch.testing.assert_close(four[name], eight[name], rtol=0.05, atol=2e-3, msg=name)
+
+
+def test_micro_batches_accumulate_the_same_gradient(run, tmp_path, tiny_config):
+    model = bit.BitLM(tiny_config)
+    x = torch.randint(300, (8, 17), generator=torch.Generator().manual_seed(0))
+
+    def gradient(size):
+        model.zero_grad()
+        for part in x.split(size):
+            (model.loss(part[:, :-1], part[:, 1:]) / 128).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    whole, parts = gradient(8), gradient(2)
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_out_of_memory_halves_the_micro_batch_within_the_step(run, tmp_path, monkeypatch, capsys):
+    run(tmp_path / "small", micro_batch_size=2, max_steps=4)
+    loss = bit.BitLM.loss
+
+    def too_much(self, input_ids, targets):
+        if torch.is_grad_enabled() and len(input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss(self, input_ids, targets)
+
+    monkeypatch.setattr(bit.BitLM, "loss", too_much)
+    run(tmp_path / "halved", max_steps=4)
+    assert "2 windows at once" in capsys.readouterr().err
+    assert_same_bits(weights_of(tmp_path / "small"), weights_of(tmp_path / "halved"))
+
+
+def test_compiled_and_eager_agree(run, tmp_path, capsys):
+    losses = {}
+    for mode in ("on", "off"):
+        run(tmp_path / mode, compile=mode, max_steps=3, log_every_steps=1)
+        losses[mode] = [x["loss"] for x in without_times(tmp_path / mode) if "loss" in x]
+    assert "torch.compile: off" not in capsys.readouterr().err
+    assert losses["on"] == pytest.approx(losses["off"], rel=1e-4)  # other order of sums
+
+
+def test_compiled_runs_resume_bit_for_bit(run, tmp_path):
+    run(tmp_path / "whole", compile="on", dtype="bfloat16")
+    run(tmp_path / "parts", compile="on", dtype="bfloat16", callbacks=[StopAt(5)])
+    torch._dynamo.reset()
+    run(tmp_path / "parts", compile="on", dtype="bfloat16")
+    assert_same_bits(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+
+
+def test_a_failing_compiler_is_one_line_and_eager(run, tmp_path, monkeypatch, capsys):
+    def broken(function, **options):
+        return lambda *a: (_ for _ in ()).throw(RuntimeError("no compiler today"))
+
+    monkeypatch.setattr(torch, "compile", broken)
+    state = run(tmp_path / "run", compile="on")
+    assert state.step == 12
+    assert "torch.compile: off (RuntimeError: no compiler today)" in capsys.readouterr().err
+
+
+def test_float16_scales_its_loss(run, tmp_path):
+    run(tmp_path / "whole", dtype="float16", max_steps=6)
+    run(tmp_path / "parts", dtype="float16", max_steps=6, callbacks=[StopAt(2)])
+    state = run(tmp_path / "parts", dtype="float16", max_steps=6)
+    assert state.scaler.is_enabled()
+    assert_same_bits(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+
+
+def test_skipped_steps_are_counted_and_end_the_run(run, tmp_path, monkeypatch):
+    class Poison(bit.Callback):
+        def on_step(self, state, metrics):
+            assert state.skipped == max(0, state.step - 3)
+            if state.step == 3:
+                state.model.model.norm.weight.data[0] = math.nan
+
+    with pytest.raises(FloatingPointError, match="25 steps in a row"):
+        run(tmp_path / "run", max_steps=100, eval_every_steps=0, callbacks=[Poison()])
+
+
+def test_other_settings_are_refused_before_any_work(run, tmp_path, tiny_config):
+    out = tmp_path / "run"
+    run(out)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    other = dataclasses.replace(tiny_config, hidden_size=64)
+    with pytest.raises(ValueError, match=r"hidden_size \(run: 32, asked: 64\)"):
+        run(out, model=other)
+    with pytest.raises(ValueError, match=r"batch_tokens \(run: 128, asked: 64\)"):
+        run(out, batch_tokens=64)
+    with pytest.raises(ValueError, match="resume=never"):
+        run(out, resume="never")
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    with pytest.raises(ValueError, match="resume=must"):
+        run(tmp_path / "none", resume="must")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match=r"not a run folder.*thesis\.tex"):
+        run(tmp_path / "mine")
+
+
+def test_only_damaged_checkpoints_are_not_begun_over(run, tmp_path):
+    run(tmp_path)
+    for path in (tmp_path / "checkpoints").glob("step_*.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="nothing is overwritten"):
+        run(tmp_path)
+
+
+def test_a_finished_run_comes_back_at_once_and_can_be_extended(run, tmp_path):
+    first = run(tmp_path)
+    again = run(tmp_path)
+    assert again.val_loss == first.val_loss
+    assert run(tmp_path, max_steps=15).step == 15
+
+
+def test_a_moved_run_folder_goes_on(run, tmp_path):
+    run(tmp_path / "a", callbacks=[StopAt(5)])
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert run(tmp_path / "b").step == 12
+    model, tokenizer = bit.load_model(tmp_path / "b")
+    assert bit.generate(model, tokenizer, "1 cats", bit.SamplingConfig(seed=0))
+    assert bit.load_model(tmp_path / "b", "best")
+
+
+def test_callbacks_hear_of_everything(run, tmp_path):
+    heard = []
+
+    class Ear(bit.Callback):
+        def __getattribute__(self, name):
+            if name.startswith("on_"):
+                heard.append(name)
+            return super().__getattribute__(name)
+
+    run(tmp_path, callbacks=[Ear()])
+    assert heard.count("on_step") == 12
+    assert heard.count("on_eval") == 4  # at 4, 8, 12, and on everything
+    assert heard.count("on_sample") == 3
+    assert heard.count("on_checkpoint") == 5
+    assert heard[0] == "on_start"
+    assert heard[-1] == "on_end"
+
+
+def test_metrics_hold_what_they_promise(run, tmp_path):
+    run(tmp_path)
+    lines = bit.MetricsLog.read(tmp_path / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [2, 4, 6, 8, 10, 12]
+    for line in steps:
+        assert 0.2 < np.mean(line["zero_fraction"]) < 0.5  # a third, for normal-like weights
+        assert len(line["flip_rate"]) == 2
+        assert {"learning_rate", "grad_norm", "tokens_per_s", "memory_bytes"} <= line.keys()
+    assert max(steps[1]["flip_rate"]) > 0
+    assert [x["step"] for x in lines if "val_loss" in x] == [4, 8, 12, 12]
+
+
+def test_evaluate_against_a_hand_computed_case(tmp_path, tiny_config, tokenizer):
+    text = "3 cats sat on 4 mats.\nПять котов\n" * 4
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="\n")
+    model = bit.BitLM(tiny_config).eval()
+    ids = bit.encode(tokenizer, text)
+    assert len(ids) > 40
+    nats, sequence = 0.0, [bit.end_of_text_id(tokenizer), *ids]
+    for i in range(len(ids)):  # each token from those before it in its window of 16
+        window = sequence[i // 16 * 16 : i + 1]
+        nats -= model(torch.tensor([window]))[0, -1].log_softmax(-1)[ids[i]].item()
+    device = bit.choose_device("cpu", "float32")
+    for size in (1, 3, 16):
+        result = bit.evaluate(model, tokenizer, tmp_path / "a.txt", batch_size=size, device=device)
+        assert result["loss"] == pytest.approx(nats / len(ids), rel=1e-4)
+    assert result["tokens"] == len(ids)
+    assert result["words"] == 4 * (6 + 2 + 2)
+    assert result["bytes"] == len(text.encode())
+    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / result["bytes"], rel=1e-4)
+    assert result["word_perplexity"] == pytest.approx(math.exp(nats / 40), rel=1e-3)
+
+
+CLI = ["train", "--preset", "ci", "--save-every-steps", "3", "--eval-every-steps", "10"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "whole"
+    command = [sys.executable, str(ROOT / "bitllm_core.py"), *CLI, "--out", str(out)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    return out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_process_goes_on_bit_for_bit(tmp_path, uninterrupted, number):
+    seed = random.randrange(10**6)
+    chance = random.Random(seed)
+    command = [sys.executable, str(ROOT / "bitllm_core.py"), *CLI, "--out", str(tmp_path / "run")]
+    codes = []
+    for _ in range(12):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            process.communicate(timeout=2.2 + chance.random() * 2)
+        except subprocess.TimeoutExpired:
+            process.send_signal(number)
+            process.communicate(timeout=120)
+        codes.append(process.returncode)
+        if process.returncode == 0:
+            break
+        time.sleep(0.05)
+    else:
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+    print("seed", seed, "exit codes", codes)
+    expected = -signal.SIGKILL if number == signal.SIGKILL else 128 + number
+    assert set(codes) <= {0, expected, -number}  # -number: before the program began
+    assert_same_bits(weights_of(uninterrupted), weights_of(tmp_path / "run"))
+    assert without_times(uninterrupted) == without_times(tmp_path / "run")
+    best = [
+        bit.newest_checkpoint(p / "checkpoints", "best") for p in (uninterrupted, tmp_path / "run")
+    ]
+    assert json.dumps(best[0]["val_loss"]) == json.dumps(best[1]["val_loss"])
