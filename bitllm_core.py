@@ -53,6 +53,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
@@ -103,6 +104,11 @@ MIN_VOCAB_SIZE = 257  # 256 bytes and <|endoftext|>
 def require(ok: bool, name: str, value: object, expected: str) -> None:
     if not ok:
         raise ValueError(f"{name}={value!r}: expected {expected}")
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of a library's error, for the line in which we explain it."""
+    return next(iter(str(error).strip().splitlines()), "")[:140]
 
 
 @dataclass(frozen=True)
@@ -405,7 +411,7 @@ PRESETS: dict[str, tuple[ModelConfig, DataConfig, TrainConfig]] = {
             log_every_steps=5,
         ),
     ),
-    "demo": (ModelConfig(), DataConfig(), TrainConfig()),
+    "demo": (ModelConfig(), DataConfig(), TrainConfig(save_every_steps=50)),
     "laptop": (
         ModelConfig(
             vocab_size=8192,
@@ -802,16 +808,27 @@ class BitLM(nn.Module):
             at = (at - left_pad[:, None]).clamp(min=0)  # (B, T)
         elif past and T > 1:
             mask = at[:, None] >= torch.arange(past + T, device=at.device)  # (T, past + T)
-        x = self.model.embed_tokens(input_ids)  # (B, T, D)
-        rope = None
-        if self.config.block == "seed":
-            x = x + self.model.embed_positions(at)
-        else:
-            rope = self.rope[:, at].view(2, -1, T, self.config.head_dim // 2)
-        for layer in self.model.layers:
-            x = layer(x, rope, cache, mask)
+        x = self._blocks(self.embed(input_ids, at), at, cache, mask)
         if cache:
             cache.length += T
+        return x
+
+    def embed(self, input_ids: Tensor, at: Tensor | None = None) -> Tensor:
+        """What the first block reads, (B, T, D), of tokens at the positions `at`, (T) or (B, T)."""
+        x = self.model.embed_tokens(input_ids)
+        if self.config.block == "seed":
+            at = torch.arange(input_ids.shape[1], device=x.device) if at is None else at
+            x = x + self.model.embed_positions(at)
+        return x
+
+    def _blocks(
+        self, x: Tensor, at: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        rope = None
+        if self.config.block == "bitnet":
+            rope = self.rope[:, at].view(2, -1, x.shape[1], self.config.head_dim // 2)
+        for layer in self.model.layers:
+            x = layer(x, rope, cache, mask)
         return self.model.norm(x)
 
     def _padded_mask(self, at: Tensor, left_pad: Tensor) -> Tensor:
@@ -846,7 +863,12 @@ class BitLM(nn.Module):
 
     def loss(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy in nats, summed over all tokens of `targets`, (B, T), in float32."""
-        logits = self.head(self.hidden(input_ids)).flatten(0, 1)
+        return self.loss_of_embedded(self.embed(input_ids), targets)
+
+    def loss_of_embedded(self, x: Tensor, targets: Tensor) -> Tensor:
+        """`loss` of what `embed` returned: the part that is worth compiling."""
+        at = torch.arange(x.shape[1], device=x.device)
+        logits = self.head(self._blocks(x, at)).flatten(0, 1)
         return F.cross_entropy(logits.float(), targets.flatten(), reduction="sum")
 
 
@@ -909,9 +931,9 @@ def import_seed_checkpoint(path: str | Path, num_attention_heads: int = 8) -> Bi
         model = BitLM(_seed_config(renamed, num_attention_heads), seed=None)
         model.load_state_dict(renamed)
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
         raise ValueError(
-            f"{path}: not a checkpoint of the seed script ({type(error).__name__}: {reason}); "
+            f"{path}: not a checkpoint of the seed script "
+            f"({type(error).__name__}: {first_line(error)}); "
             "expected a dictionary with 'model_state_dict' as its torch.save wrote it"
         ) from error
     return model
@@ -1791,7 +1813,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         contents = torch.load(path, map_location="cpu", weights_only=True)
         version = contents["format_version"]
     except Exception as error:
-        raise ValueError(f"{path}: not a checkpoint of this program ({error})") from error
+        raise ValueError(
+            f"{path}: not a checkpoint of this program ({first_line(error)})"
+        ) from error
     if version != FORMAT_VERSION:
         raise ValueError(f"{path}: format {version}; this program reads {FORMAT_VERSION}")
     return contents
@@ -1924,6 +1948,22 @@ def why_not_compile(device: Device) -> str:
     if device.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         return "no C++ compiler found"
     return ""
+
+
+def compiled_loss(model: BitLM) -> Callable[[Tensor, Tensor], Tensor]:
+    """`model.loss`, compiled but for the embedding.
+
+    Compiled for a CPU, the embedding's gradient is added up by several threads in no fixed order,
+    so that two runs differ in their last bits; the eager one is as fast and always the same.
+    """
+    compiled = torch.compile(model.loss_of_embedded, dynamic=False)
+
+    def loss(input_ids: Tensor, targets: Tensor) -> Tensor:
+        with warnings.catch_warnings():  # the compiler looks at the input's .grad; it has none
+            warnings.filterwarnings("ignore", message="The .grad attribute")
+            return compiled(model.embed(input_ids), targets)
+
+    return loss
 
 
 def _pays_to_compile(model: ModelConfig, train: TrainConfig) -> bool:
@@ -2231,11 +2271,13 @@ def open_run(out: Path, configs: dict[str, Any], resume: str) -> dict[str, Any] 
         ValueError: other settings, a folder of something else, or `resume` asks for what is not so.
     """
     require(resume in ("auto", "never", "must"), "resume", resume, "auto, never or must")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: a file; expected a folder for the run, choose another --out")
     saved = read_json(out / "config.json")
     if saved is None:
         strange = [] if not out.exists() else [p.name for p in out.iterdir()]
         strange = [n for n in strange if n not in ("tokenizer.json", "data") and ".tmp" not in n]
-        if strange or out.is_file():
+        if strange:
             raise ValueError(
                 f"{out}: not a run folder (no config.json) and not empty "
                 f"({', '.join(sorted(strange)[:3])}); choose another --out"
@@ -2253,6 +2295,9 @@ def open_run(out: Path, configs: dict[str, Any], resume: str) -> dict[str, Any] 
             f"{out} was made with other settings: {'; '.join(different)}. "
             "Ask for the same, or choose another --out"
         )
+    before, now = saved["train"]["max_steps"], configs["train"]["max_steps"]
+    if before != now:
+        say(f"max_steps: {before} -> {now}; the schedule now ends there, and the rate follows it")
     checkpoint = newest_checkpoint(out / "checkpoints")
     if checkpoint is None and list_checkpoints(out / "checkpoints"):
         raise ValueError(
@@ -2328,14 +2373,13 @@ class _Trainer:
         elif wanted:
             say("torch.compile: on; the first step takes up to a minute")
             try:  # it also imports the compiler
-                self.loss = torch.compile(self.state.model.loss, dynamic=False)
+                self.loss = compiled_loss(self.state.model)
                 self.unproven = True
             except Exception as error:
                 self.back_to_eager(error)
 
     def back_to_eager(self, error: Exception) -> None:
-        reason = next(iter(str(error).strip().splitlines()), "")[:120]
-        say(f"torch.compile: off ({type(error).__name__}: {reason})")
+        say(f"torch.compile: off ({type(error).__name__}: {first_line(error)})")
         self.loss, self.unproven = self.state.model.loss, False
 
     def backward(self, batch: Tensor) -> float:
@@ -2810,7 +2854,7 @@ def _time_training(model: ModelConfig, device: Device, windows: int, steps: int)
     """Tokens a second of full optimizer steps on random tokens, compiled where that works."""
     net = BitLM(model).to(device.device)
     optimizers, scaler = make_optimizers(net, TrainConfig()), device.scaler()
-    loss = net.loss if why_not_compile(device) else torch.compile(net.loss, dynamic=False)
+    loss = net.loss if why_not_compile(device) else compiled_loss(net)
     shape = (windows, model.max_position_embeddings)
     ids = torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     ids = ids.to(device.device)

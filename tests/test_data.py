@@ -150,6 +150,52 @@ def test_a_hub_out_of_reach_names_the_alternatives(tmp_path):
 
 
 @pytest.fixture
+def hub(monkeypatch):
+    """datasets.load_dataset with a few rows of its own, noting what it was asked for."""
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, config=None, *, split, streaming=False):
+        asked.append((name, config, split, streaming))
+        texts = [f"{split} row {i} of a longer text.\n" for i in range(400)]
+        rows = datasets.Dataset.from_dict({"title": ["t"] * 400, "text": ["", *texts[1:]]})
+        return rows.to_iterable_dataset() if streaming else rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+def test_a_hub_set_with_its_own_validation_split(hub, tmp_path):
+    data, tokenizer = prepared("wikitext-2", tmp_path)
+    assert {call[:2] for call in hub} == {("Salesforce/wikitext", "wikitext-2-raw-v1")}
+    assert not any(streaming for *_, streaming in hub)
+    eot = bit.end_of_text_id(tokenizer)
+    assert eot not in data.training  # its rows are lines of one text
+    assert "train row" not in text_of(data.validation, tokenizer)
+    assert "validation row" in text_of(data.validation, tokenizer)
+
+
+def test_any_hub_set_by_name_config_and_column(hub, tmp_path):
+    data, tokenizer = prepared("hf:someone/some:part#title", tmp_path)
+    assert hub[0] == ("someone/some", "part", "train", False)
+    assert set(text_of(data.training, tokenizer)) == {"t"}
+    assert bit.end_of_text_id(tokenizer) in data.training  # rows are documents
+    with pytest.raises(ValueError, match="has columns title, text"):
+        prepared("hf:someone/some#body", tmp_path / "other")
+
+
+def test_a_budget_streams_and_stops(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(bit, "_STREAM_VALIDATION_CHARS", 1000)
+    data, tokenizer = prepared("fineweb-edu", tmp_path, max_train_tokens=500)
+    assert all(streaming for *_, streaming in hub)
+    assert 500 <= len(data.training) < 1500
+    held, train = text_of(data.validation, tokenizer), text_of(data.training, tokenizer)
+    assert held.startswith("train row 1 ")  # the end of a stream is not known: its beginning
+    assert not set(held.splitlines()) & set(train.splitlines())
+
+
+@pytest.fixture
 def ring():
     return bit.TokenData(np.arange(1000, dtype=np.uint16), np.arange(10, dtype=np.uint16), {})
 

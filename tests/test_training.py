@@ -134,12 +134,13 @@ def test_compiled_and_eager_agree(run, tmp_path, capsys):
     assert losses["on"] == pytest.approx(losses["off"], rel=1e-4)  # other order of sums
 
 
-def test_compiled_runs_resume_bit_for_bit(run, tmp_path):
+def test_compiled_runs_resume_bit_for_bit(run, tmp_path, capsys):
     run(tmp_path / "whole", compile="on", dtype="bfloat16")
     run(tmp_path / "parts", compile="on", dtype="bfloat16", callbacks=[StopAt(5)])
     torch._dynamo.reset()
     run(tmp_path / "parts", compile="on", dtype="bfloat16")
     assert_same_bits(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+    assert "torch.compile: off" not in capsys.readouterr().err
 
 
 def test_a_failing_compiler_is_one_line_and_eager(run, tmp_path, monkeypatch, capsys):
@@ -187,6 +188,9 @@ def test_other_settings_are_refused_before_any_work(run, tmp_path, tiny_config):
         run(tmp_path / "none", resume="must")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="expected a folder"):
+        run(tmp_path / "file")
     with pytest.raises(ValueError, match=r"not a run folder.*thesis\.tex"):
         run(tmp_path / "mine")
 
@@ -199,11 +203,12 @@ def test_only_damaged_checkpoints_are_not_begun_over(run, tmp_path):
         run(tmp_path)
 
 
-def test_a_finished_run_comes_back_at_once_and_can_be_extended(run, tmp_path):
+def test_a_finished_run_comes_back_at_once_and_can_be_extended(run, tmp_path, capsys):
     first = run(tmp_path)
     again = run(tmp_path)
     assert again.val_loss == first.val_loss
     assert run(tmp_path, max_steps=15).step == 15
+    assert "max_steps: 12 -> 15" in capsys.readouterr().err
 
 
 def test_a_moved_run_folder_goes_on(run, tmp_path):
