@@ -41,20 +41,26 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import inspect
-import io
+import itertools
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
+import stat
 import sys
 import threading
 import time
+import uuid
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -106,6 +112,24 @@ def require(ok: bool, name: str, value: object, expected: str) -> None:
         raise ValueError(f"{name}={value!r}: expected {expected}")
 
 
+def config_from(kind: Any, values: Any, path: Path) -> Any:
+    """A configuration as a file gives it; ValueError names the file and what is wrong in it."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected the fields of a {kind.__name__}, got {values!r:.80}")
+    types = {item.name: str(item.type).split(" | ") for item in fields(kind)}
+    for name, value in values.items():
+        if name not in types:
+            raise ValueError(f"{path}: {name!r:.80} is no field of {kind.__name__}")
+        given = "None" if value is None else type(value).__name__
+        if given not in types[name] and not (given == "int" and "float" in types[name]):
+            expected = " or ".join(types[name])
+            raise ValueError(f"{path}: {name}={value!r:.80}: expected {expected}")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def first_line(error: Exception) -> str:
     """The beginning of a library's error, for the line in which we explain it."""
     return next(iter(str(error).strip().splitlines()), "")[:140]
@@ -143,6 +167,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name, most in _MOST.items():
+            require(getattr(self, name) <= most, name, getattr(self, name), f"at most {most:,}")
         require(
             self.vocab_size >= MIN_VOCAB_SIZE,
             "vocab_size",
@@ -211,6 +237,15 @@ class ModelConfig:
         if self.head_dim not in (64, 128):
             found.append(f"head width {self.head_dim} is neither 64 nor 128")
         return found
+
+
+_MOST = {  # beyond any machine: a slip of the hand, or a hostile file
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 16,
+    "intermediate_size": 1 << 18,
+    "num_hidden_layers": 1 << 10,
+    "max_position_embeddings": 1 << 20,
+}
 
 
 def _near_divisor(n: int, wanted: int) -> int:
@@ -307,6 +342,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_tokens", "log_every_steps", "keep_checkpoints"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        batch = self.batch_tokens
+        require(batch <= 1 << 27, "batch_tokens", batch, f"at most {1 << 27:,}")
         for name in ("eval_every_steps", "save_every_steps", "warmup_steps", "seed"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("weight_decay", "max_grad_norm", "save_every_minutes"):
@@ -926,6 +963,9 @@ def import_seed_checkpoint(path: str | Path, num_attention_heads: int = 8) -> Bi
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected the seed script's checkpoint")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch stores; a bomb would be compressed
+            if sum(item.file_size for item in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it is compressed")
         weights = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
         renamed = {_seed_name(name): tensor.float() for name, tensor in weights.items()}
         model = BitLM(_seed_config(renamed, num_attention_heads), seed=None)
@@ -1003,24 +1043,43 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: str = "bpe") ->
     return tokenizer
 
 
+_TOKENIZER_BYTES = 64 << 20  # a tokenizer.json of 100,000 tokens has 7 MB
+
+
+def tokenizer_from(text: str, path: Path) -> Any:
+    """The tokenizer that a tokenizer.json holds; ValueError names the file it came from."""
+    from tokenizers import Tokenizer, decoders
+
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:
+        raise ValueError(f"{path}: not a tokenizer.json ({first_line(error)})") from error
+    if tokenizer.decoder is None and tokenizer.token_to_id("[UNK]") is not None:
+        tokenizer.decoder = decoders.WordPiece()  # the seed script forgot it
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
 def load_tokenizer(path: str | Path) -> Any:
     """Read a `tokenizer.json`, ours or the seed script's.
 
     Raises FileNotFoundError or ValueError naming the file.
     """
-    from tokenizers import Tokenizer, decoders
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a tokenizer.json")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:
-        raise ValueError(f"{path}: not a tokenizer.json ({error})") from error
-    if tokenizer.decoder is None and tokenizer.token_to_id("[UNK]") is not None:
-        tokenizer.decoder = decoders.WordPiece()  # the seed script forgot it
-    tokenizer.encode_special_tokens = True
-    return tokenizer
+    if path.stat().st_size > _TOKENIZER_BYTES:
+        raise ValueError(f"{path}: not a tokenizer.json ({path.stat().st_size:,} bytes)")
+    return tokenizer_from(path.read_text(encoding="utf-8", errors="replace"), path)
+
+
+def check_tokenizer(tokenizer: Any, vocab_size: int, path: Path) -> None:
+    """Every id must have its row in the embedding; ValueError names the file."""
+    ids = tokenizer.get_vocab(with_added_tokens=True).values()
+    if len(ids) > vocab_size or max(ids, default=0) >= vocab_size:
+        raise ValueError(
+            f"{path}: token ids up to {max(ids):,}, but the model has vocab_size={vocab_size:,}"
+        )
 
 
 def end_of_text_id(tokenizer: Any) -> int | None:
@@ -1291,12 +1350,33 @@ def _splits(config: DataConfig) -> Callable[[], Iterator[tuple[str, str, bool]]]
     return lambda: _split_tail(read_pieces(config.data, "train", config), train_chars)
 
 
+def open_new(path: Path) -> Any:
+    """Open a new file for writing; what has its name, a link to elsewhere too, is deleted."""
+    path.unlink(missing_ok=True)
+    return path.open("xb")
+
+
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Write beside `path`, flush to the disk, rename: whole or not at all."""
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with open_new(beside) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):  # a full disk needs the room
+            beside.unlink(missing_ok=True)
+        raise
+
+
 class _TokenWriter:
     """Appends tokens to a file beside its final name, counting and hashing them."""
 
     def __init__(self, path: Path, dtype: str) -> None:
         self.path, self.dtype = path, dtype
-        self.file = path.with_suffix(".tmp").open("wb")
+        self.file = open_new(path.with_suffix(".tmp"))
         self.digest = hashlib.sha256()
         self.counts = {"tokens": 0, "bytes": 0}
 
@@ -1421,32 +1501,52 @@ def _read_tokens(folder: Path, manifest: dict[str, Any]) -> TokenData | None:
     """The token files, or None where one is missing or not what the manifest says."""
     arrays = []
     for split in ("train", "validation"):
-        path, expected = folder / f"{split}.bin", manifest[split]
-        if not path.is_file() or not expected["tokens"]:
+        path, expected, dtype = folder / f"{split}.bin", manifest[split], manifest["dtype"]
+        if dtype not in ("uint16", "uint32") or not path.is_file() or not expected["tokens"]:
             return None
-        tokens = np.memmap(path, dtype=manifest["dtype"], mode="r")
+        if path.stat().st_size != expected["tokens"] * np.dtype(dtype).itemsize:
+            return None
+        tokens = np.memmap(path, dtype=dtype, mode="r")
         if file_hash(path) != expected["sha256"]:
+            return None
+        if tokens.max() >= manifest["asked"]["vocab_size"]:  # it has no row in the embedding
             return None
         arrays.append(tokens)
     return TokenData(arrays[0], arrays[1], manifest)
 
 
+_JSON_BYTES = 16 << 20  # configurations and manifests have a few thousand
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is none, or none that can be read."""
     try:
+        if path.stat().st_size > _JSON_BYTES:
+            return None
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
 
-def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Write beside `path`, flush to the disk, rename: whole or not at all."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+def same_data(out: Path, config: DataConfig, vocab_size: int) -> bool:
+    """Whether the token files of a run folder are of this source and size of vocabulary."""
+    manifest = read_json(out / "data" / "manifest.json") or {}
+    return manifest.get("asked") == {"data": asdict(config), "vocab_size": vocab_size}
+
+
+def _prepared_data(out: Path, config: DataConfig, vocab_size: int) -> tuple[TokenData, Any] | None:
+    """What `prepare_data` made before; None where it is not all there, or not what it was."""
+    if not same_data(out, config, vocab_size) or not (out / "tokenizer.json").is_file():
+        return None
+    tokenizer = load_tokenizer(out / "tokenizer.json")
+    manifest = read_json(out / "data" / "manifest.json") or {}
+    try:
+        tokens = _read_tokens(out / "data", manifest)
+        made_with = manifest["tokenizer_sha256"]
+    except (KeyError, TypeError, ValueError):  # a manifest that is not ours
+        return None
+    return (tokens, tokenizer) if tokens and made_with == tokenizer_hash(tokenizer) else None
 
 
 def prepare_data(
@@ -1462,14 +1562,10 @@ def prepare_data(
     """
     out = Path(out)
     folder = out / "data"
-    manifest = read_json(folder / "manifest.json")
-    asked = {"data": asdict(config), "vocab_size": vocab_size}
-    if manifest and manifest.get("asked") == asked and (out / "tokenizer.json").is_file():
-        tokenizer = load_tokenizer(out / "tokenizer.json")
-        tokens = _read_tokens(folder, manifest)
-        if tokens and manifest["tokenizer_sha256"] == tokenizer_hash(tokenizer):
-            _check_unchanged(config, manifest)
-            return tokens, tokenizer
+    found = _prepared_data(out, config, vocab_size)
+    if found:
+        _check_unchanged(config, found[0].manifest)
+        return found
     folder.mkdir(parents=True, exist_ok=True)
     fingerprint = source_fingerprint(config.data)
     read = _splits(config)
@@ -1482,11 +1578,10 @@ def prepare_data(
         texts = (text for split, text, _ in read() if split == "train")
         tokenizer = train_tokenizer(_limited(texts, _TOKENIZER_CHARS), vocab_size, config.tokenizer)
         say(f"tokenizer: {tokenizer.get_vocab_size()} tokens, {time.perf_counter() - start:.1f} s")
-    size = tokenizer.get_vocab_size()
-    require(size <= vocab_size, "vocab_size", vocab_size, f"at least the {size} of {path}")
+    check_tokenizer(tokenizer, vocab_size, path)
     manifest = {
         "format_version": 1,
-        "asked": asked,
+        "asked": {"data": asdict(config), "vocab_size": vocab_size},
         "source_sha256": fingerprint,
         "tokenizer_sha256": tokenizer_hash(tokenizer),
         **_tokenize(tokenizer, read(), folder, config.max_train_tokens),
@@ -1754,100 +1849,802 @@ def apply_gradients(
 
 # -----------------------------------------------------------------------------
 # 8 Checkpoints
-# A checkpoint is a file of plain types and, written after it, a manifest with its size and
-# sha256: what has no manifest, or does not match it, was not finished and is passed over.
+# A checkpoint is one safetensors file, which holds the whole state of a run as data, and a manifest
+# with its size and sha256. It is written under another name, read back, its manifest written, and
+# given its own name last: what has that name was whole once, and what is damaged since is found.
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+LOCK_NAME = "lock.json"
+_BLOCK = 4 << 20  # bytes read, written and hashed at once
+_PART = ".part"  # behind the name of what is not finished
+_CHECKPOINT_NAME = re.compile(r"(step|epoch|best)_(\d{8,})\.safetensors")
+_OUR_NAME = re.compile(r"(step|epoch|best)_\d{8,}\.(safetensors(\.part)?|json)")
+_SAFETENSORS_TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
-def _checkpoint_name(step: int, kind: str = "step") -> str:
-    return f"{kind}_{step:08d}.pt"
+class Folder:
+    """A folder of checkpoints through the few operations that a disk or Google Drive may refuse.
+
+    Each raises OSError where the file system does. Tests put a folder in its place that fails on
+    purpose (tests/faults.py).
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def names(self) -> list[str]:
+        """Names of the files in it, sorted; none where the folder is not there."""
+        try:
+            return sorted(entry.name for entry in os.scandir(self.path) if not entry.is_dir())
+        except FileNotFoundError:
+            return []
+
+    def write(self, name: str, blocks: Iterable[bytes | memoryview]) -> None:
+        """A new file in place of what had the name; a part of it is not left behind."""
+        self.path.mkdir(exist_ok=True)
+        self.remove(name)
+        try:
+            with (self.path / name).open("xb") as file:
+                for block in blocks:
+                    file.write(block)
+        except BaseException:
+            with contextlib.suppress(OSError):  # a full disk needs the room
+                self.remove(name)
+            raise
+
+    def sync(self, name: str) -> None:
+        """Wait until the file is on the disk."""
+        with (self.path / name).open("r+b") as file:
+            os.fsync(file.fileno())
+
+    def rename(self, old: str, new: str) -> None:
+        """Only to a name that nothing has: on Drive, renaming over a file can leave two."""
+        self.remove(new)
+        (self.path / old).rename(self.path / new)
+
+    def read(self, name: str) -> Iterator[bytes]:
+        """Blocks of a regular file of this folder: links out of it, pipes, ... are refused."""
+        path = self.path / name
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                yield block
+
+    def size(self, name: str) -> int:
+        return (self.path / name).stat().st_size
+
+    def remove(self, name: str) -> None:
+        """Delete a file, emptied first: in Drive's trash it would go on using the quota."""
+        path = self.path / name
+        with contextlib.suppress(FileNotFoundError):
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:  # else it is someone's, too
+                os.truncate(path, 0)
+            path.unlink()
+
+    def digest(self, name: str) -> str:
+        """sha256 of a file as it reads now."""
+        digest = hashlib.sha256()
+        for block in self.read(name):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+def _split_tensors(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """`tree` with each tensor moved to `tensors` and its name put there instead."""
+    if isinstance(tree, Tensor):
+        tensors[path] = tree.detach()
+        return {"tensor": path}
+    if isinstance(tree, dict):
+        return {k: _split_tensors(v, f"{path}/{k}".lstrip("/"), tensors) for k, v in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_split_tensors(v, f"{path}/{i}", tensors) for i, v in enumerate(tree)]
+    return tree
+
+
+def _join_tensors(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(tree, dict):
+        if tree.keys() == {"tensor"}:
+            return tensors[tree["tensor"]]
+        return {k: _join_tensors(v, tensors) for k, v in tree.items()}
+    return [_join_tensors(v, tensors) for v in tree] if isinstance(tree, list) else tree
+
+
+def _safetensors_blocks(contents: dict[str, Any]) -> Iterator[bytes | memoryview]:
+    """A safetensors file, tensor by tensor.
+
+    The library's own writer copies all tensors in memory first: for 617 MB, 617 MB more and three
+    times as long. Its reader, which checks every size, is what reads these files.
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = _split_tensors(contents, "", tensors)
+    header: dict[str, Any] = {"__metadata__": {"contents": json.dumps(tree)}}
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # aligned
+    end = 0
+    for name in ordered:
+        tensor, start = tensors[name], end
+        end = start + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _SAFETENSORS_TYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in ordered:
+        whole = tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8)
+        for part in whole.split(_BLOCK):
+            yield part.numpy().data
+
+
+def _begin_checkpoint(folder: Folder, contents: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Hand a checkpoint to the system, not yet safe on the disk; return its manifest."""
+    name = f"{kind}_{contents['step']:08d}.safetensors"
+    digest, size = hashlib.sha256(), 0
+
+    def hashed() -> Iterator[bytes | memoryview]:
+        nonlocal size
+        for block in _safetensors_blocks({"format_version": FORMAT_VERSION, **contents}):
+            digest.update(block)
+            size += len(block)
+            yield block
+
+    folder.write(name + _PART, hashed())
+    return {
+        "name": name,
+        "format_version": FORMAT_VERSION,
+        "step": contents["step"],
+        "size": size,
+        "sha256": digest.hexdigest(),
+    }
+
+
+def _finish_checkpoint(folder: Folder, manifest: dict[str, Any]) -> None:
+    """Wait for the disk, read the checkpoint back, write its manifest, and let it count."""
+    name = manifest["name"]
+    part, text = name + _PART, json.dumps(manifest).encode()
+    folder.sync(part)
+    if folder.size(part) != manifest["size"] or folder.digest(part) != manifest["sha256"]:
+        raise OSError(errno.EIO, "what was read back is not what was written", str(folder.path))
+    folder.remove(name)  # of an earlier time, damaged since; before its manifest goes
+    folder.write(_manifest_name(name), [text])
+    folder.sync(_manifest_name(name))
+    folder.rename(part, name)
+    if folder.size(name) != manifest["size"]:
+        folder.remove(name)
+        raise OSError(errno.EIO, "it is not whole after renaming", str(folder.path / name))
+
+
+def _manifest_name(name: str) -> str:
+    return name.removesuffix(".safetensors") + ".json"
 
 
 def save_checkpoint(folder: str | Path, contents: dict[str, Any], kind: str = "step") -> Path:
-    """Write a checkpoint whole or not at all: beside its name, flushed, renamed, read back.
+    """Write a checkpoint and, once it is read back and right, its manifest.
 
     Args:
         folder: of checkpoints; made if need be.
-        contents: plain types and tensors, with at least `step`.
+        contents: tensors and what JSON can hold, in dictionaries and lists, with at least `step`.
         kind: "step", "epoch" or "best", the beginning of the file's name.
 
     Raises:
-        OSError: the disk refused; what was there before is untouched.
+        OSError: the disk refused; the checkpoints of other steps are untouched.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _checkpoint_name(contents["step"], kind)
-    buffer = io.BytesIO()
-    torch.save({"format_version": FORMAT_VERSION, **contents}, buffer)
-    data = buffer.getbuffer()
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "step": contents["step"],
-        "size": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
-    write_atomically(path, data)
-    if file_hash(path) != manifest["sha256"]:
-        raise OSError(f"{path}: what was read back is not what was written; is the disk failing?")
-    write_atomically(path.with_suffix(".json"), json.dumps(manifest).encode())
-    return path
+    where = Folder(folder)
+    where.path.mkdir(parents=True, exist_ok=True)
+    manifest = _begin_checkpoint(where, contents, kind)
+    _finish_checkpoint(where, manifest)
+    return where.path / manifest["name"]
+
+
+def read_manifest(folder: Folder, name: str) -> dict[str, Any]:
+    """The manifest of a checkpoint; ValueError where there is none, or it is torn or foreign."""
+    try:
+        manifest = json.loads(b"".join(itertools.islice(folder.read(_manifest_name(name)), 1)))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{folder.path / name}: damaged (the manifest beside it is gone)"
+        ) from None
+    except (ValueError, RecursionError):
+        manifest = None
+    kinds = {"name": str, "format_version": int, "step": int, "size": int, "sha256": str}
+    if not isinstance(manifest, dict) or any(
+        not isinstance(manifest.get(key), kind) for key, kind in kinds.items()
+    ):
+        raise ValueError(f"{folder.path / name}: the manifest beside it is torn or not ours")
+    if manifest["name"] != name:
+        raise ValueError(f"{folder.path / name}: its manifest is of {manifest['name'][:80]!r}")
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder.path / name}: format {manifest['format_version']}; "
+            f"this program reads {FORMAT_VERSION}"
+        )
+    return manifest
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint as data: nothing in it is executed, all tensors on the CPU.
+
+    Args:
+        path: a checkpoint file, its manifest beside it; or a run folder: its newest whole one.
 
     Raises:
         FileNotFoundError: nothing there.
         ValueError: incomplete, damaged, or not a checkpoint; the message says which.
     """
     path = Path(path)
+    if path.is_dir():
+        found = newest_checkpoint(path / "checkpoints")
+        if found is None:
+            raise FileNotFoundError(f"{path}: no whole checkpoint in it yet; train first")
+        return found
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
-    manifest = read_json(path.with_suffix(".json"))
-    if manifest is None:
-        raise ValueError(f"{path}: no manifest beside it, so it was not written to its end")
-    if path.stat().st_size != manifest.get("size") or file_hash(path) != manifest.get("sha256"):
+    folder = Folder(path.parent)
+    manifest = read_manifest(folder, path.name)
+    if folder.size(path.name) != manifest["size"] or folder.digest(path.name) != manifest["sha256"]:
         raise ValueError(f"{path}: damaged (its size or sha256 is not its manifest's)")
-    try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-        version = contents["format_version"]
-    except Exception as error:
-        raise ValueError(
-            f"{path}: not a checkpoint of this program ({first_line(error)})"
-        ) from error
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: format {version}; this program reads {FORMAT_VERSION}")
+    contents = _read_safetensors(path)
+    if contents.get("step") != manifest["step"]:
+        raise ValueError(f"{path}: its step is {contents.get('step')!r}, not its manifest's")
     return contents
 
 
-def list_checkpoints(folder: str | Path, kind: str = "step") -> list[Path]:
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """A tree that `_safetensors_blocks` wrote; ValueError for any other file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            tree = json.loads(file.metadata()["contents"])
+            # copied, since the library's tensors lie in the file, which may be deleted any time
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+        contents = _join_tensors(tree, tensors)
+        if not isinstance(contents["format_version"], int):
+            raise ValueError("no format version in it")
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: not a checkpoint of this program ({first_line(error)})"
+        ) from error
+    return contents
+
+
+def checkpoint_step(path: str | Path) -> int:
+    """The step that the name of a checkpoint tells."""
+    return int(Path(path).name.split("_")[1].split(".")[0])
+
+
+def list_checkpoints(folder: str | Path | Folder, kind: str = "step") -> list[Path]:
     """Checkpoint files by step, newest last, finished or not."""
-    return sorted(Path(folder).glob(f"{kind}_????????.pt"))
+    folder = folder if isinstance(folder, Folder) else Folder(folder)
+    matches = [_CHECKPOINT_NAME.fullmatch(name) for name in folder.names()]
+    ours = [m[0] for m in matches if m and m[1] == kind]
+    return [folder.path / name for name in sorted(ours, key=checkpoint_step)]
 
 
-def newest_checkpoint(folder: str | Path, kind: str = "step") -> dict[str, Any] | None:
-    """The newest that is whole; each one passed over is said in a line. None: there is none."""
-    for path in reversed(list_checkpoints(folder, kind)):
+def newest_checkpoint(
+    folder: str | Path, kind: str = "step", mirror: str | Path | None = None
+) -> dict[str, Any] | None:
+    """The newest that is whole, of a folder and of its mirror; None: there is none.
+
+    One in the mirror is copied to the folder and read there. Each file that is passed over is
+    said in a line.
+    """
+    local = Folder(folder)
+    places, found, unread = [local, *([Folder(mirror)] if mirror else [])], [], None
+    for order, place in enumerate(places):
         try:
-            return load_checkpoint(path)
-        except ValueError as error:
+            names = [path.name for path in list_checkpoints(place, kind)]
+            found += [(checkpoint_step(name), -order, place, name) for name in names]
+            for name in place.names() if kind == "step" else ():
+                if not _OUR_NAME.fullmatch(name):
+                    say(f"passed over: {place.path / name}: not a name that this program gives")
+        except OSError as error:
+            unread = error
             say(f"passed over: {error}")
+    for _, _, place, name in sorted(found, key=lambda item: item[:2], reverse=True):
+        try:
+            if place is not local:
+                local.path.mkdir(parents=True, exist_ok=True)
+                copy_checkpoint(place, name, local)
+                say(f"fetched {place.path / name}")
+            return load_checkpoint(local.path / name)
+        except (ValueError, OSError) as error:
+            say(f"passed over: {error}")
+    if unread:  # whether there is one is not known
+        raise unread
     return None
 
 
-def prune_checkpoints(folder: str | Path, keep: int, kind: str = "step") -> None:
-    """Delete all but the `keep` newest of a kind, the manifest first."""
-    for path in list_checkpoints(folder, kind)[:-keep]:
-        path.with_suffix(".json").unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
+def copy_checkpoint(
+    source: Folder, name: str, target: Folder, progress: Callable[[int], None] | None = None
+) -> None:
+    """Bring a checkpoint to another folder; its manifest comes last, once it reads back right.
+
+    Raises:
+        ValueError: the source is not whole.
+        OSError: a file system refused, or gave back something else than was written.
+    """
+    manifest = read_manifest(source, name)
+    if copy_file(source, name, target, progress, name + _PART) != manifest["sha256"]:
+        target.remove(name + _PART)
+        raise ValueError(f"{source.path / name}: damaged (its sha256 is not its manifest's)")
+    _finish_checkpoint(target, manifest)
+
+
+def copy_file(
+    source: Folder,
+    name: str,
+    target: Folder,
+    progress: Callable[[int], None] | None = None,
+    new_name: str = "",
+) -> str:
+    """Copy one file in blocks; return the sha256 of what was read."""
+    digest = hashlib.sha256()
+
+    def blocks() -> Iterator[bytes]:
+        for block in source.read(name):
+            digest.update(block)
+            yield block
+            if progress:
+                progress(len(block))
+
+    target.write(new_name or name, blocks())
+    return digest.hexdigest()
+
+
+def prune_checkpoints(
+    folder: str | Path | Folder, keep: int, kind: str = "step", spare: str = ""
+) -> None:
+    """Delete what is older than the `keep` newest finished ones of a kind, the manifest first.
+
+    Args:
+        spare: the name of one that is still being copied, which stays for now.
+    """
+    folder = folder if isinstance(folder, Folder) else Folder(folder)
+    paths = list_checkpoints(folder, kind)
+    finished = [path for path in paths if _has_manifest(folder, path.name)]
+    if len(finished) <= keep:
+        return
+    for path in paths[: paths.index(finished[-keep])]:
+        if path.name != spare:
+            folder.remove(path.name)  # first: what lacks its manifest looks damaged
+            folder.remove(_manifest_name(path.name))
+
+
+def remove_unfinished(folder: Folder) -> None:
+    """Delete what an earlier session began to write and did not end."""
+    names = folder.names()
+    for name in names:
+        alone = name.endswith(".json") and name[: -len(".json")] + ".safetensors" not in names
+        if _OUR_NAME.fullmatch(name) and (name.endswith(_PART) or alone):
+            folder.remove(name)
+
+
+def _has_manifest(folder: Folder, name: str) -> bool:
+    """Whether a checkpoint was finished, by its manifest and size, without reading it."""
+    try:
+        return read_manifest(folder, name)["size"] == folder.size(name)
+    except (ValueError, OSError):
+        return False
+
+
+LOCK_RENEW_S = 60.0
+"""Seconds between signs of life in a lock file."""
+LOCK_STALE_S = 300.0
+"""Seconds without one after which the lock of another machine is taken over."""
+
+
+def _name_of(holder: dict[str, Any]) -> str:
+    return f"process {holder.get('pid')} on {holder.get('host')}"
+
+
+def _process_start(pid: int) -> str | None:
+    """What tells a process from a later one of the same number; None: there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        if Path("/proc/self/stat").exists() or os.name != "posix":
+            return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except OSError:
+        pass
+    return ""
+
+
+class FolderLock:
+    """One writer a folder: a file in it names the process and is renewed every minute.
+
+    A dead process of this machine is known as such at once; that of another machine (yesterday's
+    Colab) by `LOCK_STALE_S` without a sign of life.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / LOCK_NAME
+        self.owner = {
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "process_start": _process_start(os.getpid()),
+            "id": uuid.uuid4().hex,
+        }
+        self._released = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> FolderLock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def acquire(self) -> None:
+        """Take the lock, if need be after waiting for a stale one to run out; again: no effect.
+
+        Raises:
+            ValueError: another process has it; the message names it.
+            OSError: the folder cannot be read or written.
+        """
+        if self._thread:
+            if self.taken():
+                raise ValueError(f"{self.folder}: taken over by {_name_of(self._holder() or {})}")
+            return
+        seen = None
+        while (holder := self._holder()) is not None and not self._is_dead(holder):
+            if holder["host"] == self.owner["host"] or (seen and holder["alive"] != seen["alive"]):
+                raise ValueError(self._refusal(holder))
+            if seen is None:
+                say(f"{self._refusal(holder)}; waiting for that")
+                seen = holder
+            time.sleep(min(1.0, LOCK_STALE_S / 10))
+        if holder is not None:
+            say(f"{self.folder}: taking over from {_name_of(holder)}, which is gone")
+            self.path.unlink(missing_ok=True)
+        try:
+            with self.path.open("x", encoding="utf-8") as file:
+                file.write(self._text())
+        except FileExistsError:  # two at the same moment: the first has it
+            raise ValueError(self._refusal(self._holder() or {})) from None
+        if holder is not None:
+            time.sleep(0.2)  # another may have found the same stale lock: the later one has it
+            if self.taken():
+                raise ValueError(self._refusal(self._holder() or {}))
+        self._thread = threading.Thread(target=self._keep_alive, name="lock", daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        """Delete the file, unless it is another's by now."""
+        self._released.set()
+        with contextlib.suppress(OSError):
+            if self._thread and not self.taken():
+                self.path.unlink(missing_ok=True)
+        self._thread = None
+
+    def taken(self) -> bool:
+        """Whether another process has the folder now, as when this one was asleep for long."""
+        with contextlib.suppress(OSError):
+            holder = self._holder()
+            return holder is not None and holder["id"] != self.owner["id"]
+        return False
+
+    def _text(self) -> str:
+        return json.dumps({**self.owner, "alive": time.time()})
+
+    def _holder(self) -> dict[str, Any] | None:
+        """Who has the folder; None: nobody. A torn file is nobody's who is still alive."""
+        kinds = {"host": str, "pid": int, "id": str, "alive": (int, float)}
+        for _ in range(3):
+            try:
+                found = json.loads(self.path.read_text(encoding="utf-8"))
+                if all(isinstance(found[key], kind) for key, kind in kinds.items()):
+                    return found
+            except FileNotFoundError:
+                return None
+            except (ValueError, TypeError, KeyError, RecursionError):
+                time.sleep(0.05)  # it may be just being written
+        return {"host": "?", "pid": 0, "id": "", "alive": 0.0}
+
+    def _keep_alive(self) -> None:
+        while not self._released.wait(LOCK_RENEW_S) and not self.taken():
+            with contextlib.suppress(OSError):  # the next minute may be better
+                # in place: a file that is replaced every minute would fill Drive's trash
+                self.path.write_text(self._text(), encoding="utf-8")
+
+    def _is_dead(self, holder: dict[str, Any]) -> bool:
+        if holder["host"] == self.owner["host"] and os.name == "posix":
+            start = _process_start(holder["pid"])
+            if start is None or start != holder.get("process_start"):
+                return True
+        return abs(time.time() - holder["alive"]) > LOCK_STALE_S
+
+    def _refusal(self, holder: dict[str, Any]) -> str:
+        alive = holder.get("alive", 0)
+        until = time.strftime("%H:%M:%S", time.localtime(alive + LOCK_STALE_S))
+        return (
+            f"{self.folder} is being written by {_name_of(holder)}, last sign of life "
+            f"{max(time.time() - alive, 0):.0f} s ago. Stop that one or choose another folder; "
+            f"without a further sign it is taken to be gone at {until}"
+        )
+
+
+MIRROR_RETRY_S = (2.0, 300.0)
+"""Seconds until a failed copy is tried again: at first, doubling each time, and at most."""
+MIRROR_FINISH_S = 120.0
+"""Seconds that the mirror gets at the end of a session to take what is not there yet."""
+
+
+class Mirror:
+    """Brings finished checkpoints to a second folder, such as a mounted Google Drive.
+
+    A thread of its own copies; training never waits for it and never ends because of it. What it
+    cannot keep up with is left out: the newest comes next. The folder becomes a run folder.
+
+    Args:
+        run: the run folder to copy from.
+        folder: made if need be; its parent must be there.
+        keep: how many of the newest stay, by kind of checkpoint.
+
+    Raises:
+        ValueError: `folder` cannot be a mirror, or another process writes to it.
+    """
+
+    def __init__(self, run: Path, folder: Path, keep: dict[str, int]) -> None:
+        self.run, self.folder, self.keep = run, folder, keep
+        self.copying = ""
+        """name of the checkpoint on its way"""
+        self.last_good_step: int | None = None
+        self.errors = 0
+        """since the last success"""
+        self._failing_since = 0.0
+        self._last_error = ""
+        self._bytes = [0, 0]  # copied, of how many
+        self._pending: dict[str, str] = {}
+        self._changed = threading.Condition()
+        self._closing = self._abandoned = False
+        self._ended = threading.Event()
+        self.lock = FolderLock(folder)
+        try:
+            folder.mkdir(exist_ok=True)
+            self.lock.acquire()
+        except OSError as error:
+            self._failed(error)
+        threading.Thread(target=self._work, name="mirror", daemon=True).start()
+
+    def offer(self, kind: str, name: str) -> None:
+        """A checkpoint is ready; one of its kind that still waits is left out."""
+        with self._changed:
+            self._pending[kind] = name
+            self._changed.notify()
+
+    def status(self) -> str:
+        """One line for the eye."""
+        if self.errors:
+            since = time.strftime("%H:%M", time.localtime(self._failing_since))
+            times = "1 error" if self.errors == 1 else f"{self.errors} errors"
+            return (
+                f"mirror: failing since {since} ({times}), {self._last_error}, "
+                f"last good step {self.last_good_step or 'none'}"
+            )
+        if self.last_good_step is None:
+            return "mirror: nothing copied yet"
+        return f"mirror: step {self.last_good_step} is in {self.folder}"
+
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Give it a bounded time to finish, with a progress bar; whether all is there."""
+        from tqdm.auto import tqdm
+
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        until = time.monotonic() + (MIRROR_FINISH_S if timeout_s is None else timeout_s)
+        options: dict[str, Any] = {"unit": "B", "unit_scale": True, "mininterval": 1.0}
+        with tqdm(desc="mirror", delay=0.5, leave=False, **options) as bar:
+            while time.monotonic() < until and not self._ended.wait(0.1):
+                bar.total = self._bytes[1]
+                bar.update(self._bytes[0] - bar.n)
+        self._abandoned = True  # where a call to the file system hangs, its thread ends after it
+        return self._ended.is_set() and not self.errors
+
+    def _failed(self, error: Exception) -> None:
+        if not self.errors:
+            self._failing_since = time.time()
+        self.errors += 1
+        number = getattr(error, "errno", None)
+        self._last_error = f"Errno {number}" if number else first_line(error)
+
+    def _next(self) -> tuple[str, str] | None:
+        """Wait for something to copy; None: the end has come and nothing is left."""
+        with self._changed:
+            if self.errors and not self._closing:
+                first, most = MIRROR_RETRY_S
+                self._changed.wait_for(
+                    lambda: self._closing, min(first * 2.0 ** (self.errors - 1), most)
+                )
+            self._changed.wait_for(lambda: self._pending or self._closing)
+            if not self._pending or self._abandoned:
+                return None
+            kind = min(self._pending, key=lambda k: k != "step")  # the one to go on from first
+            self.copying = self._pending.pop(kind)
+            return kind, self.copying
+
+    def _work(self) -> None:
+        tries_left = 5  # once the end has come
+        while (item := self._next()) is not None:
+            kind, name = item
+            try:
+                self._bring(kind, name)
+                self.errors = 0
+                if kind == "step":
+                    self.last_good_step = checkpoint_step(name)
+            except Exception as error:  # of whatever kind: training does not end because of it
+                self._failed(error)
+                tries_left -= self._closing
+                if isinstance(error, OSError) and tries_left > 0:
+                    with self._changed:
+                        self._pending.setdefault(kind, name)
+                    self._ended.wait(MIRROR_RETRY_S[0] if self._closing else 0)
+            finally:
+                self.copying = ""
+        with contextlib.suppress(Exception):
+            self._small_files(["config.json", "tokenizer.json", "metrics.jsonl"])
+        self.lock.release()
+        self._ended.set()
+
+    def _bring(self, kind: str, name: str) -> None:
+        self.folder.mkdir(exist_ok=True)
+        self.lock.acquire()
+        self._token_files()
+        self._small_files(["config.json", "tokenizer.json"])
+        source, target = Folder(self.run / "checkpoints"), Folder(self.folder / "checkpoints")
+        remove_unfinished(target)
+        self._bytes = [0, source.size(name)]
+        copy_checkpoint(source, name, target, self._progress)
+        prune_checkpoints(target, self.keep[kind], kind)
+
+    def _progress(self, size: int) -> None:
+        self._bytes[0] += size
+
+    def _small_files(self, names: Sequence[str]) -> None:
+        source, target = Folder(self.run), Folder(self.folder)
+        for name in names:
+            if name in source.names() and (
+                name not in target.names() or source.digest(name) != target.digest(name)
+            ):
+                copy_file(source, name, target)
+
+    def _token_files(self) -> None:
+        """Once: tokenising anew on another machine would take minutes, and might differ."""
+        source, target = Folder(self.run / "data"), Folder(self.folder / "data")
+        text = b"".join(source.read("manifest.json"))
+        if "manifest.json" in target.names() and b"".join(target.read("manifest.json")) == text:
+            return
+        for split in ("train", "validation"):
+            name = f"{split}.bin"
+            self._bytes = [0, source.size(name)]
+            if copy_file(source, name, target, self._progress) != target.digest(name):
+                raise OSError(errno.EIO, "what was read back is not what was written", name)
+        target.write("manifest.json", [text])
+
+
+class CheckpointWriter:
+    """Saves to one folder while training goes on.
+
+    The caller waits until the system has taken the data; the disk, the reading back, the manifest,
+    the pruning and the mirror are left to a thread.
+    """
+
+    def __init__(self, folder: Path, keep: dict[str, int], mirror: Mirror | None = None) -> None:
+        self.folder, self.keep, self.mirror = Folder(folder), keep, mirror
+        with contextlib.suppress(OSError):
+            remove_unfinished(self.folder)
+        self.worker = ThreadPoolExecutor(1, "checkpoints")
+        self.running: list[tuple[str, Future[Path]]] = []
+        """names and outcomes of those that are not collected yet"""
+
+    def save(self, contents: dict[str, Any], kind: str = "step") -> None:
+        """Begin a checkpoint; OSError where not even that can be done."""
+        manifest = _begin_checkpoint(self.folder, contents, kind)
+        self.running.append((manifest["name"], self.worker.submit(self._finish, manifest, kind)))
+
+    def _finish(self, manifest: dict[str, Any], kind: str) -> Path:
+        _finish_checkpoint(self.folder, manifest)
+        if self.mirror and kind in self.keep:
+            self.mirror.offer(kind, manifest["name"])
+        if kind in self.keep:
+            with contextlib.suppress(OSError):  # what stays is pruned next time
+                spare = self.mirror.copying if self.mirror else ""
+                prune_checkpoints(self.folder, self.keep[kind], kind, spare)
+        return self.folder.path / manifest["name"]
+
+    def finished(self, wait: bool = False) -> list[tuple[str, Path | OSError]]:
+        """What has ended since the last call: its name, and its path or the error."""
+        results: list[tuple[str, Path | OSError]] = []
+        while self.running and (wait or self.running[0][1].done()):
+            name, future = self.running.pop(0)
+            try:
+                results.append((name, future.result()))
+            except OSError as error:
+                results.append((name, error))
+        return results
+
+
+def _checkpoint_of_run(path: Path, checkpoint: str | int) -> dict[str, Any]:
+    folder = path / "checkpoints"
+    if not folder.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path}: not a run folder (no config.json in it)")
+    if isinstance(checkpoint, int):
+        names = [f"{kind}_{checkpoint:08d}.safetensors" for kind in ("step", "epoch", "best")]
+        there = [folder / name for name in names if (folder / name).is_file()]
+        return load_checkpoint(there[0] if there else folder / names[0])
+    kinds = {"last": "step", "best": "best"}
+    require(checkpoint in kinds, "checkpoint", checkpoint, "last, best or a step")
+    found = newest_checkpoint(folder, kinds[checkpoint])
+    if found is None:
+        raise FileNotFoundError(f"{path}: no whole checkpoint in it yet; train first")
+    return found
+
+
+def checked_settings(values: Any, path: Path) -> dict[str, Any]:
+    """The settings of a run, every value checked; ValueError names the file and the field."""
+    kinds = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: not a run's settings (no JSON object with {', '.join(kinds)})")
+    return {part: asdict(config_from(kind, values.get(part), path)) for part, kind in kinds.items()}
+
+
+def read_run_config(run: Path) -> dict[str, Any]:
+    """config.json of a run, checked."""
+    return checked_settings(read_json(run / "config.json"), run / "config.json")
+
+
+def _check_beside(run: Path, config: ModelConfig, tokenizer: Any) -> None:
+    """config.json and tokenizer.json of a run are for people; they must not tell another story."""
+    if (run / "config.json").is_file() and read_run_config(run)["model"] != asdict(config):
+        raise ValueError(
+            f"{run / 'config.json'}: not the settings that its checkpoint was made with"
+        )
+    path = run / "tokenizer.json"
+    if path.is_file() and tokenizer_hash(load_tokenizer(path)) != tokenizer_hash(tokenizer):
+        raise ValueError(f"{path}: not the tokenizer that its checkpoint was trained with")
+
+
+def check_weights(config: ModelConfig, weights: Any, path: Path) -> None:
+    """Names and shapes of a model's tensors, before memory is taken; ValueError names the file."""
+    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
+        raise ValueError(f"{path}: no model in it")
+    held = sum(tensor.numel() for tensor in weights.values())
+    if held != config.num_parameters or len(weights) < config.num_hidden_layers:
+        raise ValueError(
+            f"{path}: {held:,} numbers in it, but its configuration has {config.num_parameters:,}"
+        )
+    with torch.device("meta"):
+        expected = BitLM(config, seed=None).state_dict()
+    for name in expected.keys() | weights.keys():
+        want, came = (getattr(group.get(name), "shape", None) for group in (expected, weights))
+        if want != came:
+            raise ValueError(f"{path}: {name} has shape {came}; its configuration says {want}")
 
 
 def load_model(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM, Any]:
     """A model ready to generate, and its tokenizer.
 
     Args:
-        path: a run folder; or a seed script's .pth file with its tokenizer.json beside it.
+        path: a run folder (or a mirror of one), one checkpoint file; or a seed script's .pth file
+            with its tokenizer.json beside it.
         checkpoint: "last", "best" (lowest validation loss) or a step that was kept.
 
     Raises:
@@ -1857,32 +2654,22 @@ def load_model(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM,
     if path.suffix == ".pth":
         model = import_seed_checkpoint(path)
         return model.freeze(), load_tokenizer(path.with_name("tokenizer.json"))
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path}: not a run folder (no config.json in it)")
-    config = _model_config(path)
-    if isinstance(checkpoint, int):
-        files = [path / "checkpoints" / _checkpoint_name(checkpoint, k) for k in ("step", "epoch")]
-        contents = load_checkpoint(next((f for f in files if f.is_file()), files[0]))
+    if path.is_dir():
+        contents = _checkpoint_of_run(path, checkpoint)
     else:
-        kinds = {"last": "step", "best": "best"}
-        require(checkpoint in kinds, "checkpoint", checkpoint, "last, best or a step")
-        found = newest_checkpoint(path / "checkpoints", kinds[checkpoint])
-        if found is None:
-            raise FileNotFoundError(f"{path}: no whole checkpoint in it yet; train first")
-        contents = found
+        contents = load_checkpoint(path)
+    try:
+        config = config_from(ModelConfig, contents["config"]["model"], path)
+        check_weights(config, contents["model"], path)
+        tokenizer = tokenizer_from(contents["tokenizer"], path)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: its checkpoint lacks what generating needs ({error})") from error
+    check_tokenizer(tokenizer, config.vocab_size, path)
+    if path.is_dir():
+        _check_beside(path, config, tokenizer)
     model = BitLM(config, seed=None)
-    try:
-        model.load_state_dict(contents["model"])
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(f"{path}: config.json and checkpoint differ in shape ({error})") from error
-    return model.freeze(), load_tokenizer(path / "tokenizer.json")
-
-
-def _model_config(run: Path) -> ModelConfig:
-    try:
-        return ModelConfig(**json.loads((run / "config.json").read_text("utf-8"))["model"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{run / 'config.json'}: not a run's configuration ({error})") from error
+    model.load_state_dict(contents["model"])
+    return model.freeze(), tokenizer
 
 
 # -----------------------------------------------------------------------------
@@ -1994,6 +2781,23 @@ def estimate_memory(model: ModelConfig, train: TrainConfig) -> int:
     )
 
 
+def check_memory(model: ModelConfig, train: TrainConfig, device: Device) -> None:
+    """Refuse what cannot fit before anything of it is made; ValueError tells both sizes."""
+    if device.device.type == "cuda":
+        there = torch.cuda.mem_get_info()[1]
+    elif hasattr(os, "sysconf"):
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return
+    needed = estimate_memory(model, train)
+    if needed > there:
+        raise ValueError(
+            f"{model.num_parameters:,} parameters need {needed / 2**30:,.1f} GiB for weights, "
+            f"gradients and optimizer; {device.device} has {there / 2**30:,.1f} GiB. "
+            "Choose a smaller hidden_size, num_hidden_layers or vocab_size"
+        )
+
+
 @torch.no_grad()
 def total_loss(
     model: BitLM, tokens: np.ndarray, first: int, device: Device, batch_size: int = 16
@@ -2099,6 +2903,14 @@ class TrainState:
     """of each BitLinear when last logged, int8"""
     stop_signal: int = 0
     """set by a signal handler or a callback; read after each step"""
+    last_saved_step: int = 0
+    """of the newest checkpoint that is safe on the disk"""
+    last_saved_at: float = 0.0
+    """when it was, time.time(); 0: not in this session"""
+    save_seconds: float = 0.0
+    """that training waited for saving, in this session"""
+    mirror: Mirror | None = None
+    """the copier to a second folder, with its `status()`"""
 
     _SAVED = (
         "step",
@@ -2122,28 +2934,58 @@ class TrainState:
         return {
             **{name: getattr(self, name) for name in self._SAVED},
             "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": [_optimizer_state(self.model, o) for o in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
             "trits": self.trits,
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned, possibly on another device."""
+        """Take over what `state_dict` returned, possibly on another device.
+
+        Raises:
+            ValueError, KeyError, TypeError, RuntimeError: it is not of this model and optimizer.
+        """
         for name in self._SAVED:
+            if not isinstance(saved[name], (int, float)):
+                raise TypeError(f"{name} is {saved[name]!r:.80}")
             setattr(self, name, saved[name])
         self.model.load_state_dict(saved["model"])
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-            rates = [group["initial_lr"] for group in optimizer.param_groups]
-            optimizer.load_state_dict(state)
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["initial_lr"] = rate  # as asked now, which need not be as saved
+            _load_optimizer_state(self.model, optimizer, state["state"])
         if saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"]["torch"])
         if torch.cuda.is_available() and len(saved["rng"]["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
+        shapes = {name: layer.weight.shape for name, layer in self.model.bit_linears().items()}
+        for name, trits in saved["trits"].items():
+            if trits.shape != shapes[name]:
+                raise ValueError(f"trits of {name} have shape {tuple(trits.shape)}")
         self.trits = dict(saved["trits"])
+
+
+def _optimizer_state(model: BitLM, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's tensors by parameter name; its rates are the configuration's."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {"state": {names[id(p)]: dict(state) for p, state in optimizer.state.items()}}
+
+
+def _load_optimizer_state(
+    model: BitLM, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    by_number = {}
+    for number, parameter in enumerate(parameters):  # as the optimizer itself numbers them
+        tensors = state.get(names[id(parameter)], {})
+        for key, tensor in tensors.items():
+            if tensor.shape not in (parameter.shape, torch.Size([])):
+                raise ValueError(f"{key} of {names[id(parameter)]} has shape {tuple(tensor.shape)}")
+        if tensors:
+            by_number[number] = tensors
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": by_number, "param_groups": groups})
 
 
 class Callback:
@@ -2164,12 +3006,17 @@ class Callback:
     def on_checkpoint(self, state: TrainState, path: Path) -> None:
         """After a checkpoint was written and verified."""
 
+    def on_mirror(self, state: TrainState, status: str) -> None:
+        """Between steps, when the state of the mirror has changed."""
+
     def on_end(self, state: TrainState) -> None:
         """After the last step of this session, whatever ended it."""
 
 
 class ProgressBar(Callback):
     """tqdm on stderr: loss, tokens/s, time left; texts and evaluations above it."""
+
+    mirror_failing = False
 
     def on_start(self, state: TrainState) -> None:
         from tqdm.auto import tqdm
@@ -2195,18 +3042,31 @@ class ProgressBar(Callback):
     def on_sample(self, state: TrainState, text: str) -> None:
         self.bar.write(f"  | {' '.join(text.split())[:160]}", file=sys.stderr)
 
+    def on_mirror(self, state: TrainState, status: str) -> None:
+        assert state.mirror
+        if (state.mirror.errors > 0) != self.mirror_failing:  # when it begins and when it ends
+            self.mirror_failing = not self.mirror_failing
+            self.bar.write(status, file=sys.stderr)
+
     def on_end(self, state: TrainState) -> None:
         self.bar.close()
 
 
 class MetricsLog:
-    """metrics.jsonl: one object a line, cut back to the step a run goes on from."""
+    """metrics.jsonl: one object a line, cut back to the step a run goes on from.
 
-    def __init__(self, path: Path, step: int) -> None:
+    Args:
+        saved: the lines that the checkpoint holds; they count where the file lacks one of them.
+
+    A line that the disk does not take is kept, and written with the next one.
+    """
+
+    def __init__(self, path: Path, step: int, saved: Sequence[dict[str, Any]] = ()) -> None:
         self.path = path
-        kept = [line for line in self.read(path) if line["step"] <= step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        write_atomically(path, text.encode())
+        there = [line for line in self.read(path) if line["step"] <= step]
+        self.lines = there if there[: len(saved)] == list(saved) else list(saved)
+        self.behind = True
+        self._catch_up()
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
@@ -2214,13 +3074,27 @@ class MetricsLog:
         lines = []
         with contextlib.suppress(FileNotFoundError):
             for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError, RecursionError):
                     lines.append(json.loads(text))
-        return [line for line in lines if isinstance(line, dict) and "step" in line]
+        return [x for x in lines if isinstance(x, dict) and isinstance(x.get("step"), int)]
 
     def write(self, line: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self.lines.append(line)
+        try:
+            if self.behind or not self.path.is_file():
+                self._catch_up()
+            else:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            if not self.behind:
+                say(f"metrics.jsonl cannot be written ({error}); its lines are kept for later")
+            self.behind = True
+
+    def _catch_up(self) -> None:
+        text = "".join(json.dumps(line) + "\n" for line in self.lines)
+        write_atomically(self.path, text.encode())
+        self.behind = False
 
 
 @contextlib.contextmanager
@@ -2245,6 +3119,8 @@ def _stop_on_signals(state: TrainState) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+SAVE_RETRY_S = 60.0
+"""Seconds until a checkpoint that could not be saved is tried again."""
 MAX_SKIPPED_STEPS = 25
 """Non-finite steps in a row that end a run. float16's first loss scale takes some to settle."""
 
@@ -2253,58 +3129,118 @@ _MAY_CHANGE += ("log_every_steps", "eval_every_steps", "eval_tokens", "sample_pr
 _MAY_CHANGE += ("save_every_steps", "save_every_minutes", "save_every_epoch", "keep_checkpoints")
 
 
-def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Fields that a run cannot change on its way, as 'name (run: a, asked: b)'."""
+def _refuse_differences(where: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """A run keeps its settings on its way, but for those of `_MAY_CHANGE`."""
     found = []
     for part in ("model", "data", "train"):
         for name, value in now[part].items():
-            there = saved.get(part, {}).get(name)
+            there = saved[part][name]
             if there != value and not (part == "train" and name in _MAY_CHANGE):
                 found.append(f"{name} (run: {there}, asked: {value})")
-    return found
-
-
-def open_run(out: Path, configs: dict[str, Any], resume: str) -> dict[str, Any] | None:
-    """The checkpoint to go on from, None to begin; checked before any work.
-
-    Raises:
-        ValueError: other settings, a folder of something else, or `resume` asks for what is not so.
-    """
-    require(resume in ("auto", "never", "must"), "resume", resume, "auto, never or must")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: a file; expected a folder for the run, choose another --out")
-    saved = read_json(out / "config.json")
-    if saved is None:
-        strange = [] if not out.exists() else [p.name for p in out.iterdir()]
-        strange = [n for n in strange if n not in ("tokenizer.json", "data") and ".tmp" not in n]
-        if strange:
-            raise ValueError(
-                f"{out}: not a run folder (no config.json) and not empty "
-                f"({', '.join(sorted(strange)[:3])}); choose another --out"
-            )
-        if resume == "must":
-            raise ValueError(f"{out}: resume=must, but there is no run in it")
-        return None
-    if resume == "never":
+    if found:
         raise ValueError(
-            f"{out}: resume=never, but there is a run in it; choose another --out, or delete it"
-        )
-    different = _differences(saved, configs)
-    if different:
-        raise ValueError(
-            f"{out} was made with other settings: {'; '.join(different)}. "
+            f"{where} was made with other settings: {'; '.join(found)}. "
             "Ask for the same, or choose another --out"
         )
-    before, now = saved["train"]["max_steps"], configs["train"]["max_steps"]
+
+
+def check_run_folder(folder: Path) -> None:
+    """ValueError for a file, or a folder of something else. Nothing is written."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: a file; expected a folder for the run, choose another")
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    if "config.json" in names or "checkpoints" in names:
+        return
+    ours = ("tokenizer.json", "metrics.jsonl", "data", LOCK_NAME)
+    strange = [n for n in names if n not in ours and ".tmp" not in n and _SET_ASIDE not in n]
+    if strange:
+        raise ValueError(
+            f"{folder}: not a run folder (no config.json) and not empty "
+            f"({', '.join(sorted(strange)[:3])}); choose another"
+        )
+
+
+def check_mirror(out: Path, mirror: Path) -> None:
+    """ValueError for a folder that cannot be a mirror of `out`."""
+    if not mirror.absolute().parent.is_dir():
+        raise ValueError(
+            f"mirror={str(mirror)!r}: expected a folder in one that exists; "
+            f"{mirror.parent} does not. Is the drive mounted?"
+        )
+    one, other = out.resolve(), mirror.resolve()
+    if one == other or one in other.parents or other in one.parents:
+        raise ValueError(f"mirror={str(mirror)!r}: expected a folder apart from {out}")
+    with contextlib.suppress(OSError):  # not readable now; it is tried again
+        check_run_folder(mirror)
+
+
+_SET_ASIDE = "set-aside-"
+
+
+def set_aside(folder: Path, keep_data: bool) -> None:
+    """Move what a run left to a folder inside it, so that another can begin; nothing is lost."""
+    ours = [LOCK_NAME, *(["data", "tokenizer.json"] if keep_data else [])]
+    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    moved = [name for name in names if name not in ours and not name.startswith(_SET_ASIDE)]
+    if not moved:
+        return
+    numbers = (folder / f"{_SET_ASIDE}{n}" for n in itertools.count(1))
+    target = next(path for path in numbers if not path.exists())
+    target.mkdir()
+    for name in moved:
+        (folder / name).rename(target / name)
+    say(f"{folder}: the run in it was moved to {target}")
+
+
+def open_run(
+    out: Path, configs: dict[str, Any], resume: str, mirror: Path | None = None
+) -> dict[str, Any] | None:
+    """The checkpoint to go on from, None to begin. With resume="never", what is there is set aside.
+
+    Raises:
+        ValueError: other settings, remains of which nothing is whole, or `resume` asks for what is
+            not so.
+    """
+    places = [place for place in (out, mirror) if place]
+    saved = None
+    for place in places:
+        if (place / "config.json").is_file():
+            try:
+                saved = read_run_config(place)
+            except ValueError as error:
+                say(f"passed over: {error}")
+            else:
+                _refuse_differences(place, saved, configs)
+    try:
+        checkpoint = newest_checkpoint(
+            out / "checkpoints", mirror=mirror / "checkpoints" if mirror else None
+        )
+    except OSError as error:
+        raise ValueError(
+            f"{error}: whether there is a run to go on from is not known. Mount the drive, or "
+            "leave --mirror out"
+        ) from error
+    if checkpoint is None:
+        remains = [p for place in places for p in list_checkpoints(place / "checkpoints")]
+        if remains or (saved is None and (out / "config.json").is_file()):
+            raise ValueError(
+                f"{out}: there are remains of a run, but no checkpoint that is whole. Nothing was "
+                "changed; --resume never begins anew and keeps the remains in a folder beside"
+            )
+        if resume == "must":
+            raise ValueError(f"{out}: resume=must, but there is no checkpoint to go on from")
+        return None
+    then = checked_settings(checkpoint.get("config"), out / "checkpoints")
+    _refuse_differences(out, then, configs)
+    before, now = then["train"]["max_steps"], configs["train"]["max_steps"]
+    require(
+        now >= checkpoint["step"],
+        "max_steps",
+        now,
+        f"at least {checkpoint['step']}, which this run has done already",
+    )
     if before != now:
         say(f"max_steps: {before} -> {now}; the schedule now ends there, and the rate follows it")
-    checkpoint = newest_checkpoint(out / "checkpoints")
-    if checkpoint is None and list_checkpoints(out / "checkpoints"):
-        raise ValueError(
-            f"{out}: no checkpoint in it is whole; nothing is overwritten, use another --out"
-        )
-    if checkpoint is None and resume == "must":
-        raise ValueError(f"{out}: resume=must, but it has no checkpoint yet")
     return checkpoint
 
 
@@ -2317,27 +3253,34 @@ class _Trainer:
         data_config: DataConfig,
         config: TrainConfig,
         out: Path,
+        lock: FolderLock,
         callbacks: Sequence[Callback],
     ) -> None:
-        self.model_config, self.config, self.out, self.callbacks = (
-            model_config,
-            config,
-            out,
-            callbacks,
-        )
+        self.model_config, self.config, self.out = model_config, config, out
+        self.lock, self.callbacks = lock, callbacks
+        self.settings = {
+            "model": asdict(model_config),
+            "data": asdict(data_config),
+            "train": asdict(config),
+        }
         self.context = model_config.max_position_embeddings
         self.device = choose_device(config.device, config.dtype)
+        check_memory(model_config, config, self.device)
         self.data, self.tokenizer = prepare_data(
             data_config, model_config.vocab_size, self.context, out
         )
-        if config.deterministic:
-            torch.use_deterministic_algorithms(True)
         self.micro_batch = _micro_batch(model_config, config, self.device)
+        torch.manual_seed(config.seed)  # nothing draws from it yet; a checkpoint holds its state
         model = BitLM(model_config, config.seed).to(self.device.device)
         self.state = TrainState(model, make_optimizers(model, config), self.device.scaler(), config)
         self.loss: Callable[[Tensor, Tensor], Tensor] = model.loss
         self.unproven = False  # compiled, but no step has shown yet that it works
+        self.log: MetricsLog  # from when it is known which step a run goes on from
+        self.writer = CheckpointWriter(out / "checkpoints", keep_of(config))
         self.last_save = time.monotonic()
+        self.begun_step = -1  # of the newest checkpoint begun
+        self.retry_at = math.inf  # when a failed save is tried again
+        self.mirror_status = ""
 
     def tell(self, event: str, *values: Any) -> None:
         for callback in self.callbacks:
@@ -2486,37 +3429,104 @@ class _Trainer:
         prompt = self.config.sample_prompt
         return prompt + generate(self.state.model, self.tokenizer, prompt, sampling)
 
-    def checkpoint_contents(self) -> dict[str, Any]:
-        return {
-            **self.state.state_dict(),
-            "tokenizer_sha256": self.data.manifest["tokenizer_sha256"],
-            "data_sha256": self.data.manifest["train"]["sha256"],
-            "versions": versions(),
-            "device": str(self.device),
-            "micro_batch": self.micro_batch,
-        }
+    def checkpoint_contents(self, kind: str) -> dict[str, Any]:
+        """All of a run but its tokens; of the best, what generating needs."""
+        contents = self.state.state_dict()
+        if kind == "best":
+            contents = {name: contents[name] for name in ("step", "model", "val_loss")}
+        else:
+            contents |= {
+                "metrics": self.log.lines,
+                "tokenizer_sha256": self.data.manifest["tokenizer_sha256"],
+                "data_sha256": self.data.manifest["train"]["sha256"],
+                "device": str(self.device),
+                "micro_batch": self.micro_batch,
+            }
+        text = self.tokenizer.to_str()
+        return {**contents, "config": self.settings, "tokenizer": text, "versions": versions()}
 
-    def save(self, kind: str = "step") -> Path:
-        contents = self.checkpoint_contents()
-        if kind == "best":  # to generate from, not to go on from
-            contents = {name: contents[name] for name in ("step", "model", "val_loss", "versions")}
-        path = save_checkpoint(self.out / "checkpoints", contents, kind)
+    def write_settings(self) -> None:
+        """What a run folder holds beside its checkpoints, where it is not there or has changed."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        config = {"format_version": FORMAT_VERSION, **self.settings}
+        if read_json(self.out / "config.json") != json.loads(json.dumps(config)):
+            write_atomically(self.out / "config.json", json.dumps(config, indent=1).encode())
+        if not (self.out / "tokenizer.json").is_file():
+            text = self.tokenizer.to_str(pretty=True)
+            write_atomically(self.out / "tokenizer.json", text.encode())
+
+    def save(self, kind: str = "step") -> None:
+        """Begin a checkpoint; a disk that refuses does not end the training."""
+        if self.lock.taken():
+            raise ValueError(
+                f"{self.out}: another process has taken this run over; stopped at step "
+                f"{self.state.step}, the last checkpoint of this one is of step "
+                f"{self.state.last_saved_step}"
+            )
+        start = time.perf_counter()
+        try:
+            self.write_settings()
+            self.writer.save(self.checkpoint_contents(kind), kind)
+        except OSError as error:
+            self.save_failed(f"{kind}_{self.state.step:08d}", error)
+        self.state.save_seconds += time.perf_counter() - start
         if kind == "step":
-            self.last_save = time.monotonic()
-            prune_checkpoints(path.parent, self.config.keep_checkpoints)
-            self.tell("on_checkpoint", path)
-        elif kind == "best":
-            prune_checkpoints(path.parent, 1, kind)
-        return path
+            self.last_save, self.begun_step = time.monotonic(), self.state.step
+
+    def save_failed(self, name: str, error: OSError) -> None:
+        last = self.state.last_saved_step
+        good = f"the last good one is of step {last}" if last else "there is no good one yet"
+        say(f"checkpoint {name} could not be saved: {error}. Training goes on; {good}")
+        if name.startswith("step"):
+            self.begun_step, self.retry_at = -1, time.monotonic() + SAVE_RETRY_S
+
+    def collect_saves(self, wait: bool = False) -> None:
+        """Tell of checkpoints that have become safe, or have not, since the last call."""
+        for name, result in self.writer.finished(wait):
+            if isinstance(result, OSError):
+                self.save_failed(name, result)
+            elif name.startswith("step"):
+                self.state.last_saved_step = checkpoint_step(result)
+                self.state.last_saved_at, self.retry_at = time.time(), math.inf
+                self.tell("on_checkpoint", result)
+
+    def save_to_the_end(self) -> None:
+        """Save this step and wait until it is safe; OSError where it cannot be."""
+        self.collect_saves(wait=True)
+        if self.begun_step != self.state.step:
+            self.save()
+            self.collect_saves(wait=True)
+        if self.state.last_saved_step != self.state.step:
+            raise OSError(
+                f"step {self.state.step} could not be saved in {self.out} (see above); the last "
+                f"good checkpoint is of step {self.state.last_saved_step}. Make room or mend the "
+                "disk, then train again: it goes on from there"
+            )
+
+    def watch_mirror(self) -> None:
+        mirror = self.state.mirror
+        if mirror and (status := mirror.status()) != self.mirror_status:
+            self.mirror_status = status
+            self.tell("on_mirror", status)
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Go on from a checkpoint; other versions or another device are said, not refused."""
+        try:
+            self._restore(checkpoint)
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{self.out}: its checkpoint of step {checkpoint['step']} is not of this run "
+                f"({first_line(error)}); nothing was changed. Choose another --out, or begin anew "
+                "with --resume never"
+            ) from error
+
+    def _restore(self, checkpoint: dict[str, Any]) -> None:
         for name in ("tokenizer_sha256", "data_sha256"):
             there = {**self.data.manifest, "data_sha256": self.data.manifest["train"]["sha256"]}
             if checkpoint[name] != there[name]:
                 raise ValueError(
-                    f"{self.out}: its checkpoint was trained on other tokens ({name} differs); "
-                    "put tokenizer.json and data/ back, or choose another --out"
+                    f"it was trained on other tokens: {name} differs; put tokenizer.json and data/ "
+                    "back"
                 )
         now = {**versions(), "device": str(self.device)}
         before = {**checkpoint["versions"], "device": checkpoint["device"]}
@@ -2524,27 +3534,28 @@ class _Trainer:
         if changed:
             say(f"note: not bit for bit as before, for these changed: {', '.join(changed)}")
         if not self.config.micro_batch_size:
-            self.micro_batch = checkpoint["micro_batch"]
+            self.micro_batch = int(checkpoint["micro_batch"])
+        check_weights(self.model_config, checkpoint["model"], self.out / "checkpoints")
         self.state.load_state_dict(checkpoint)
+        self.state.last_saved_step = self.begun_step = self.state.step
 
     def save_is_due(self) -> bool:
         config, step = self.config, self.state.step
         by_steps = config.save_every_steps and step % config.save_every_steps == 0
         minutes = (time.monotonic() - self.last_save) / 60
-        return bool(
-            by_steps or (config.save_every_minutes and minutes >= config.save_every_minutes)
-        )
+        by_time = config.save_every_minutes and minutes >= config.save_every_minutes
+        return bool(by_steps or by_time or time.monotonic() >= self.retry_at)
 
     def epoch_ended(self) -> bool:
         per_epoch = self.data.steps_per_epoch(self.config, self.context)
         return self.state.step // per_epoch > (self.state.step - 1) // per_epoch
 
-    def after_step(self, log: MetricsLog) -> None:
+    def after_step(self) -> None:
         """Evaluate, write a sample and save, each where it is due."""
         state, config = self.state, self.config
         if config.eval_every_steps and state.step % config.eval_every_steps == 0:
             metrics = self.evaluate(whole=False)
-            log.write(metrics)
+            self.log.write(metrics)
             state.val_loss = metrics["val_loss"]
             self.tell("on_eval", metrics)
             self.tell("on_sample", self.sample())
@@ -2555,8 +3566,10 @@ class _Trainer:
             self.save("epoch")
         if self.save_is_due():
             self.save()
+        self.collect_saves()
+        self.watch_mirror()
 
-    def run(self, log: MetricsLog) -> None:
+    def run(self) -> None:
         """Steps until all are done, a signal came, or the loss stays non-finite."""
         state, config = self.state, self.config
         steps_logged, started = 0, time.perf_counter()
@@ -2570,7 +3583,7 @@ class _Trainer:
                 elapsed = time.perf_counter() - started
                 speed = steps_logged * config.batch_tokens / elapsed
                 metrics = self.step_metrics(norm, speed)
-                log.write(metrics)
+                self.log.write(metrics)
             self.tell("on_step", metrics)
             if state.skipped_in_a_row >= MAX_SKIPPED_STEPS:
                 raise FloatingPointError(
@@ -2578,18 +3591,35 @@ class _Trainer:
                     f"{state.step}. The last checkpoint in {self.out} is from before. Try a lower "
                     "learning_rate, or --dtype float32"
                 )
-            self.after_step(log)
+            self.after_step()
             if metrics:
                 steps_logged, started = 0, time.perf_counter()
 
-    def finish(self, log: MetricsLog) -> dict[str, Any]:
+    def finish(self) -> None:
         """Save and evaluate on everything, once."""
-        self.save()
+        self.save_to_the_end()
         metrics = self.evaluate(whole=True)
-        log.write(metrics)
+        self.log.write(metrics)
         self.state.val_loss = metrics["val_loss"]
         self.tell("on_eval", metrics)
-        return metrics
+
+    def session(self) -> None:
+        """Train to the end or to a stop, and leave everything safe."""
+        with _stop_on_signals(self.state):
+            self.tell("on_start")
+            try:
+                self.run()
+                if self.state.stop_signal:
+                    self.save_to_the_end()
+                else:
+                    self.finish()
+            finally:
+                self.collect_saves(wait=True)
+                self.writer.worker.shutdown()
+                self.tell("on_end")
+            if self.state.mirror:
+                self.state.mirror.close()
+                say(self.state.mirror.status())
 
 
 def memory_in_use(device: Device) -> int:
@@ -2613,6 +3643,98 @@ def versions() -> dict[str, str]:
     }
 
 
+@contextlib.contextmanager
+def _repeatable_kernels(wanted: bool) -> Iterator[None]:
+    """`deterministic`, for the time of a training."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def keep_of(config: TrainConfig) -> dict[str, int]:
+    """How many checkpoints stay, by kind; those of epochs all do, and are not mirrored."""
+    return {"step": config.keep_checkpoints, "best": 1}
+
+
+def _fetch_data(mirror: Path, out: Path, config: DataConfig, vocab_size: int) -> None:
+    """Token files that only the mirror has: tokenising anew takes long and may need a network."""
+    if same_data(out, config, vocab_size) or not same_data(mirror, config, vocab_size):
+        return
+    (out / "data").mkdir(exist_ok=True)
+    for name in ("train.bin", "validation.bin", "manifest.json"):
+        copy_file(Folder(mirror / "data"), name, Folder(out / "data"))
+    say(f"fetched {mirror / 'data'}")
+
+
+def _bring_back(
+    out: Path, mirror: Path | None, data_config: DataConfig, checkpoint: dict[str, Any]
+) -> None:
+    """Complete a run folder that only the mirror or only its checkpoints have kept."""
+    tokenizer = out / "tokenizer.json"
+    if not tokenizer.is_file() and isinstance(checkpoint.get("tokenizer"), str):
+        text = tokenizer_from(checkpoint["tokenizer"], out / "checkpoints").to_str(pretty=True)
+        write_atomically(tokenizer, text.encode())
+    if mirror:
+        vocab_size = checkpoint["config"]["model"]["vocab_size"]
+        try:
+            _fetch_data(mirror, out, data_config, vocab_size)
+            newest_checkpoint(out / "checkpoints", "best", mirror / "checkpoints")
+        except OSError as error:
+            say(f"passed over: {error}")
+
+
+def _final_metrics(lines: Sequence[dict[str, Any]], step: int) -> dict[str, Any]:
+    """The last evaluation of a finished run; empty where it is not finished."""
+    return next((line for line in lines if line.get("final") and line["step"] == step), {})
+
+
+def _train(
+    configs: tuple[ModelConfig, DataConfig, TrainConfig],
+    out: Path,
+    resume: str,
+    lock: FolderLock,
+    copier: Mirror | None,
+    callbacks: Sequence[Callback],
+) -> TrainState:
+    """`train`, alone in its folders."""
+    model_config, data_config, train_config = configs
+    mirror = copier.folder if copier else None
+    if resume == "never":
+        for place in (out, mirror):
+            if place:
+                set_aside(place, same_data(place, data_config, model_config.vocab_size))
+    names = ("model", "data", "train")
+    settings = {name: asdict(part) for name, part in zip(names, configs, strict=True)}
+    checkpoint = open_run(out, settings, resume, mirror)
+    if checkpoint:
+        _bring_back(out, mirror, data_config, checkpoint)
+    trainer = _Trainer(model_config, data_config, train_config, out, lock, callbacks)
+    state = trainer.state
+    state.mirror = trainer.writer.mirror = copier
+    saved_metrics = checkpoint.get("metrics", []) if checkpoint else []
+    if checkpoint:
+        trainer.restore(checkpoint)
+        del checkpoint
+    trainer.write_settings()
+    trainer.log = MetricsLog(out / "metrics.jsonl", state.step, saved_metrics)
+    final = _final_metrics(trainer.log.lines, state.step)
+    if state.step >= train_config.max_steps and final:
+        state.val_loss = final["val_loss"]
+        return state
+    trainer.announce()
+    if state.step:
+        say(f"going on from step {state.step} of {train_config.max_steps}")
+    if state.step < train_config.max_steps:
+        trainer.compile()
+    trainer.session()
+    return state
+
+
 def train(
     model_config: ModelConfig,
     data_config: DataConfig,
@@ -2620,13 +3742,17 @@ def train(
     out: str | Path,
     *,
     resume: str = "auto",
+    mirror: str | Path | None = None,
     callbacks: Sequence[Callback] | None = None,
 ) -> TrainState:
     """Train, or go on where the run in `out` stopped, exactly as if it had not.
 
     Args:
         out: run folder: config.json, tokenizer.json, data/, metrics.jsonl, checkpoints/.
-        resume: "auto" goes on where there is something; "never" and "must" refuse otherwise.
+        resume: "auto" goes on where there is something, "must" refuses where there is nothing;
+            "never" begins anew and moves what is there to a folder set-aside-N in `out`.
+        mirror: a second folder that checkpoints are copied to in the background, such as one on a
+            mounted drive; a run is also gone on with from there. Its parent must exist.
         callbacks: see `Callback`; default: a progress bar.
 
     Returns:
@@ -2634,54 +3760,30 @@ def train(
         checkpoint. A finished run comes back at once.
 
     Raises:
-        ValueError: settings that cannot be, or that differ from the run's, before any work.
+        ValueError: settings that cannot be, that differ from the run's, or a folder that another
+            process writes to, before any work.
         FloatingPointError: the loss does not come back to finite numbers.
+        OSError: the last checkpoint of a session could not be saved.
     """
     out = Path(out)
+    mirror = Path(mirror).expanduser() if mirror else None
+    require(resume in ("auto", "never", "must"), "resume", resume, "auto, never or must")
     check_configs(model_config, train_config)
-    configs = {
-        "model": asdict(model_config),
-        "data": asdict(data_config),
-        "train": asdict(train_config),
-    }
-    checkpoint = open_run(out, configs, resume)
-    out.mkdir(parents=True, exist_ok=True)
+    check_memory(model_config, train_config, choose_device(train_config.device))
+    check_run_folder(out)
+    if mirror:
+        check_mirror(out, mirror)
     callbacks = [ProgressBar()] if callbacks is None else callbacks
-    trainer = _Trainer(model_config, data_config, train_config, out, callbacks)
-    state = trainer.state
-    if checkpoint:
-        trainer.restore(checkpoint)
-        del checkpoint
-    write_atomically(
-        out / "config.json",
-        json.dumps({"format_version": FORMAT_VERSION, **configs}, indent=1).encode(),
-    )
-    log = MetricsLog(out / "metrics.jsonl", state.step)
-    if state.step >= train_config.max_steps and _final_metrics(out, state.step):
-        state.val_loss = _final_metrics(out, state.step)["val_loss"]
-        return state
-    trainer.announce()
-    if state.step:
-        say(f"going on from step {state.step} of {train_config.max_steps}")
-    if state.step < train_config.max_steps:
-        trainer.compile()
-    with _stop_on_signals(state):
-        trainer.tell("on_start")
-        try:
-            trainer.run(log)
-            if state.stop_signal:
-                trainer.save()
-            else:
-                trainer.finish(log)
-        finally:
-            trainer.tell("on_end")
-    return state
-
-
-def _final_metrics(out: Path, step: int) -> dict[str, Any]:
-    """The last evaluation of a finished run; empty where it is not finished."""
-    lines = MetricsLog.read(out / "metrics.jsonl")
-    return next((line for line in lines if line.get("final") and line["step"] == step), {})
+    out.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(FolderLock(out))
+        copier = Mirror(out, mirror, keep_of(train_config)) if mirror else None
+        if copier:
+            stack.callback(copier.close, 1.0)  # after an error; else it has been closed before
+        stack.enter_context(_repeatable_kernels(train_config.deterministic))
+        return _train(
+            (model_config, data_config, train_config), out, resume, lock, copier, callbacks
+        )
 
 
 # -----------------------------------------------------------------------------
@@ -2753,6 +3855,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--preset", help=f"settings to begin from: {', '.join(PRESETS)}")
     command.add_argument("--out", required=True, metavar="DIR", help="run folder")
     command.add_argument("--resume", default="auto", help="auto, never or must")
+    command.add_argument("--mirror", metavar="DIR", help="second folder for the checkpoints")
     for config in (ModelConfig, DataConfig, TrainConfig):
         _add_fields(command, config, preset_gives=True)
     command.set_defaults(run=_train_command)
@@ -2789,12 +3892,25 @@ def _load_from_flags(flags: argparse.Namespace) -> tuple[BitLM, Any]:
     return load_model(flags.model, int(chosen) if chosen.isdigit() else chosen)
 
 
+def _settings_of_run(out: Path, mirror: str | None) -> dict[str, Any] | None:
+    """What the run in `out`, or in its mirror, was made with; None: there is none."""
+    for place in (out, Path(mirror)) if mirror else (out,):
+        if (place / "config.json").is_file():
+            with contextlib.suppress(ValueError):  # said by train
+                return read_run_config(place)
+        if list_checkpoints(place / "checkpoints"):
+            found = newest_checkpoint(place / "checkpoints")
+            if found:
+                return checked_settings(found.get("config"), place / "checkpoints")
+    return None
+
+
 def _configs_from_flags(flags: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The preset's, or the run's own where no preset is named, with the flags laid over."""
     kinds = (ModelConfig, DataConfig, TrainConfig)
     if flags.preset is not None:
         require(flags.preset in PRESETS, "preset", flags.preset, f"one of {', '.join(PRESETS)}")
-    saved = None if flags.preset else read_json(Path(flags.out) / "config.json")
+    saved = None if flags.preset else _settings_of_run(Path(flags.out), flags.mirror)
     if saved:
         parts = zip(kinds, ("model", "data", "train"), strict=True)
         bases = tuple(kind(**saved[part]) for kind, part in parts)
@@ -2808,7 +3924,7 @@ def _configs_from_flags(flags: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 def _train_command(flags: argparse.Namespace) -> int:
     configs = _configs_from_flags(flags)
-    state = train(*configs, flags.out, resume=flags.resume)
+    state = train(*configs, flags.out, resume=flags.resume, mirror=flags.mirror)
     out = Path(flags.out)
     if state.stop_signal:
         say(f"stopped at step {state.step} of {state.config.max_steps}; saved in {out}")

@@ -97,6 +97,18 @@ def weights_of(folder):
     return tensors
 
 
+def state_of(folder):
+    """All that a resumed run takes over: tensors, random states, counters, best record."""
+    found = bit.newest_checkpoint(Path(folder) / "checkpoints")
+    tensors = weights_of(folder)
+    tensors |= {f"trits.{name}": value for name, value in found["trits"].items()}
+    tensors["rng"] = found["rng"]["torch"]
+    names = ("step", "skipped", "loss", "val_loss", "best_val_loss", "best_step")
+    values = torch.tensor([found[name] for name in names], dtype=torch.float64)
+    tensors["counters"] = values.nan_to_num(nan=-1.0)  # nothing evaluated yet
+    return tensors
+
+
 def assert_same_bits(a, b):
     assert a.keys() == b.keys()
     different = [name for name in a if not torch.equal(a[name], b[name])]

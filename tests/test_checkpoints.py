@@ -1,20 +1,63 @@
+"""Checkpoints are whole or not there, only data, and written by one process at a time."""
+
 import json
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zipfile
 
 import pytest
 import torch
 
 import bitllm_core as bit
-from tests.conftest import Payload
+from tests.conftest import ROOT, Payload
+from tests.faults import Fault, inject
 
-CONTENTS = {"step": 3, "model": {"a": torch.arange(5.0)}, "note": "plain"}
+CONTENTS = {
+    "step": 3,
+    "model": {"a": torch.arange(5.0), "b.weight": torch.ones(2, 3, dtype=torch.bfloat16)},
+    "optimizers": [{"state": {"a": {"step": torch.tensor(3.0)}}}],
+    "trits": {"t": torch.tensor([[-1, 0], [1, 1]], dtype=torch.int8)},
+    "note": "plain",
+    "best": float("inf"),
+    "empty": {},
+}
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path):
     path = bit.save_checkpoint(tmp_path, CONTENTS)
     loaded = bit.load_checkpoint(path)
-    assert torch.equal(loaded["model"]["a"], CONTENTS["model"]["a"])
     assert loaded["step"] == 3
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000003.json", "step_00000003.pt"]
+    assert loaded["best"] == float("inf")
+    assert loaded["empty"] == {}
+    for name, tensor in CONTENTS["model"].items():
+        assert torch.equal(loaded["model"][name], tensor)
+        assert loaded["model"][name].dtype == tensor.dtype
+    assert torch.equal(loaded["trits"]["t"], CONTENTS["trits"]["t"])
+    assert loaded["optimizers"][0]["state"]["a"]["step"].shape == ()
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["step_00000003.json", "step_00000003.safetensors"]
+
+
+def test_the_file_is_one_that_the_safetensors_library_writes_too(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path = bit.save_checkpoint(tmp_path, CONTENTS)
+    tensors = load_file(path)
+    assert torch.equal(tensors["model/a"], CONTENTS["model"]["a"])
+    save_file(tensors, tmp_path / "theirs")
+    ours, theirs = (json.loads(header_of(p)) for p in (path, tmp_path / "theirs"))
+    assert all(ours[name]["shape"] == theirs[name]["shape"] for name in tensors)
+
+
+def header_of(path):
+    data = path.read_bytes()
+    return data[8 : 8 + int.from_bytes(data[:8], "little")]
 
 
 def damage(path, how):
@@ -22,65 +65,350 @@ def damage(path, how):
     if how == "truncated":
         path.write_bytes(data[:-9])
     elif how == "flipped":
-        path.write_bytes(data[:40] + bytes([data[40] ^ 4]) + data[41:])
+        path.write_bytes(data[:-3] + bytes([data[-3] ^ 4]) + data[-2:])
     elif how == "empty":
         path.write_bytes(b"")
     elif how == "no manifest":
         path.with_suffix(".json").unlink()
     elif how == "torn manifest":
         path.with_suffix(".json").write_text('{"size":')
+    elif how == "another's manifest":
+        shutil.copy(path.with_name("step_00000003.json"), path.with_suffix(".json"))
+    elif how == "a link":
+        path.rename(path.parent.parent / "elsewhere")
+        path.symlink_to(path.parent.parent / "elsewhere")
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped", "empty", "no manifest", "torn manifest"])
+HOW = ["truncated", "flipped", "empty", "no manifest", "torn manifest", "another's manifest"]
+
+
+@pytest.mark.parametrize("how", [*HOW, "a link"])
 def test_a_damaged_newest_is_passed_over_with_a_line(tmp_path, capsys, how):
-    bit.save_checkpoint(tmp_path, {**CONTENTS, "step": 3})
-    newest = bit.save_checkpoint(tmp_path, {**CONTENTS, "step": 6})
+    folder = tmp_path / "checkpoints"
+    bit.save_checkpoint(folder, {**CONTENTS, "step": 3})
+    newest = bit.save_checkpoint(folder, {**CONTENTS, "step": 6})
     damage(newest, how)
-    assert bit.newest_checkpoint(tmp_path)["step"] == 3
-    assert "passed over" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=newest.name):
+    assert bit.newest_checkpoint(folder)["step"] == 3
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "passed over" in said[0]
+    with pytest.raises((ValueError, OSError), match=newest.name):
         bit.load_checkpoint(newest)
 
 
-def test_nothing_in_a_checkpoint_is_executed(tmp_path):
-    proof = tmp_path / "executed"
-    path = bit.save_checkpoint(tmp_path, {"step": 1, "model": Payload(proof)})
-    with pytest.raises(ValueError, match="not a checkpoint"):
-        bit.load_checkpoint(path)
-    assert not proof.exists()
+def test_foreign_files_and_duplicates_are_passed_over_with_a_line_each(tmp_path, capsys):
+    path = bit.save_checkpoint(tmp_path, CONTENTS)
+    shutil.copy(path, tmp_path / "step_00000009 (1).safetensors")
+    (tmp_path / "holiday.jpg").touch()
+    (tmp_path / "step_00000004.safetensors.part").write_bytes(b"half")
+    assert bit.newest_checkpoint(tmp_path)["step"] == 3
+    said = capsys.readouterr().err
+    assert said.count("passed over") == 2
+    assert "(1)" in said
+    assert "holiday.jpg" in said
+
+
+def test_the_newest_of_folder_and_mirror_counts(tmp_path, capsys):
+    local, mirror = tmp_path / "local", tmp_path / "mirror"
+    bit.save_checkpoint(local, {**CONTENTS, "step": 3})
+    bit.save_checkpoint(mirror, {**CONTENTS, "step": 6})
+    torn = bit.save_checkpoint(mirror, {**CONTENTS, "step": 9})
+    damage(torn, "truncated")
+    assert bit.newest_checkpoint(local, mirror=mirror)["step"] == 6
+    assert bit.newest_checkpoint(local)["step"] == 6  # it was fetched
+    damage(local / "step_00000006.safetensors", "flipped")
+    assert bit.newest_checkpoint(local, mirror=mirror)["step"] == 6  # and is again
+
+
+def hostile_files(folder):
+    """Files as somebody else might make them, each with a manifest that agrees with it."""
+    proof = folder / "executed"
+    yield "a pickle", pickle.dumps(Payload(proof))
+    archive = folder / "archive.pt"
+    torch.save({"step": 1, "model": Payload(proof)}, archive)
+    yield "torch.save of a payload", archive.read_bytes()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("archive/data.pkl", bytes(50_000_000))
+    yield "a zip bomb", archive.read_bytes()
+    archive.unlink()
+    huge = {"a": {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 4]}}
+    beyond = {"a": {"dtype": "F32", "shape": [10**9], "data_offsets": [0, 4 * 10**9]}}
+    deep = '{"__metadata__":{"contents":"' + "[" * 100_000 + '"}}'
+    good = json.dumps({"format_version": bit.FORMAT_VERSION, "step": 1, "model": {"tensor": "no"}})
+    texts = {
+        "a shape beyond its bytes": json.dumps(huge),
+        "bytes beyond the file": json.dumps(beyond),
+        "deep nesting": deep,
+        "no contents": "{}",
+        "a tensor that is not there": json.dumps({"__metadata__": {"contents": good}}),
+        "a list": json.dumps({"__metadata__": {"contents": "[]"}}),
+        "not JSON": "{",
+    }
+    for name, text in texts.items():
+        yield name, struct.pack("<Q", len(text)) + text.encode() + bytes(4)
+    yield "an absurd header size", struct.pack("<Q", 2**60) + b"{}"
+
+
+def test_hostile_checkpoints_are_only_data(tmp_path):
+    for name, data in hostile_files(tmp_path):
+        path = tmp_path / "step_00000001.safetensors"
+        path.write_bytes(data)
+        manifest = {
+            "name": path.name,
+            "format_version": bit.FORMAT_VERSION,
+            "step": 1,
+            "size": len(data),
+            "sha256": bit.file_hash(path),
+        }
+        path.with_suffix(".json").write_text(json.dumps(manifest))
+        with pytest.raises(ValueError, match=path.name):
+            bit.load_checkpoint(path)
+        assert not (tmp_path / "executed").exists(), name
+
+
+def test_hostile_seed_checkpoints_are_only_data(tmp_path):
+    for name, data in hostile_files(tmp_path):
+        path = tmp_path / "mi_llm_checkpoint.pth"
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"mi_llm_checkpoint\.pth"):
+            bit.import_seed_checkpoint(path)
+        assert not (tmp_path / "executed").exists(), name
 
 
 def test_another_format_is_refused(tmp_path):
-    path = bit.save_checkpoint(tmp_path, {"step": 1, "format_version": 99})
+    path = bit.save_checkpoint(tmp_path, CONTENTS)
+    manifest = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps({**manifest, "format_version": 99}))
     with pytest.raises(ValueError, match="format 99"):
         bit.load_checkpoint(path)
 
 
-def test_a_failing_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    old = bit.save_checkpoint(tmp_path, CONTENTS)
-    monkeypatch.setattr(bit.os, "fsync", lambda *a: (_ for _ in ()).throw(OSError(28, "full")))
-    with pytest.raises(OSError, match="full"):
+@pytest.mark.parametrize("operation", ["write", "sync", "read", "rename"])
+def test_a_failing_disk_leaves_the_old_checkpoint_and_no_half_file(tmp_path, operation):
+    bit.save_checkpoint(tmp_path, CONTENTS)
+    with inject(tmp_path, Fault("ENOSPC", operation)), pytest.raises(OSError, match="No space"):
         bit.save_checkpoint(tmp_path, {**CONTENTS, "step": 4})
     assert bit.newest_checkpoint(tmp_path)["step"] == 3
-    assert old.is_file()
+    bit.remove_unfinished(bit.Folder(tmp_path))
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["step_00000003.json", "step_00000003.safetensors"]
 
 
-def test_pruning_keeps_the_newest(tmp_path):
+def test_pruning_keeps_the_newest_finished_ones(tmp_path):
     for step in (1, 2, 10, 11):
         bit.save_checkpoint(tmp_path, {**CONTENTS, "step": step})
     bit.save_checkpoint(tmp_path, {**CONTENTS, "step": 2}, "epoch")
+    damage(tmp_path / "step_00000011.safetensors", "no manifest")
+    bit.prune_checkpoints(tmp_path, 2, spare="step_00000001.safetensors")
+    left = {p.stem for p in tmp_path.glob("*.safetensors")}
+    assert left == {f"step_{n:08d}" for n in (1, 2, 10, 11)} | {"epoch_00000002"}
+    bit.save_checkpoint(tmp_path, {**CONTENTS, "step": 12})
     bit.prune_checkpoints(tmp_path, 2)
-    names = {p.stem for p in tmp_path.iterdir()}
-    assert names == {"step_00000010", "step_00000011", "epoch_00000002"}
+    left = {p.stem for p in tmp_path.iterdir()}
+    assert left == {f"step_{n:08d}" for n in (10, 11, 12)} | {"epoch_00000002"}
+
+
+def test_what_is_pruned_is_emptied_first_unless_it_is_someone_elses_too(tmp_path):
+    """In Drive's trash a deleted file goes on using the quota, so it is made empty."""
+    path = tmp_path / "a"
+    path.write_bytes(b"300 MB")
+    with path.open("rb") as trash:
+        bit.Folder(tmp_path).remove("a")
+        assert trash.read() == b""
+    path.write_bytes(b"300 MB")
+    os.link(path, tmp_path / "backup")
+    bit.Folder(tmp_path).remove("a")
+    assert (tmp_path / "backup").read_bytes() == b"300 MB"
+    path.symlink_to(tmp_path / "backup")
+    bit.Folder(tmp_path).remove("a")
+    assert (tmp_path / "backup").read_bytes() == b"300 MB"
+
+
+def test_nothing_is_written_through_links_out_of_the_folder(tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.json.tmp", "lock.json", "a"):
+        (run / name).symlink_to(tmp_path / "mine")
+    bit.write_atomically(run / "config.json", b"{}")
+    bit.Folder(run).write("a", [b"data"])
+    with bit.FolderLock(run):
+        pass
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_saving_lets_training_wait_for_the_copying_only(tmp_path):
+    """The disk, reading back and pruning are a thread's; `finished` tells what came of it."""
+    writer = bit.CheckpointWriter(tmp_path, {"step": 2})
+    slow = threading.Event()
+    plain = bit.Folder.sync
+    bit.Folder.sync = lambda self, name: (slow.wait(30), plain(self, name))[1]
+    try:
+        for step in (1, 2, 3):
+            writer.save({**CONTENTS, "step": step})
+        assert writer.finished() == []
+        assert bit.newest_checkpoint(tmp_path) is None
+        slow.set()
+        done = [name for name, _ in writer.finished(wait=True)]
+    finally:
+        bit.Folder.sync = plain
+    assert done == [f"step_0000000{n}.safetensors" for n in (1, 2, 3)]
+    assert [p.stem for p in bit.list_checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
+
+
+# One writer
+
+
+def test_the_second_writer_is_refused_and_told_who_has_it(tmp_path):
+    with bit.FolderLock(tmp_path):
+        with pytest.raises(ValueError, match=f"process {os.getpid()} on "):
+            bit.FolderLock(tmp_path).acquire()
+        assert (tmp_path / bit.LOCK_NAME).is_file()
+    bit.FolderLock(tmp_path).acquire()
+
+
+def test_a_dead_process_leaves_no_lock_behind(tmp_path, capsys):
+    code = "import sys, bitllm_core as b, os; b.FolderLock(b.Path(sys.argv[1])).acquire();"
+    code += "os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=False)
+    assert (tmp_path / bit.LOCK_NAME).is_file()
+    with bit.FolderLock(tmp_path):
+        assert "which is gone" in capsys.readouterr().err
+
+
+def elsewhere(folder, age):
+    """A lock as another machine has written it, `age` seconds ago."""
+    owner = {"host": "colab-1", "pid": 7, "id": "x", "alive": time.time() - age}
+    (folder / bit.LOCK_NAME).write_text(json.dumps(owner))
+
+
+def test_another_machines_lock_is_taken_over_when_it_has_run_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bit, "LOCK_STALE_S", 1.0)
+    elsewhere(tmp_path, age=0.5)
+    start = time.time()
+    with bit.FolderLock(tmp_path) as lock:
+        assert 0.3 < time.time() - start < 5
+        assert json.loads((tmp_path / bit.LOCK_NAME).read_text())["id"] == lock.owner["id"]
+    said = capsys.readouterr().err
+    assert "process 7 on colab-1" in said
+    assert "is taken to be gone at" in said
+
+
+def test_another_machine_that_shows_signs_of_life_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(bit, "LOCK_STALE_S", 2.0)
+    elsewhere(tmp_path, age=0)
+    timer = threading.Timer(0.5, elsewhere, [tmp_path, 0])
+    timer.start()
+    with pytest.raises(ValueError, match="colab-1"):
+        bit.FolderLock(tmp_path).acquire()
+    timer.join()
+
+
+def test_a_lock_is_renewed_and_its_loss_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(bit, "LOCK_RENEW_S", 0.05)
+    with bit.FolderLock(tmp_path) as lock:
+        before = json.loads((tmp_path / bit.LOCK_NAME).read_text())["alive"]
+        time.sleep(0.5)
+        assert json.loads((tmp_path / bit.LOCK_NAME).read_text())["alive"] > before
+        elsewhere(tmp_path, age=0)
+        assert lock.taken()
+        time.sleep(0.2)
+    assert "colab-1" in (tmp_path / bit.LOCK_NAME).read_text()  # it is not ours to delete
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": "x"}', '{"host": 1, "pid": null}'])
+def test_a_torn_lock_is_nobodys(tmp_path, text):
+    (tmp_path / bit.LOCK_NAME).write_text(text)
+    with bit.FolderLock(tmp_path):
+        pass
+
+
+# load_model
 
 
 def test_load_model_says_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="not a run folder"):
         bit.load_model(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="not a run's configuration"):
-        bit.load_model(tmp_path)
-    config = {"model": {"vocab_size": 300, "hidden_size": 32, "num_attention_heads": 2}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
+        bit.load_model(tmp_path)
+
+
+def small_run(folder, tokenizer, shape, **changes):
+    model = bit.BitLM(shape)
+    contents = {
+        "step": 1,
+        "model": model.state_dict(),
+        "config": {"model": bit.asdict(shape)},
+        "tokenizer": tokenizer.to_str(),
+        **changes,
+    }
+    bit.save_checkpoint(folder / "checkpoints", contents)
+    return model
+
+
+def test_a_checkpoint_alone_is_a_model(tmp_path, tokenizer, tiny_config):
+    small_run(tmp_path, tokenizer, tiny_config)
+    path = tmp_path / "checkpoints" / "step_00000001.safetensors"
+    for place in (tmp_path, path):
+        model, loaded = bit.load_model(place)
+        assert bit.tokenizer_hash(loaded) == bit.tokenizer_hash(tokenizer)
+        assert bit.generate(model, loaded, "1 cats", bit.SamplingConfig(seed=0))
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"hidden_size": 10**12}, "at most 65,536"),
+        ({"num_hidden_layers": 10**9}, "at most 1,024"),
+        ({"num_hidden_layers": 1000}, "numbers in it"),
+        ({"max_position_embeddings": 10**12}, "at most 1,048,576"),
+        ({"vocab_size": 512}, "numbers in it"),
+        ({"hidden_size": "32"}, "expected int"),
+        ({"hidden_size": True}, "expected int"),
+        ({"rope_theta": [1]}, "expected float"),
+        ({"__class__": "os.system"}, "no field of ModelConfig"),
+    ],
+)
+def test_absurd_configurations_are_refused(tmp_path, tokenizer, tiny_config, config, says):
+    changes = {"config": {"model": {**bit.asdict(tiny_config), **config}}}
+    small_run(tmp_path, tokenizer, tiny_config, **changes)
+    with pytest.raises(ValueError, match=says) as found:
+        bit.load_model(tmp_path)
+    assert str(tmp_path) in str(found.value)
+
+
+def test_other_files_beside_a_checkpoint_are_not_believed(tmp_path, tokenizer, tiny_config):
+    small_run(tmp_path, tokenizer, tiny_config)
+    whole = {"model": bit.asdict(tiny_config), "data": {}, "train": {}}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    bit.load_model(tmp_path)
+    for model in ({"hidden_size": 10**12}, {"hidden_size": 64, "num_attention_heads": 2}):
+        (tmp_path / "config.json").write_text(json.dumps({**whole, "model": model}))
+        with pytest.raises(ValueError, match=r"config\.json"):
+            bit.load_model(tmp_path)
+    (tmp_path / "config.json").unlink()
+    for text in ("", "[" * 10_000, '{"model": {"type": "BPE"}}'):
+        (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(ValueError, match=r"tokenizer\.json"):
+            bit.load_model(tmp_path)
+    bit.train_tokenizer(["another text"], 300).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="not the tokenizer"):
+        bit.load_model(tmp_path)
+
+
+def test_token_ids_without_a_row_are_refused(tmp_path, tiny_config):
+    big = bit.train_tokenizer(["more than three hundred tokens are learned from this"] * 9, 400)
+    big.add_tokens([f"extra{i}" for i in range(100)])
+    small_run(tmp_path, big, tiny_config)
+    with pytest.raises(ValueError, match="vocab_size=300"):
+        bit.load_model(tmp_path)
+
+
+def test_shapes_are_checked_before_memory_is_taken(tmp_path, tokenizer, tiny_config):
+    weights = bit.BitLM(tiny_config).state_dict()
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights[name] = weights[name].T.contiguous()
+    small_run(tmp_path, tokenizer, tiny_config, model=weights)
+    with pytest.raises(ValueError, match=name):
         bit.load_model(tmp_path)

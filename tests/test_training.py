@@ -1,20 +1,15 @@
 """The loop: it learns, it stops anywhere, and goes on as if it had not."""
 
 import dataclasses
-import json
 import math
-import random
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 
 import bitllm_core as bit
-from tests.conftest import ROOT, assert_same_bits, weights_of, without_times
+from tests.conftest import assert_same_bits, state_of, weights_of, without_times
 
 
 @pytest.fixture
@@ -62,7 +57,7 @@ def test_stopping_and_going_on_changes_no_bit(run, tmp_path, stop):
     stopped = run(tmp_path / "parts", callbacks=[StopAt(stop)])
     assert stopped.step == stop
     run(tmp_path / "parts")
-    assert_same_bits(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+    assert_same_bits(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
     assert without_times(tmp_path / "whole") == without_times(tmp_path / "parts")
 
 
@@ -72,16 +67,17 @@ def test_dying_and_going_on_changes_no_bit(run, tmp_path, die):
     with pytest.raises(RuntimeError, match="machine"):
         run(tmp_path / "parts", callbacks=[DieAt(die)])
     run(tmp_path / "parts")
-    assert_same_bits(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+    assert_same_bits(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
     assert without_times(tmp_path / "whole") == without_times(tmp_path / "parts")
 
 
 def test_another_optimizer_and_epoch_ends_resume_too(run, tmp_path):
     options = {"optimizer": "adamw", "max_steps": 90, "save_every_epoch": True}
+    options |= {"eval_every_steps": 30}
     run(tmp_path / "whole", **options)
     run(tmp_path / "parts", callbacks=[StopAt(47)], **options)
     run(tmp_path / "parts", **options)
-    assert_same_bits(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+    assert_same_bits(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
     assert bit.list_checkpoints(tmp_path / "whole" / "checkpoints", "epoch")
 
 
@@ -139,7 +135,7 @@ def test_compiled_runs_resume_bit_for_bit(run, tmp_path, capsys):
     run(tmp_path / "parts", compile="on", dtype="bfloat16", callbacks=[StopAt(5)])
     torch._dynamo.reset()
     run(tmp_path / "parts", compile="on", dtype="bfloat16")
-    assert_same_bits(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+    assert_same_bits(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
     assert "torch.compile: off" not in capsys.readouterr().err
 
 
@@ -158,7 +154,7 @@ def test_float16_scales_its_loss(run, tmp_path):
     run(tmp_path / "parts", dtype="float16", max_steps=6, callbacks=[StopAt(2)])
     state = run(tmp_path / "parts", dtype="float16", max_steps=6)
     assert state.scaler.is_enabled()
-    assert_same_bits(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+    assert_same_bits(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
 
 
 def test_skipped_steps_are_counted_and_end_the_run(run, tmp_path, monkeypatch):
@@ -181,8 +177,6 @@ def test_other_settings_are_refused_before_any_work(run, tmp_path, tiny_config):
         run(out, model=other)
     with pytest.raises(ValueError, match=r"batch_tokens \(run: 128, asked: 64\)"):
         run(out, batch_tokens=64)
-    with pytest.raises(ValueError, match="resume=never"):
-        run(out, resume="never")
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     with pytest.raises(ValueError, match="resume=must"):
         run(tmp_path / "none", resume="must")
@@ -197,9 +191,9 @@ def test_other_settings_are_refused_before_any_work(run, tmp_path, tiny_config):
 
 def test_only_damaged_checkpoints_are_not_begun_over(run, tmp_path):
     run(tmp_path)
-    for path in (tmp_path / "checkpoints").glob("step_*.pt"):
+    for path in (tmp_path / "checkpoints").glob("step_*.safetensors"):
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match="nothing is overwritten"):
+    with pytest.raises(ValueError, match="--resume never"):
         run(tmp_path)
 
 
@@ -233,7 +227,7 @@ def test_callbacks_hear_of_everything(run, tmp_path):
     assert heard.count("on_step") == 12
     assert heard.count("on_eval") == 4  # at 4, 8, 12, and on everything
     assert heard.count("on_sample") == 3
-    assert heard.count("on_checkpoint") == 5
+    assert heard.count("on_checkpoint") == 4
     assert heard[0] == "on_start"
     assert heard[-1] == "on_end"
 
@@ -270,49 +264,6 @@ def test_evaluate_against_a_hand_computed_case(tmp_path, tiny_config, tokenizer)
     assert result["bytes"] == len(text.encode())
     assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / result["bytes"], rel=1e-4)
     assert result["word_perplexity"] == pytest.approx(math.exp(nats / 40), rel=1e-3)
-
-
-CLI = ["train", "--preset", "ci", "--save-every-steps", "3", "--eval-every-steps", "10"]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    out = tmp_path_factory.mktemp("cli") / "whole"
-    command = [sys.executable, str(ROOT / "bitllm_core.py"), *CLI, "--out", str(out)]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    return out
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_process_goes_on_bit_for_bit(tmp_path, uninterrupted, number):
-    seed = random.randrange(10**6)
-    chance = random.Random(seed)
-    command = [sys.executable, str(ROOT / "bitllm_core.py"), *CLI, "--out", str(tmp_path / "run")]
-    codes = []
-    for _ in range(12):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        try:
-            process.communicate(timeout=2.2 + chance.random() * 2)
-        except subprocess.TimeoutExpired:
-            process.send_signal(number)
-            process.communicate(timeout=120)
-        codes.append(process.returncode)
-        if process.returncode == 0:
-            break
-        time.sleep(0.05)
-    else:
-        subprocess.run(command, check=True, capture_output=True, timeout=300)
-    print("seed", seed, "exit codes", codes)
-    expected = -signal.SIGKILL if number == signal.SIGKILL else 128 + number
-    # -number or 1: while Python was still importing, before the program began
-    assert set(codes) <= {0, expected, -number, 1}
-    assert_same_bits(weights_of(uninterrupted), weights_of(tmp_path / "run"))
-    assert without_times(uninterrupted) == without_times(tmp_path / "run")
-    best = [
-        bit.newest_checkpoint(p / "checkpoints", "best") for p in (uninterrupted, tmp_path / "run")
-    ]
-    assert json.dumps(best[0]["val_loss"]) == json.dumps(best[1]["val_loss"])
 
 
 @pytest.mark.parametrize(("optimizer", "golden"), [("adamw", 5.67501), ("muon", 5.55295)])
