@@ -2099,6 +2099,10 @@ class TrainState:
     """of each BitLinear when last logged, int8"""
     stop_signal: int = 0
     """set by a signal handler or a callback; read after each step"""
+    save_requested: bool = False
+    """set by a callback or a button: a checkpoint is saved after the running step"""
+    paused: bool = False
+    """set by a callback or a button: no further step until it is cleared"""
 
     _SAVED = (
         "step",
@@ -2163,6 +2167,9 @@ class Callback:
 
     def on_checkpoint(self, state: TrainState, path: Path) -> None:
         """After a checkpoint was written and verified."""
+
+    def on_pause(self, state: TrainState) -> None:
+        """Ten times a second while `state.paused` keeps the loop from its next step."""
 
     def on_end(self, state: TrainState) -> None:
         """After the last step of this session, whatever ended it."""
@@ -2502,6 +2509,7 @@ class _Trainer:
             contents = {name: contents[name] for name in ("step", "model", "val_loss", "versions")}
         path = save_checkpoint(self.out / "checkpoints", contents, kind)
         if kind == "step":
+            self.state.save_requested = False
             self.last_save = time.monotonic()
             prune_checkpoints(path.parent, self.config.keep_checkpoints)
             self.tell("on_checkpoint", path)
@@ -2529,6 +2537,8 @@ class _Trainer:
 
     def save_is_due(self) -> bool:
         config, step = self.config, self.state.step
+        if self.state.save_requested:
+            return True
         by_steps = config.save_every_steps and step % config.save_every_steps == 0
         minutes = (time.monotonic() - self.last_save) / 60
         return bool(
@@ -2581,6 +2591,17 @@ class _Trainer:
             self.after_step(log)
             if metrics:
                 steps_logged, started = 0, time.perf_counter()
+            started += self.wait_while_paused()
+
+    def wait_while_paused(self) -> float:
+        """Seconds spent here, which belong to no step; stopping and saving work meanwhile."""
+        start = time.perf_counter()
+        while self.state.paused and not self.state.stop_signal:
+            self.tell("on_pause")
+            if self.state.save_requested:
+                self.save()
+            time.sleep(0.1)
+        return time.perf_counter() - start
 
     def finish(self, log: MetricsLog) -> dict[str, Any]:
         """Save and evaluate on everything, once."""
