@@ -3020,36 +3020,34 @@ def run_figure(lines: list[dict[str, Any]]) -> Any:
     """The curves of a run from the lines of its metrics.jsonl, as a matplotlib Figure."""
     from matplotlib.figure import Figure
 
-    style = {"labelcolor": INK, "labelsize": 8}
     steps = [line for line in lines if "loss" in line]
     tests = [line for line in lines if "val_loss" in line]
     layered = [line for line in steps if line.get("zero_fraction")]
-    figure = Figure(figsize=(9, 4.2), dpi=100, layout="constrained", facecolor=PAPER)
-    grid = figure.add_gridspec(2, 2 if layered else 1, height_ratios=(3, 2), width_ratios=None)
-    loss = figure.add_subplot(grid[0, 0])
+    # places are fixed, for working them out anew takes as long as drawing
+    figure = Figure(figsize=(9, 4.2), dpi=100, facecolor=PAPER)
+    right = 0.5 if layered else 0.93
+    loss = figure.add_axes((0.06, 0.46, right - 0.06, 0.47))
+    rate = figure.add_axes((0.06, 0.11, right - 0.06, 0.24))
+    speed = rate.twinx()
     _curve(loss, steps, "loss", _BLUE, "training")
     _curve(loss, tests, "val_loss", _ORANGE, "validation", marker="o")
-    loss.set_title("loss, nats per token", fontsize=9, color=INK)
-    if steps or tests:
-        loss.legend(fontsize=8, frameon=False, labelcolor=INK)
-    rate = figure.add_subplot(grid[1, 0], sharex=loss)
-    speed = rate.twinx()
     _curve(rate, steps, "learning_rate", _GREEN)
     _curve(speed, steps, "tokens_per_s", _BLUE)
-    rate.set_ylabel("learning rate", fontsize=8, color=_GREEN)
-    speed.set_ylabel("tokens/s", fontsize=8, color=_BLUE)
-    speed.set_ylim(bottom=0)
-    rate.set_xlabel("step", fontsize=8, color=INK)
+    if steps or tests:
+        loss.legend(fontsize=8, frameon=False, labelcolor=INK)
+    loss.set_title("loss, nats per token", fontsize=9, color=INK)
+    rate.set_title("learning rate", fontsize=9, color=_GREEN, loc="left")
+    rate.set_title("tokens/s", fontsize=9, color=_BLUE, loc="right")
     for axes in (loss, rate, speed):
-        axes.tick_params(**style)
-        axes.set_facecolor(PAPER)
-    for row, (key, title) in enumerate(
-        {"zero_fraction": "zeros", "flip_rate": "trits flipped"}.items()
-    ):
-        if layered:
-            axes = figure.add_subplot(grid[row, 1])
-            _heat_map(figure, axes, layered, key, f"{title}, share by layer")
-            axes.tick_params(**style)
+        axes.tick_params(labelcolor=INK, labelsize=8)
+    for axes in (rate, speed):
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
+    if layered:
+        for bottom, key, title in ((0.6, "zero_fraction", "zeros"), (0.11, "flip_rate", "flips")):
+            places = ((0.61, bottom, 0.29, 0.33), (0.91, bottom, 0.015, 0.33))
+            axes, scale = map(figure.add_axes, places)
+            _heat_map(axes, scale, layered, key)
+            axes.set_title(f"{title}, share of trits by layer", fontsize=9, color=INK)
     return figure
 
 
@@ -3061,17 +3059,18 @@ def _curve(
         axes.plot(xs, ys, color=color, label=label, linewidth=1.5, markersize=3, **style)
 
 
-def _heat_map(figure: Any, axes: Any, lines: list[dict[str, Any]], key: str, title: str) -> None:
-    """Layers upwards, steps to the right; at most 300 columns."""
+def _heat_map(axes: Any, scale: Any, lines: list[dict[str, Any]], key: str) -> None:
+    """Layers upwards, steps to the right, at most 300 columns; the colours' scale beside it."""
     lines = lines[:: 1 + len(lines) // 300]
     values = np.array([line[key] for line in lines]).T  # (layers, lines)
     extent = (0, lines[-1]["step"], -0.5, len(values) - 0.5)
     image = axes.imshow(
         values, origin="lower", aspect="auto", extent=extent, interpolation="nearest"
     )
-    axes.set_title(title, fontsize=9, color=INK)
     axes.set_yticks(range(0, len(values), 1 + len(values) // 6))
-    figure.colorbar(image, ax=axes).ax.tick_params(labelcolor=INK, labelsize=8)
+    axes.figure.colorbar(image, cax=scale)
+    for part in (axes, scale):
+        part.tick_params(labelcolor=INK, labelsize=8)
 
 
 def figure_png(figure: Any) -> bytes:
@@ -3138,6 +3137,7 @@ class LiveDisplay(Callback):
         self.facts: dict[str, str] = {}
         self.sample = ""
         self.draw_after = 0.0
+        self.answered: tuple[Any, ...] = ()
         self.buttons: dict[str, Any] = {}
         self.handle: Any = None
 
@@ -3207,10 +3207,12 @@ class LiveDisplay(Callback):
         display(widgets.HBox([*self.buttons.values(), note]))
 
     def _draw_if_due(self, state: TrainState) -> None:
-        """At most once a second, and for at most a twentieth of the time."""
+        """At most once a second and for a twentieth of the time; at once after a click or save."""
         start = time.monotonic()
-        if start < self.draw_after:
+        answered = (state.paused, state.stop_signal, self.facts.get("last save"))
+        if start < self.draw_after and answered == self.answered:
             return
+        self.answered = answered
         if self.buttons:
             self.buttons["Pause"].description = "Continue" if state.paused else "Pause"
         self.handle.update(self._card(state), raw=True)
