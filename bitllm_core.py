@@ -3140,6 +3140,7 @@ class LiveDisplay(Callback):
         self.answered: tuple[Any, ...] = ()
         self.buttons: dict[str, Any] = {}
         self.handle: Any = None
+        self.ended = False
 
     def on_start(self, state: TrainState) -> None:
         if self.text:
@@ -3189,7 +3190,7 @@ class LiveDisplay(Callback):
             return self.text.on_end(state)
         for button in self.buttons.values():
             button.disabled = True
-        self.draw_after = 0.0
+        self.draw_after, self.ended = 0.0, True
         self._draw_if_due(state)
         self.resources.close()
 
@@ -3203,7 +3204,7 @@ class LiveDisplay(Callback):
             self.buttons[name] = widgets.Button(description=name)
             self.buttons[name].on_click(lambda _, name=name: _press(state, name))
             _deliver_to_thread(self.buttons[name].comm)
-        note = widgets.HTML("to stop, or press the ■ button of the cell: both save first")
+        note = widgets.HTML("to stop, or press the ■ button (interrupt): both save first")
         display(widgets.HBox([*self.buttons.values(), note]))
 
     def _draw_if_due(self, state: TrainState) -> None:
@@ -3223,7 +3224,7 @@ class LiveDisplay(Callback):
         facts = run_facts(self.lines, state.config.max_steps, state.config.batch_tokens)
         facts |= {"step": f"{state.step:,} of {state.config.max_steps:,}", **self.facts}
         if state.stop_signal:
-            facts["stopped"] = "saved; run this cell again to go on"
+            facts["stopped"] = "saved; run this cell again to go on" if self.ended else "saving"
         elif state.paused:
             facts["paused"] = "press Continue"
         figure = base64.b64encode(figure_png(run_figure(self.lines))).decode()

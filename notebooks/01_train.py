@@ -37,6 +37,7 @@
 
 # %%
 # @title Set up
+import contextlib
 import importlib.util
 import subprocess
 import sys
@@ -140,7 +141,8 @@ print(settings.describe())
 # %%
 run = settings.run_folder
 display = bit.LiveDisplay(run)
-state = bit.train(model, data, train, run, callbacks=[display], **settings.options)
+with contextlib.redirect_stderr(sys.stdout):  # notes, not in the colour of errors
+    state = bit.train(model, data, train, run, callbacks=[display], **settings.options)
 
 # %% [markdown]
 # The curve comes from `metrics.jsonl` in the run folder, so it is whole however often the training
