@@ -3140,7 +3140,7 @@ class LiveDisplay(Callback):
         self.answered: tuple[Any, ...] = ()
         self.buttons: dict[str, Any] = {}
         self.handle: Any = None
-        self.ended = False
+        self.began, self.ended = time.monotonic(), False
 
     def on_start(self, state: TrainState) -> None:
         if self.text:
@@ -3208,7 +3208,10 @@ class LiveDisplay(Callback):
         display(widgets.HBox([*self.buttons.values(), note]))
 
     def _draw_if_due(self, state: TrainState) -> None:
-        """At most once a second and for a twentieth of the time; at once after a click or save."""
+        """At once after a click or save; else at most once a second, for a twentieth of the time.
+
+        Rarer as hours pass: what a closed tab missed comes all at once when it is opened again.
+        """
         start = time.monotonic()
         answered = (state.paused, state.stop_signal, self.facts.get("last save"))
         if start < self.draw_after and answered == self.answered:
@@ -3216,9 +3219,12 @@ class LiveDisplay(Callback):
         self.answered = answered
         if self.buttons:
             self.buttons["Pause"].description = "Continue" if state.paused else "Pause"
-        self.handle.update(self._card(state), raw=True)
-        cost = time.monotonic() - start
-        self.draw_after = start + cost + max(1.0, 19 * cost)
+        try:
+            self.handle.update(self._card(state), raw=True)
+        except Exception as error:  # a drawing is not worth a training
+            say(f"display: not drawn ({type(error).__name__}: {first_line(error)})")
+        now = time.monotonic()
+        self.draw_after = now + max(1.0, 19 * (now - start), (now - self.began) / 600)
 
     def _card(self, state: TrainState) -> dict[str, str]:
         facts = run_facts(self.lines, state.config.max_steps, state.config.batch_tokens)

@@ -32,7 +32,7 @@ def kernel(python, folder):
     process = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL)
     client = BlockingKernelClient()
     client.load_connection_file(path)
-    client.start_channels()
+    client.start_channels(hb=False)  # under load a late heartbeat would pass for a death
     try:
         client.wait_for_ready(timeout=60)
         yield client
@@ -47,15 +47,22 @@ class Cell:
 
     def __init__(self, client, code):
         self.client, self.text, self.comms, self.displays = client, "", {}, []
-        self.id, self.done = client.execute(code), False
+        self.states = []
+        self.id, self.replied, self.done = client.execute(code), False, False
 
     def listen_until(self, found, timeout=90):
         """Read messages until `found(self)`, or fail with what was printed."""
         end = time.monotonic() + timeout
         while not found(self):
             assert time.monotonic() < end, f"nothing came within {timeout} s; so far: {self.text}"
-            with contextlib.suppress(queue.Empty):
-                self.hear(self.client.get_iopub_msg(timeout=1))
+            try:
+                self.hear(self.client.get_iopub_msg(timeout=0.5))
+            except queue.Empty:
+                self.done = self.replied
+                # not by "idle": ipykernel 6 says that too early where clicks come between steps
+                with contextlib.suppress(queue.Empty):
+                    reply = self.client.get_shell_msg(timeout=0.1)
+                    self.replied |= reply["parent_header"].get("msg_id") == self.id
         return self
 
     def hear(self, message):
@@ -67,10 +74,10 @@ class Cell:
         elif kind == "comm_open":
             state = content["data"].get("state", {})
             self.comms[state.get("description")] = content["comm_id"]
+        elif kind == "comm_msg":
+            self.states.append(content["data"].get("state", {}))
         elif kind in ("display_data", "update_display_data"):
             self.displays.append(content["data"])
-        elif kind == "status" and message["parent_header"].get("msg_id") == self.id:
-            self.done = content["execution_state"] == "idle"
 
     def click(self, description, subshell=None):
         data = {"method": "custom", "content": {"event": "click"}}

@@ -39,8 +39,8 @@ def run(path: Path, preset: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if "one_cell" not in path.name:
             shutil.copy(ROOT / "bitllm_core.py", folder)
-        client = NotebookClient(book, timeout=900, resources={"metadata": {"path": folder}})
-        client.execute(store_widget_state=False)
+        where = {"metadata": {"path": folder}}
+        NotebookClient(book, timeout=900, resources=where, store_widget_state=False).execute()
     for cell in book.cells:
         cell.metadata.pop("execution", None)  # times
         for output in cell.get("outputs", []):
