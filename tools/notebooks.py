@@ -40,7 +40,7 @@ def run(path: Path, preset: str) -> None:
         if "one_cell" not in path.name:
             shutil.copy(ROOT / "bitllm_core.py", folder)
         where = {"metadata": {"path": folder}}
-        NotebookClient(book, timeout=900, resources=where, store_widget_state=False).execute()
+        NotebookClient(book, timeout=3600, resources=where, store_widget_state=False).execute()
     for cell in book.cells:
         cell.metadata.pop("execution", None)  # times
         for output in cell.get("outputs", []):
