@@ -2854,7 +2854,7 @@ class Settings:
     """The form of the notebooks. Empty or 0: as the preset has it."""
 
     preset: str = "auto"
-    """a preset's name; auto: BITLLM_PRESET, else t4-1h with a CUDA GPU and demo without"""
+    """a preset's name; auto: BITLLM_PRESET, else t4-1h with a CUDA GPU, else demo in 3 minutes"""
     data: str = ""
     """a file, a folder, a known data set or hf:OWNER/NAME, as DataConfig.data"""
     hidden_size: int = 0
@@ -2886,8 +2886,14 @@ class Settings:
     def preset_name(self) -> str:
         if self.preset != "auto":
             return self.preset
-        fitting = "t4-1h" if torch.cuda.is_available() else "demo"
+        fitting = "demo" if self.is_fallback else "t4-1h"
         return os.environ.get("BITLLM_PRESET") or fitting
+
+    @property
+    def is_fallback(self) -> bool:
+        """Whether nobody chose a preset and there is no GPU, so that it should not take long."""
+        chosen = self.preset != "auto" or os.environ.get("BITLLM_PRESET")
+        return not chosen and not torch.cuda.is_available()
 
     def replace(self, **changes: Any) -> Settings:
         return dataclasses.replace(self, **changes)
@@ -2922,20 +2928,23 @@ class Settings:
         if self.data:
             data = dataclasses.replace(data, data=self.data)
         check_configs(model, config)
-        if self.minutes:
+        if self.minutes or self.is_fallback:
             config = dataclasses.replace(config, max_steps=self._fitting_steps(model, config))
         return model, data, config
 
     def _fitting_steps(self, model: ModelConfig, config: TrainConfig) -> int:
-        """Steps for the time budget; a run that is there keeps its length if that is about as long.
+        """Steps for the time budget, or no more than the preset's where nobody gave one.
 
-        Estimates differ from day to day, and every other length moves the schedule.
+        A run that is there keeps its length if that is about as long: estimates differ from day to
+        day, and every other length moves the schedule.
         """
         one = dataclasses.replace(config, max_steps=1)
         rate = product_rate(choose_device(config.device, config.dtype))
-        steps = max(1, round(60 * self.minutes / estimate_seconds(model, one, rate)))
+        steps = max(1, round(60 * (self.minutes or 3) / estimate_seconds(model, one, rate)))
         saved = (read_json(self.run_folder / "config.json") or {}).get("train", {})
         before = saved.get("max_steps", 0) if self.resume == "auto" else 0
+        if not self.minutes:
+            return before or min(steps, config.max_steps)
         return before if 2 / 3 < steps / max(before, 1) < 3 / 2 else steps
 
     def describe(self) -> str:
@@ -2944,9 +2953,9 @@ class Settings:
         device = choose_device(config.device, config.dtype)
         minutes = estimate_seconds(model, config, product_rate(device)) / 60
         memory = estimate_memory(model, config) / 2**20
-        fallback = self.preset == "auto" and self.preset_name == "demo"
+        small = " (small and short, for there is no GPU here)" if self.is_fallback else ""
         lines = {
-            "preset": self.preset_name + (" (small, for there is no GPU here)" if fallback else ""),
+            "preset": self.preset_name + small,
             "model": f"{model.num_parameters / 1e6:.2f}M parameters: {model.num_hidden_layers} "
             f"layers of width {model.hidden_size}, context {model.max_position_embeddings}",
             "data": data.data,

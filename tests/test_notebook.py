@@ -80,6 +80,21 @@ def test_a_time_budget_sets_the_steps_and_a_run_keeps_its_length(tmp_path, monke
     assert settings.replace(resume="never").configs()[2].max_steps > train.max_steps
 
 
+def test_without_gpu_and_choice_a_run_is_short_and_keeps_its_length(tmp_path, monkeypatch):
+    monkeypatch.setattr(bit.torch.cuda, "is_available", lambda: False)
+    assert bit.Settings().configs() == bit.PRESETS["demo"]
+    monkeypatch.setattr(bit, "product_rate", lambda device: 1e11)
+    steps = bit.Settings().configs()[2].max_steps
+    assert 20 < steps < 100
+    assert "small and short" in bit.Settings().describe()
+    assert bit.Settings("demo").configs()[2].max_steps == 200
+    run = tmp_path / "runs" / "demo"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"train": {"max_steps": steps}}))
+    monkeypatch.setattr(bit, "product_rate", lambda device: 1e10)
+    assert bit.Settings().configs()[2].max_steps == steps
+
+
 def test_other_data_has_another_folder_and_a_mirror_is_passed_on():
     assert bit.Settings("ci").run_folder.as_posix() == "runs/ci"
     assert bit.Settings("ci", data="a/My book.txt").run_folder.as_posix() == "runs/ci-My-book"
