@@ -177,3 +177,43 @@ def test_run_all_stop_and_go_on(browser, tmp_path):
     assert went_on > stopped + 10
     steps = [x["step"] for x in bit.MetricsLog.read(run / "metrics.jsonl") if "loss" in x]
     assert steps == list(range(10, went_on + 1, 10))  # the curve is whole
+
+
+def test_sliders_and_streaming_text_in_the_dark_theme(browser, tmp_path):
+    shutil.copy(ROOT / "notebooks" / "02_use.ipynb", tmp_path)
+    shutil.copy(ROOT / "bitllm_core.py", tmp_path)
+    dark = settings("JupyterLab Dark")
+    with (
+        jupyterlab(tmp_path, dark, BITLLM_PRESET="ci", OMP_NUM_THREADS="1") as address,
+        Lab(browser, address("02_use.ipynb")) as lab,
+    ):
+        lab.menu("Run", "Run All Cells")
+        _wait_for(lambda: "all of it in fp16" in lab.output(), 120)
+        lab.shot("02_trained_dark", CARD)
+        temperature = lab.page.locator(".widget-slider", has_text="temperature")
+        assert temperature.locator(".widget-readout").inner_text() == "0.80"
+        temperature.locator(".noUi-handle").press("Home")
+        _wait_for(lambda: temperature.locator(".widget-readout").inner_text() == "0.00", 20)
+        length = lab.page.locator(".widget-slider", has_text="max")
+        length.locator(".noUi-handle").press("PageDown")
+        answer = lab.page.locator(".widget-vbox .widget-html pre")
+        lab.page.click('button:text-is("Write")')
+        _wait_for(lambda: answer.count() and len(answer.inner_text()) > 20, 60)
+        written = settled(answer.inner_text)
+        assert written.startswith("The ")
+        lab.shot("02_written_dark", 'button:text-is("Write")')
+        lab.page.click('button:text-is("Write")')
+        assert settled(answer.inner_text) == written  # temperature 0 has no choice
+        temperature.locator(".noUi-handle").press("End")
+        _wait_for(lambda: temperature.locator(".widget-readout").inner_text() == "2.00", 20)
+        lab.page.click('button:text-is("Write")')
+        _wait_for(lambda: answer.inner_text() != written, 60)
+
+
+def settled(text):
+    """The text once it has not changed for two seconds."""
+    while True:
+        before = text()
+        time.sleep(2)
+        if text() == before:
+            return before
