@@ -3350,7 +3350,8 @@ def prompt_box(model: BitLM, tokenizer: Any, prompt: str = "") -> None:
         return
     from IPython.display import display
 
-    w, wide = widgets, {"layout": widgets.Layout(width="520px")}
+    w = widgets
+    wide = {"layout": w.Layout(width="520px"), "style": {"description_width": "100px"}}
     text = w.Textarea(value=prompt, description="prompt", **wide)
     sliders = {
         "temperature": w.FloatSlider(value=0.8, min=0, max=2, step=0.05, **wide),

@@ -24,7 +24,7 @@
 # (-1, 0 or 1: [BitNet b1.58](https://arxiv.org/abs/2402.17764)), trained from nothing, in a
 # folder that you can keep, continue and use. It costs nothing: choose **Runtime > Run all** and
 # wait. On a free Colab T4 the default is a 29M model, planned for about an hour; without a GPU it
-# is a 3.9M model, about two minutes on two cores.
+# is a 3.9M model, kept to about three minutes.
 #
 # Nothing below waits for a click. Stop whenever you like: running all again goes on from the
 # last checkpoint.
@@ -89,6 +89,8 @@ drive = bit.mount_drive() if use_drive else None
 #
 # Empty or 0 means: as the preset has it. `data` takes a text file or a folder, a known name
 # (`wikitext-2`, `tinystories`, `fineweb-edu`, `wikipedia-es`, `pydocs`) or `hf:OWNER/NAME`.
+# `minutes` is a time budget: as many steps as should fit into it. `resume = never` sets a run that
+# is in the folder aside and begins anew.
 
 # %%
 # @title Settings

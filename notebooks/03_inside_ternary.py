@@ -77,7 +77,7 @@ import bitllm_core as bit
 
 # %%
 shape, data, train = bit.PRESETS["ci"]
-train = dataclasses.replace(train, max_steps=150, eval_every_steps=15, log_every_steps=5)
+train = dataclasses.replace(train, max_steps=100, eval_every_steps=25, log_every_steps=5)
 states = {}
 for linear in ("ternary", "dense"):
     model = dataclasses.replace(shape, linear=linear)

@@ -163,6 +163,11 @@ def test_run_all_stop_and_go_on(browser, tmp_path):
             assert first < stopped < 200
             assert lines[-1]["step"] <= stopped
 
+            width = lab.page.locator(".widget-text", has_text="hidden size").locator("input")
+            width.fill("250")
+            width.press("Enter")
+            _wait_for(lambda: "cannot be: num_attention_heads" in lab.output(), 30)
+            lab.shot("01_form_light", ".widget-upload")
             lab.menu("File", "Save Notebook")
             lab.page.reload()
             lab.page.wait_for_selector(CARD)  # what was drawn survives

@@ -1,12 +1,14 @@
 """Bring the notebooks up to date: pair them with their sources, or run them and keep the outputs.
 
-python tools/notebooks.py pair                     # after editing notebooks/*.py
-python tools/notebooks.py run [NAME ...]           # execute in an empty folder, keep outputs
+python tools/notebooks.py pair                    # after editing notebooks/*.py
+python tools/notebooks.py run [NAME ...]          # in one empty folder, demo preset; some minutes
+python tools/notebooks.py run 02_use --in FOLDER  # in a folder that has runs/ already
 """
 
+import argparse
+import contextlib
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -32,15 +34,11 @@ def pair(source: Path) -> None:
     write(new, path)
 
 
-def run(path: Path, preset: str) -> None:
-    """Execute in an empty folder that holds the notebook and the one file; keep what it said."""
+def run(path: Path, folder: str) -> None:
+    """Execute in a folder, and keep what it said."""
     book = nbformat.read(path, 4)
-    os.environ["BITLLM_PRESET"] = preset
-    with tempfile.TemporaryDirectory() as folder:
-        if "one_cell" not in path.name:
-            shutil.copy(ROOT / "bitllm_core.py", folder)
-        where = {"metadata": {"path": folder}}
-        NotebookClient(book, timeout=3600, resources=where, store_widget_state=False).execute()
+    where = {"metadata": {"path": folder}}
+    NotebookClient(book, timeout=3600, resources=where, store_widget_state=False).execute()
     for cell in book.cells:
         cell.metadata.pop("execution", None)  # times
         for output in cell.get("outputs", []):
@@ -55,19 +53,24 @@ def write(book: nbformat.NotebookNode, path: Path) -> None:
     path.write_text(nbformat.writes(book) + "\n", encoding="utf-8", newline="\n")
 
 
-def main(task: str, *names: str) -> None:
-    if task == "pair":
-        for source in sorted(FOLDER.glob("*.py")):
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("task", choices=("pair", "run"))
+    parser.add_argument("names", nargs="*", help="default: all but the one-cell notebook")
+    parser.add_argument("--in", dest="folder", help="default: an empty one")
+    flags = parser.parse_args()
+    sources = sorted(FOLDER.glob("*.py"))
+    if flags.task == "pair":
+        for source in sources:
             pair(source)
         return
-    if task != "run":
-        raise SystemExit(f"task={task!r}: expected pair or run")
-    for path in sorted(FOLDER.glob("*.ipynb")):
-        if not names or path.stem in names:
-            preset = "ci" if path.stem.startswith("03") else "demo"
-            print(path.name, preset)
-            run(path, os.environ.get("BITLLM_PRESET", preset))
+    os.environ.setdefault("BITLLM_PRESET", "demo")
+    with contextlib.ExitStack() as stack:
+        folder = flags.folder or stack.enter_context(tempfile.TemporaryDirectory())
+        shutil.copy(ROOT / "bitllm_core.py", folder)
+        for name in flags.names or [source.stem for source in sources]:  # 02 uses what 01 leaves
+            run(FOLDER / f"{name}.ipynb", folder)
 
 
 if __name__ == "__main__":
-    main(*(sys.argv[1:] or ["pair"]))
+    main()
