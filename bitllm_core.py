@@ -3191,6 +3191,8 @@ class LiveDisplay(Callback):
         if self.text:
             return self.text.on_start(state)
         self.lines = MetricsLog.read(self.out / "metrics.jsonl")
+        if state.step:
+            self.facts["last save"] = f"step {state.step:,}"
         mirror = getattr(state, "mirror", None)
         if mirror is not None:
             self.facts["mirror"] = mirror.status()
@@ -3199,7 +3201,8 @@ class LiveDisplay(Callback):
         self._show_buttons(state)
         from IPython.display import display
 
-        self.handle = display(self._card(state), raw=True, display_id=True)
+        self.handle = display({"text/plain": "drawing"}, raw=True, display_id=True)
+        self._draw_if_due(state)
 
     def on_step(self, state: TrainState, metrics: dict[str, Any] | None) -> None:
         if self.text:
