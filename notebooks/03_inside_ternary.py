@@ -97,7 +97,7 @@ master = layer.weight.detach().cpu()
 scale = master.abs().mean()
 by_hand = (master / scale).round().clamp(-1, 1)
 print(name, tuple(master.shape), f"s = {scale:.4f}")
-print(master[:3, :5], by_hand[:3, :5], sep="\n")
+print(master[:3, :5], by_hand[:3, :5].int(), sep="\n")
 
 # %% [markdown]
 # The library does the same, with a floor under the scale for a matrix of zeros.
@@ -137,9 +137,9 @@ plt.show()
 # %% [markdown]
 # ## Zeros and flips, by layer and time
 #
-# About a third of normally distributed weights is smaller than half their mean size, so about a
-# third of the trits begins as zero. Trits flip often while the learning rate is high, and freeze
-# as it falls.
+# Weights begin uniformly distributed, and a quarter of such weights is smaller than half their mean
+# size. Training gives them the shape of a bell, for which it would be 31%. Trits flip often while
+# the learning rate is high, and freeze as it falls.
 
 # %%
 lines = [x for x in bit.MetricsLog.read(Path("runs/inside-ternary/metrics.jsonl")) if "loss" in x]
@@ -156,19 +156,22 @@ plt.show()
 # ## Activations in 8 bits
 #
 # What enters a ternary matrix is rounded too: each token's vector to 127 steps up and down of its
-# own largest value. A hook shows the vectors of real text before, and `activation_quant` after.
+# own largest value. A hook on the norm before the first attention shows the vectors of real text
+# before, and `activation_quant` after.
 
 # %%
 net, tokenizer = bit.load_model("runs/inside-ternary")
-inputs = []
-hook = net.bit_linears()[name].register_forward_pre_hook(lambda layer, x: inputs.append(x[0]))
+outputs = []
+norm = net.model.layers[0].input_layernorm
+hook = norm.register_forward_hook(lambda layer, x, y: outputs.append(y))
 with torch.no_grad():
     net(torch.tensor([bit.encode(tokenizer, "The with statement is used to wrap a block.")]))
 hook.remove()
-before = inputs[0][0]
+before = outputs[0][0]
 after = bit.activation_quant(before)
 error = (after - before).norm() / before.norm()
 print(f"{len(before)} tokens of width {before.shape[1]}, relative error {error:.2%}")
+assert error > 0
 
 # %%
 _, axes = plt.subplots(figsize=(9, 3), layout="constrained")
