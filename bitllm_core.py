@@ -19,6 +19,7 @@ Contents
     7 Optimization    Muon and AdamW, their groups and the schedule
     8 Checkpoints     written whole or not at all, and loaded as data only
     9 Training        evaluation and the loop
+    11 Notebook       settings form, live display with buttons, Drive, prompt box
     12 Command line   train, generate, evaluate, bench, info
 
 Dimensions in comments
@@ -39,11 +40,16 @@ from __future__ import annotations
 
 import argparse
 import ast
+import base64
 import contextlib
 import dataclasses
 import errno
 import hashlib
+import html
+import importlib.metadata
+import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
@@ -77,12 +83,16 @@ __all__ = [
     "BitLinear",
     "Callback",
     "DataConfig",
+    "LiveDisplay",
     "ModelConfig",
     "SamplingConfig",
+    "Settings",
+    "SettingsPanel",
     "TokenData",
     "TrainConfig",
     "TrainState",
     "activation_quant",
+    "environment_report",
     "estimate_memory",
     "evaluate",
     "generate",
@@ -90,8 +100,12 @@ __all__ = [
     "load_checkpoint",
     "load_model",
     "load_tokenizer",
+    "mount_drive",
+    "newest_run",
     "prepare_data",
+    "prompt_box",
     "save_checkpoint",
+    "show_run",
     "stream",
     "train",
     "train_tokenizer",
@@ -1774,6 +1788,47 @@ def learning_rate_factor(config: TrainConfig, step: int) -> float:
     return min(1.0, (config.max_steps - step) / cooldown)
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """In hardware: on a CPU, AMX or AVX-512 with bfloat16. Emulated, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, n, lambda: False)() for n in names)
+
+
+class Float32Muon(torch.optim.Muon):
+    """torch's Muon with its iteration in float32, for hardware without bfloat16.
+
+    torch's own casts to bfloat16, whose products a CPU without it computes sixty times slower than
+    float32's: `demo`'s matrices took 10.3 s a step of one core with AVX2, and take 0.28 s here.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        assert closure is None
+        for group in self.param_groups:
+            for weight in (p for p in group["params"] if p.grad is not None):
+                state, momentum = self.state[weight], group["momentum"]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                mean = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
+                update = weight.grad.lerp(mean, momentum)
+                rate = group["lr"] * math.sqrt(max(1, weight.shape[0] / weight.shape[1]))
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(_orthogonalize(update, group), alpha=-rate)
+
+
+def _orthogonalize(update: Tensor, group: dict[str, Any]) -> Tensor:
+    """Newton-Schulz [3]: singular values to about 1, in the dtype of `update`, (O, I)."""
+    a, b, c = group["ns_coefficients"]
+    x = update.T if update.shape[0] > update.shape[1] else update
+    x = x / x.norm().clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if update.shape[0] > update.shape[1] else x
+
+
 def make_optimizers(model: BitLM, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon [3] for the matrices inside the blocks and AdamW for the rest, or AdamW for all.
 
@@ -1786,8 +1841,9 @@ def make_optimizers(model: BitLM, config: TrainConfig) -> list[torch.optim.Optim
     rest = {"params": others, "lr": config.other_rate, "weight_decay": 0.0}
     optimizers: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon":
+        muon = torch.optim.Muon if has_bfloat16(matrices[0].device) else Float32Muon
         optimizers.append(
-            torch.optim.Muon(
+            muon(
                 matrices,
                 lr=config.matrix_rate,
                 momentum=config.momentum,
@@ -2654,10 +2710,10 @@ def load_model(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM,
     if path.suffix == ".pth":
         model = import_seed_checkpoint(path)
         return model.freeze(), load_tokenizer(path.with_name("tokenizer.json"))
-    if path.is_dir():
-        contents = _checkpoint_of_run(path, checkpoint)
-    else:
+    if path.is_file():
         contents = load_checkpoint(path)
+    else:
+        contents = _checkpoint_of_run(path, checkpoint)
     try:
         config = config_from(ModelConfig, contents["config"]["model"], path)
         check_weights(config, contents["model"], path)
@@ -2717,15 +2773,9 @@ def choose_device(device: str = "auto", dtype: str = "auto") -> Device:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Device(torch.device(device), torch.bfloat16, "the GPU has bfloat16")
         return Device(torch.device(device), torch.float16, "the GPU has no bfloat16; loss scaled")
-    if device == "cpu" and _cpu_has_bfloat16():
+    if device == "cpu" and has_bfloat16(torch.device(device)):
         return Device(torch.device(device), torch.bfloat16, "the processor has bfloat16")
     return Device(torch.device(device), torch.float32, "no fast bfloat16 here")
-
-
-def _cpu_has_bfloat16() -> bool:
-    """AMX or AVX-512 with bfloat16; without them its products are slower than float32's."""
-    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
 def why_not_compile(device: Device) -> str:
@@ -2911,6 +2961,10 @@ class TrainState:
     """that training waited for saving, in this session"""
     mirror: Mirror | None = None
     """the copier to a second folder, with its `status()`"""
+    save_requested: bool = False
+    """set by a callback or a button: a checkpoint is saved after the running step"""
+    paused: bool = False
+    """set by a callback or a button: no further step until it is cleared"""
 
     _SAVED = (
         "step",
@@ -3008,6 +3062,9 @@ class Callback:
 
     def on_mirror(self, state: TrainState, status: str) -> None:
         """Between steps, when the state of the mirror has changed."""
+
+    def on_pause(self, state: TrainState) -> None:
+        """Ten times a second while `state.paused` keeps the loop from its next step."""
 
     def on_end(self, state: TrainState) -> None:
         """After the last step of this session, whatever ended it."""
@@ -3471,6 +3528,7 @@ class _Trainer:
             self.save_failed(f"{kind}_{self.state.step:08d}", error)
         self.state.save_seconds += time.perf_counter() - start
         if kind == "step":
+            self.state.save_requested = False
             self.last_save, self.begun_step = time.monotonic(), self.state.step
 
     def save_failed(self, name: str, error: OSError) -> None:
@@ -3541,6 +3599,8 @@ class _Trainer:
 
     def save_is_due(self) -> bool:
         config, step = self.config, self.state.step
+        if self.state.save_requested:
+            return True
         by_steps = config.save_every_steps and step % config.save_every_steps == 0
         minutes = (time.monotonic() - self.last_save) / 60
         by_time = config.save_every_minutes and minutes >= config.save_every_minutes
@@ -3594,6 +3654,17 @@ class _Trainer:
             self.after_step()
             if metrics:
                 steps_logged, started = 0, time.perf_counter()
+            started += self.wait_while_paused()
+
+    def wait_while_paused(self) -> float:
+        """Seconds spent here, which belong to no step; stopping and saving work meanwhile."""
+        start = time.perf_counter()
+        while self.state.paused and not self.state.stop_signal:
+            self.tell("on_pause")
+            if self.state.save_requested:
+                self.save()
+            time.sleep(0.1)
+        return time.perf_counter() - start
 
     def finish(self) -> None:
         """Save and evaluate on everything, once."""
@@ -3784,6 +3855,628 @@ def train(
         return _train(
             (model_config, data_config, train_config), out, resume, lock, copier, callbacks
         )
+
+
+# -----------------------------------------------------------------------------
+# 11 Notebook
+# What the notebooks share. ipywidgets, matplotlib and IPython are imported where they are used;
+# where there is no notebook everything has a form in plain text.
+
+
+def in_notebook() -> bool:
+    """Whether a kernel runs this (Jupyter, Colab), so that images and widgets can be shown."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel")  # IPython in a terminal has none
+
+
+def _widgets() -> Any:
+    """The module ipywidgets, or None where widgets cannot be shown."""
+    with contextlib.suppress(ImportError):
+        if in_notebook():
+            import ipywidgets
+
+            return ipywidgets
+    return None
+
+
+def environment_report(folder: str | Path = ".") -> str:
+    """GPU, memory, disk, precision and versions, a line each."""
+    device, disk = choose_device(), shutil.disk_usage(folder)
+    gpu = "none, so the processor trains. In Colab: Runtime > Change runtime type > T4 GPU"
+    if torch.cuda.is_available():
+        gpu = f"{torch.cuda.get_device_name()}, {_free_of(*torch.cuda.mem_get_info())}"
+    memory = "unknown"
+    with contextlib.suppress(ImportError):  # every notebook kernel brings it
+        import psutil
+
+        memory = _free_of(psutil.virtual_memory().available, psutil.virtual_memory().total)
+    installed = versions()
+    for name in ("tokenizers", "datasets", "ipykernel", "ipywidgets", "matplotlib"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[name] = importlib.metadata.version(name)
+    report = {
+        "GPU": gpu,
+        "memory": f"{memory}, {os.cpu_count()} cores",
+        "disk": _free_of(disk.free, disk.total),
+        "precision": str(device),
+        "torch.compile": why_not_compile(device) or "available",
+        "versions": ", ".join(f"{name} {version}" for name, version in installed.items()),
+    }
+    return "\n".join(f"{name + ':':15}{value}" for name, value in report.items())
+
+
+def _free_of(free: int, total: int) -> str:
+    return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+
+
+def mount_drive(mount_point: str = "/content/drive", timeout_s: int = 120) -> Path | None:
+    """Mount Google Drive in Colab and return the folder for copies; None, and why, if not.
+
+    Drive is a convenience: refused, timed out or absent, training goes on without it.
+    """
+    try:
+        from google.colab import drive  # type: ignore[import-not-found]
+    except ImportError:
+        print("Drive: this is not Colab, so there is nothing to mount; runs stay in this folder")
+        return None
+    try:
+        drive.mount(mount_point, timeout_ms=1000 * timeout_s)
+        folder = Path(mount_point) / "MyDrive" / "bitllm"
+        folder.mkdir(parents=True, exist_ok=True)
+    except Exception as error:  # Colab raises its own kinds; none of them may end the notebook
+        print(
+            f"Drive: not mounted ({type(error).__name__}: {first_line(error)}). Training works "
+            "without it, but the run is lost when Colab takes the machine back. To try again, run "
+            "this cell once more and allow access within two minutes"
+        )
+        return None
+    print("Drive: mounted; checkpoints are copied to MyDrive/bitllm")
+    return folder
+
+
+@lru_cache(maxsize=4)
+def product_rate(device: Device) -> float:
+    """FLOP a second of 2048³ matrix products in the training's dtype, the best of five."""
+    a = torch.randn(2048, 2048, device=device.device, dtype=device.dtype)
+    best = math.inf
+    for _ in range(6):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048**3 / best
+
+
+def estimate_seconds(model: ModelConfig, config: TrainConfig, rate: float) -> float:
+    """Training time at a quarter of the rate of large products; a guess within a factor of two."""
+    return 6 * model.num_parameters * config.batch_tokens * config.max_steps / (rate / 4)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The form of the notebooks. Empty or 0: as the preset has it."""
+
+    preset: str = "auto"
+    """a preset's name; auto: BITLLM_PRESET, else t4-1h with a CUDA GPU, else demo in 3 minutes"""
+    data: str = ""
+    """a file, a folder, a known data set or hf:OWNER/NAME, as DataConfig.data"""
+    hidden_size: int = 0
+    """width; the number of heads and the feed-forward width follow"""
+    num_hidden_layers: int = 0
+    """depth"""
+    minutes: float = 0.0
+    """time budget: as many steps as should fit in it"""
+    batch_tokens: int = 0
+    """tokens an optimizer step"""
+    learning_rate: float = 0.0
+    """peak rate of the matrices"""
+    resume: str = "auto"
+    """auto goes on where the folder's run stopped; never sets that run aside and begins anew"""
+    out: str = ""
+    """run folder; default: runs/PRESET, with the name of the data where that is another"""
+    mirror: str = ""
+    """folder that receives copies, such as one on Drive"""
+
+    def __post_init__(self) -> None:
+        names = ("auto", *PRESETS)
+        require(self.preset in names, "preset", self.preset, f"one of {', '.join(names)}")
+        require(self.preset_name in PRESETS, "BITLLM_PRESET", self.preset_name, ", ".join(PRESETS))
+        require(self.minutes >= 0, "minutes", self.minutes, "0 (the preset's steps) or more")
+        require(self.resume in ("auto", "never"), "resume", self.resume, "auto or never")
+        self.configs()
+
+    @property
+    def preset_name(self) -> str:
+        if self.preset != "auto":
+            return self.preset
+        fitting = "demo" if self.is_fallback else "t4-1h"
+        return os.environ.get("BITLLM_PRESET") or fitting
+
+    @property
+    def is_fallback(self) -> bool:
+        """Whether nobody chose a preset and there is no GPU, so that it should not take long."""
+        chosen = self.preset != "auto" or os.environ.get("BITLLM_PRESET")
+        return not chosen and not torch.cuda.is_available()
+
+    def replace(self, **changes: Any) -> Settings:
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def run_folder(self) -> Path:
+        own = f"-{Path(self.data).stem}" if self.data else ""
+        return Path(self.out or f"runs/{self.preset_name}{re.sub(r'[^-.0-9A-Za-z_]+', '-', own)}")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `train`."""
+        return {"resume": self.resume, **({"mirror": self.mirror} if self.mirror else {})}
+
+    def configs(self) -> tuple[ModelConfig, DataConfig, TrainConfig]:
+        """What `train` takes. ValueError names the field that cannot be, and a remedy."""
+        model, data, config = PRESETS[self.preset_name]
+        if self.hidden_size and self.hidden_size != model.hidden_size:
+            heads = max(1, self.hidden_size // model.head_dim)
+            groups = model.num_attention_heads // model.num_kv_heads
+            model = dataclasses.replace(
+                model,
+                hidden_size=self.hidden_size,
+                intermediate_size=self.hidden_size * model.intermediate_size // model.hidden_size,
+                num_attention_heads=heads,
+                num_key_value_heads=heads // groups if heads % groups == 0 else None,
+            )
+        changes = {name: getattr(self, name) for name in ("batch_tokens", "learning_rate")}
+        config = dataclasses.replace(config, **{k: v for k, v in changes.items() if v})
+        if self.num_hidden_layers:
+            model = dataclasses.replace(model, num_hidden_layers=self.num_hidden_layers)
+        if self.data:
+            data = dataclasses.replace(data, data=self.data)
+        check_configs(model, config)
+        if self.minutes or self.is_fallback:
+            config = dataclasses.replace(config, max_steps=self._fitting_steps(model, config))
+        return model, data, config
+
+    def _fitting_steps(self, model: ModelConfig, config: TrainConfig) -> int:
+        """Steps for the time budget, or no more than the preset's where nobody gave one.
+
+        A run that is there keeps its length if that is about as long: estimates differ from day to
+        day, and every other length moves the schedule.
+        """
+        one = dataclasses.replace(config, max_steps=1)
+        rate = product_rate(choose_device(config.device, config.dtype))
+        steps = max(1, round(60 * (self.minutes or 3) / estimate_seconds(model, one, rate)))
+        saved = (read_json(self.run_folder / "config.json") or {}).get("train", {})
+        before = saved.get("max_steps", 0) if self.resume == "auto" else 0
+        if not self.minutes:
+            return before or min(steps, config.max_steps)
+        return before if 2 / 3 < steps / max(before, 1) < 3 / 2 else steps
+
+    def describe(self) -> str:
+        """Parameters, memory, time and what will happen, a line each."""
+        model, data, config = self.configs()
+        device = choose_device(config.device, config.dtype)
+        minutes = estimate_seconds(model, config, product_rate(device)) / 60
+        memory = estimate_memory(model, config) / 2**20
+        small = " (small and short, for there is no GPU here)" if self.is_fallback else ""
+        lines = {
+            "preset": self.preset_name + small,
+            "model": f"{model.num_parameters / 1e6:.2f}M parameters: {model.num_hidden_layers} "
+            f"layers of width {model.hidden_size}, context {model.max_position_embeddings}",
+            "data": data.data,
+            "training": f"{config.max_steps:,} steps of {config.batch_tokens:,} tokens, peak "
+            f"learning rate {config.matrix_rate:g}",
+            "memory": f"{memory:,.0f} MB for weights, gradients and optimizer; activations besides",
+            "time": f"about {minutes:.1f} minutes on {device.device}, a guess before training",
+            "run folder": f"{self.run_folder.as_posix()}: {self._what_is_there(model, data)}",
+        }
+        return "\n".join(f"{name + ':':12}{value}" for name, value in lines.items())
+
+    def _what_is_there(self, model: ModelConfig, data: DataConfig) -> str:
+        saved = read_json(self.run_folder / "config.json")
+        if saved is None:
+            return "new"
+        if self.resume == "never":
+            return "holds a run, which is set aside"
+        if (saved.get("model"), saved.get("data")) != (asdict(model), asdict(data)):
+            return "HOLDS A RUN WITH OTHER SETTINGS; choose another folder, or resume = never"
+        lines = MetricsLog.read(self.run_folder / "metrics.jsonl")
+        step = lines[-1]["step"] if lines else 0
+        return f"holds a run that has come to step {step} of {saved['train']['max_steps']}; goes on"
+
+
+class SettingsPanel:
+    """`Settings` as a form of widgets that answers each change; plain text without widgets.
+
+    `settings` is what the form says now; like `Settings`, it raises ValueError for nonsense.
+    """
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self._given = settings or Settings()
+        self._fields: dict[str, Any] = {}
+
+    @property
+    def settings(self) -> Settings:
+        if not self._fields:
+            return self._given
+        return Settings(**{name: field.value for name, field in self._fields.items()})
+
+    def show(self) -> None:
+        """Display the form, or print what the settings mean."""
+        widgets = _widgets()
+        if widgets is None:
+            print(self._given.describe())
+            return
+        from IPython.display import display
+
+        display(self._form(widgets))
+
+    def _form(self, w: Any) -> Any:
+        wide = {"style": {"description_width": "140px"}, "layout": w.Layout(width="520px")}
+        choices = {"preset": ("auto", *PRESETS), "resume": ("auto", "never")}
+        for f in fields(Settings):
+            value = getattr(self._given, f.name)
+            options = {"value": value, "description": f.name.replace("_", " "), **wide}
+            if f.name in choices:
+                field = w.Dropdown(options=choices[f.name], **options)
+            elif isinstance(value, str):
+                field = w.Text(continuous_update=False, **options)
+            else:
+                field = (w.IntText if isinstance(value, int) else w.FloatText)(**options)
+            field.observe(self._tell, names="value")
+            self._fields[f.name] = field
+        own = w.Textarea(description="own text", continuous_update=False, **wide)
+        own.observe(lambda change: self._take({"own_text.txt": change["new"].encode()}), "value")
+        upload = w.FileUpload(accept=".txt,.jsonl,.parquet", description="upload a text")
+        upload.observe(lambda change: self._take(_uploaded(change["new"])), "value")
+        self._message = w.HTML()
+        self._tell()
+        return w.VBox([*self._fields.values(), own, upload, self._message])
+
+    def _take(self, files: dict[str, bytes]) -> None:
+        """Keep texts given in the form as files, and name the last as the data."""
+        for name, content in files.items():
+            if content:
+                path = Path("texts") / Path(name).name
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(content)
+                self._fields["data"].value = path.as_posix()
+        self._tell()
+
+    def _tell(self, change: Any = None) -> None:
+        try:
+            text, color = self.settings.describe(), INK
+        except ValueError as error:
+            text, color = f"cannot be: {error}", "#b00020"
+        self._message.value = (
+            f'<pre style="{CARD};color:{color};white-space:pre-wrap">{html.escape(text)}</pre>'
+        )
+
+
+def _uploaded(value: Any) -> dict[str, bytes]:
+    """Name and content of the files in a FileUpload; ipywidgets 7 has a dict, 8 a tuple."""
+    if isinstance(value, dict):
+        return {name: bytes(item["content"]) for name, item in value.items()}
+    return {item["name"]: bytes(item["content"]) for item in value}
+
+
+INK, PAPER = "#1f2328", "#ffffff"
+"""Text and ground of the displays; their own, so that dark and light themes read alike."""
+CARD = f"background:{PAPER};color:{INK};padding:8px 12px;border-radius:6px"
+_BLUE, _ORANGE, _GREEN = "#0b5cad", "#b34700", "#1a7f37"
+
+
+def run_figure(lines: list[dict[str, Any]]) -> Any:
+    """The curves of a run from the lines of its metrics.jsonl, as a matplotlib Figure."""
+    from matplotlib.figure import Figure
+
+    steps = [line for line in lines if "loss" in line]
+    tests = [line for line in lines if "val_loss" in line]
+    layered = [line for line in steps if line.get("zero_fraction")]
+    # places are fixed, for working them out anew takes as long as drawing
+    figure = Figure(figsize=(9, 4.2), dpi=100, facecolor=PAPER)
+    right = 0.5 if layered else 0.93
+    loss = figure.add_axes((0.06, 0.46, right - 0.06, 0.47))
+    rate = figure.add_axes((0.06, 0.11, right - 0.06, 0.24))
+    speed = rate.twinx()
+    _curve(loss, steps, "loss", _BLUE, "training")
+    _curve(loss, tests, "val_loss", _ORANGE, "validation", marker="o")
+    _curve(rate, steps, "learning_rate", _GREEN)
+    _curve(speed, steps, "tokens_per_s", _BLUE)
+    if steps or tests:
+        loss.legend(fontsize=8, frameon=False, labelcolor=INK)
+    loss.set_title("loss, nats per token", fontsize=9, color=INK)
+    rate.set_title("learning rate", fontsize=9, color=_GREEN, loc="left")
+    rate.set_title("tokens/s", fontsize=9, color=_BLUE, loc="right")
+    for axes in (loss, rate, speed):
+        axes.tick_params(labelcolor=INK, labelsize=8)
+    for axes in (rate, speed):
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
+    if layered:
+        for bottom, key, title in ((0.6, "zero_fraction", "zeros"), (0.11, "flip_rate", "flips")):
+            places = ((0.61, bottom, 0.29, 0.33), (0.91, bottom, 0.015, 0.33))
+            axes, scale = map(figure.add_axes, places)
+            _heat_map(axes, scale, layered, key)
+            axes.set_title(f"{title}, share of trits by layer", fontsize=9, color=INK)
+    return figure
+
+
+def _curve(
+    axes: Any, lines: list[dict[str, Any]], key: str, color: str, label: str = "", **style: Any
+) -> None:
+    if lines:
+        xs, ys = zip(*((line["step"], line[key]) for line in lines), strict=True)
+        axes.plot(xs, ys, color=color, label=label, linewidth=1.5, markersize=3, **style)
+
+
+def _heat_map(axes: Any, scale: Any, lines: list[dict[str, Any]], key: str) -> None:
+    """Layers upwards, steps to the right, at most 300 columns; the colours' scale beside it."""
+    lines = lines[:: 1 + len(lines) // 300]
+    values = np.array([line[key] for line in lines]).T  # (layers, lines)
+    extent = (0, lines[-1]["step"], -0.5, len(values) - 0.5)
+    image = axes.imshow(
+        values, origin="lower", aspect="auto", extent=extent, interpolation="nearest"
+    )
+    axes.set_yticks(range(0, len(values), 1 + len(values) // 6))
+    axes.figure.colorbar(image, cax=scale)
+    for part in (axes, scale):
+        part.tick_params(labelcolor=INK, labelsize=8)
+
+
+def figure_png(figure: Any) -> bytes:
+    """A matplotlib Figure as PNG, by Agg and without pyplot's global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def run_facts(lines: list[dict[str, Any]], max_steps: int, batch_tokens: int) -> dict[str, str]:
+    """The newest figures of a run, by name, in words."""
+    step = max((line["step"] for line in lines), default=0)
+    facts = {"step": f"{step:,} of {max_steps:,}"}
+    last = next((line for line in reversed(lines) if "loss" in line), None)
+    test = next((line for line in reversed(lines) if "val_loss" in line), None)
+    if last:
+        left = (max_steps - step) * batch_tokens / max(last["tokens_per_s"], 1)
+        facts["loss"] = f"{last['loss']:.3f}"
+        facts["tokens/s"] = f"{last['tokens_per_s']:,.0f}"
+        facts["memory"] = f"{last['memory_bytes'] / 2**30:.2f} GiB"
+        facts["time left"] = f"{left // 60:.0f} min {left % 60:02.0f} s"
+    if test:
+        facts["validation loss"] = f"{test['val_loss']:.3f} at step {test['step']:,}"
+    return facts
+
+
+def show_run(out: str | Path) -> None:
+    """Draw the whole curve of a run from its metrics.jsonl; one line of figures without notebook.
+
+    Raises FileNotFoundError for a folder without a run.
+    """
+    out = Path(out)
+    saved = read_json(out / "config.json")
+    if saved is None:
+        raise FileNotFoundError(f"{out}: not a run folder (no config.json in it)")
+    lines = MetricsLog.read(out / "metrics.jsonl")
+    facts = run_facts(lines, saved["train"]["max_steps"], saved["train"]["batch_tokens"])
+    text = ", ".join(f"{name} {value}" for name, value in facts.items())
+    if not in_notebook():
+        print(text)
+        return
+    from IPython.display import display
+
+    display({"image/png": figure_png(run_figure(lines)), "text/plain": text}, raw=True)
+
+
+class LiveDisplay(Callback):
+    """Curves, figures, a sample and buttons under the training cell; a progress bar elsewhere.
+
+    Buttons set flags that the loop reads between steps. Clicks arrive while the cell runs on
+    ipykernel 7 in JupyterLab 4.4 or newer (which sends them to a thread of their own), and on
+    ipykernel 6, Colab's, if jupyter_ui_poll is installed. Elsewhere they wait for the cell's end;
+    interrupting the cell (the ■ button) stops everywhere.
+
+    Args:
+        out: the run folder given to `train`, whose metrics.jsonl has the curve so far.
+    """
+
+    def __init__(self, out: str | Path) -> None:
+        self.out = Path(out)
+        self.text = None if in_notebook() and _has_matplotlib() else ProgressBar()
+        self.facts: dict[str, str] = {}
+        self.sample = ""
+        self.draw_after = 0.0
+        self.answered: tuple[Any, ...] = ()
+        self.buttons: dict[str, Any] = {}
+        self.handle: Any = None
+        self.began, self.ended = time.monotonic(), False
+
+    def on_start(self, state: TrainState) -> None:
+        if self.text:
+            return self.text.on_start(state)
+        self.lines = MetricsLog.read(self.out / "metrics.jsonl")
+        if state.step:
+            self.facts["last save"] = f"step {state.step:,}"
+        mirror = getattr(state, "mirror", None)
+        if mirror is not None:
+            self.facts["mirror"] = mirror.status()
+        self.resources = contextlib.ExitStack()
+        self.poll = self.resources.enter_context(_clicks_between_steps())
+        self._show_buttons(state)
+        from IPython.display import display
+
+        self.handle = display({"text/plain": "drawing"}, raw=True, display_id=True)
+        self._draw_if_due(state)
+
+    def on_step(self, state: TrainState, metrics: dict[str, Any] | None) -> None:
+        if self.text:
+            return self.text.on_step(state, metrics)
+        if metrics:
+            self.lines.append(metrics)
+        self.poll()
+        self._draw_if_due(state)
+
+    def on_pause(self, state: TrainState) -> None:
+        if not self.text:
+            self.poll()
+            self._draw_if_due(state)
+
+    def on_eval(self, state: TrainState, metrics: dict[str, Any]) -> None:
+        if self.text:
+            return self.text.on_eval(state, metrics)
+        self.lines.append(metrics)
+
+    def on_sample(self, state: TrainState, text: str) -> None:
+        if self.text:
+            return self.text.on_sample(state, text)
+        self.sample = text
+
+    def on_checkpoint(self, state: TrainState, path: Path) -> None:
+        self.facts["last save"] = f"step {state.step:,} at {time.strftime('%H:%M:%S')}"
+
+    def on_mirror(self, state: TrainState, status: str) -> None:
+        self.facts["mirror"] = status
+
+    def on_end(self, state: TrainState) -> None:
+        if self.text:
+            return self.text.on_end(state)
+        for button in self.buttons.values():
+            button.disabled = True
+        self.draw_after, self.ended = 0.0, True
+        self._draw_if_due(state)
+        self.resources.close()
+
+    def _show_buttons(self, state: TrainState) -> None:
+        widgets = _widgets()
+        if widgets is None:
+            return
+        from IPython.display import display
+
+        for name in ("Stop", "Pause", "Save now"):
+            self.buttons[name] = widgets.Button(description=name)
+            self.buttons[name].on_click(lambda _, name=name: _press(state, name))
+            _deliver_to_thread(self.buttons[name].comm)
+        note = widgets.HTML("to stop, or press the ■ button (interrupt): both save first")
+        display(widgets.HBox([*self.buttons.values(), note]))
+
+    def _draw_if_due(self, state: TrainState) -> None:
+        """At once after a click or save; else at most once a second, for a twentieth of the time.
+
+        Rarer as hours pass: what a closed tab missed comes all at once when it is opened again.
+        """
+        start = time.monotonic()
+        answered = (state.paused, state.stop_signal, self.facts.get("last save"))
+        if start < self.draw_after and answered == self.answered:
+            return
+        self.answered = answered
+        if self.buttons:
+            self.buttons["Pause"].description = "Continue" if state.paused else "Pause"
+        try:
+            self.handle.update(self._card(state), raw=True)
+        except Exception as error:  # a drawing is not worth a training
+            say(f"display: not drawn ({type(error).__name__}: {first_line(error)})")
+        now = time.monotonic()
+        self.draw_after = now + max(1.0, 19 * (now - start), (now - self.began) / 600)
+
+    def _card(self, state: TrainState) -> dict[str, str]:
+        facts = run_facts(self.lines, state.config.max_steps, state.config.batch_tokens)
+        facts |= {"step": f"{state.step:,} of {state.config.max_steps:,}", **self.facts}
+        if state.stop_signal:
+            facts["stopped"] = "saved; run this cell again to go on" if self.ended else "saving"
+        elif state.paused:
+            facts["paused"] = "press Continue"
+        figure = base64.b64encode(figure_png(run_figure(self.lines))).decode()
+        cells = " · ".join(f"{k} <b>{html.escape(v)}</b>" for k, v in facts.items())
+        sample = html.escape(self.sample or "at the first evaluation")
+        alt = "loss, learning rate and speed by step; zeros and flipped trits by layer"
+        text = ", ".join(f"{name} {value}" for name, value in facts.items())
+        page = (
+            f'<div style="{CARD}"><div>{cells}</div>'
+            f'<img alt="{alt}" style="max-width:100%" src="data:image/png;base64,{figure}">'
+            f'<div>sample text</div><pre style="{CARD};white-space:pre-wrap">{sample}</pre></div>'
+        )
+        return {"text/html": page, "text/plain": text}
+
+
+def _press(state: TrainState, name: str) -> None:
+    """What a click does: a flag, for it may come on another thread in the middle of a step."""
+    if name == "Stop":
+        state.stop_signal = signal.SIGINT
+    elif name == "Pause":
+        state.paused = not state.paused
+    else:
+        state.save_requested = True
+
+
+def _has_matplotlib() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def _deliver_to_thread(comm: Any) -> None:
+    """Let clicks keep the thread that the front end chose for them.
+
+    ipykernel 7.4 sends them after the widget's last update instead, which the training's own
+    thread made: they would wait for the end of the cell.
+    """
+    if hasattr(comm, "_reply_subshell_for"):
+        comm._reply_subshell_for = lambda data, default: default
+
+
+@contextlib.contextmanager
+def _clicks_between_steps() -> Iterator[Callable[[], None]]:
+    """A function that lets ipykernel 6 answer waiting clicks; cells sent meanwhile run later."""
+    generation = int(importlib.metadata.version("ipykernel").split(".")[0])
+    poll, last = None, 0.0
+    with contextlib.ExitStack() as stack:
+        if generation < 7:
+            with contextlib.suppress(ImportError):
+                from jupyter_ui_poll import ui_events
+
+                poll = stack.enter_context(ui_events())
+
+        def between_steps() -> None:
+            nonlocal last
+            if poll and time.monotonic() - last > 0.1:
+                poll(10)
+                last = time.monotonic()
+
+        yield between_steps
+
+
+def newest_run(folder: str | Path = "runs") -> Path | None:
+    """The run folder in `folder` that was trained last; None where there is none."""
+    runs = [p.parent for p in Path(folder).glob("*/metrics.jsonl")]
+    return max(runs, key=lambda p: (p / "metrics.jsonl").stat().st_mtime, default=None)
+
+
+def prompt_box(model: BitLM, tokenizer: Any, prompt: str = "") -> None:
+    """A prompt with sliders that answers as it writes; without widgets one text is printed."""
+    widgets = _widgets()
+    if widgets is None:
+        print(prompt + generate(model, tokenizer, prompt, SamplingConfig(seed=0)))
+        return
+    from IPython.display import display
+
+    w = widgets
+    wide = {"layout": w.Layout(width="520px"), "style": {"description_width": "100px"}}
+    text = w.Textarea(value=prompt, description="prompt", **wide)
+    sliders = {
+        "temperature": w.FloatSlider(value=0.8, min=0, max=2, step=0.05, **wide),
+        "top_k": w.IntSlider(value=50, min=0, max=200, **wide),
+        "top_p": w.FloatSlider(value=1.0, min=0.05, max=1, step=0.05, **wide),
+        "max_new_tokens": w.IntSlider(value=100, min=1, max=500, **wide),
+    }
+    for name, slider in sliders.items():
+        slider.description = name.replace("_", " ").removesuffix(" new tokens")
+    button, answer = w.Button(description="Write"), w.HTML()
+
+    def write(_: Any) -> None:
+        written = text.value
+        sampling = SamplingConfig(**{name: slider.value for name, slider in sliders.items()})
+        for piece in stream(model, tokenizer, text.value, sampling):
+            written += piece
+            answer.value = f'<pre style="{CARD};white-space:pre-wrap">{html.escape(written)}</pre>'
+
+    button.on_click(write)
+    display(w.VBox([text, *sliders.values(), button, answer]))
 
 
 # -----------------------------------------------------------------------------
@@ -3989,17 +4682,6 @@ def _time_training(model: ModelConfig, device: Device, windows: int, steps: int)
     return steps * ids.numel() / (time.perf_counter() - start)
 
 
-def _product_rate(device: Device) -> float:
-    """FLOP a second of 2048³ matrix products in the training's dtype, the best of five."""
-    a = torch.randn(2048, 2048, device=device.device, dtype=device.dtype)
-    best = math.inf
-    for _ in range(6):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * 2048**3 / best
-
-
 def _bench_command(flags: argparse.Namespace) -> int:
     device = choose_device()
     model = ModelConfig(
@@ -4024,7 +4706,7 @@ def _bench_command(flags: argparse.Namespace) -> int:
         "train": {
             "ternary_tokens_per_s": ternary,
             "dense_tokens_per_s": dense,
-            "flop_utilization": flops / _product_rate(device),
+            "flop_utilization": flops / product_rate(device),
         },
         "generate": {"tokens_per_s": generation},
         "memory": {
@@ -4050,11 +4732,11 @@ def _info_command(flags: argparse.Namespace) -> int:
     print(f"torch.compile: {why_not_compile(device) or 'available'}")
     for name, value in machine().items():
         print(f"{name}: {value}")
-    rate = _product_rate(device) * 0.25
+    rate = product_rate(device)
     print(f"\n{'preset':8} {'parameters':>10} {'memory':>8} {'time here':>10}  data")
     for name, (model, data, config) in PRESETS.items():
-        flops = 6 * model.num_parameters * config.batch_tokens * config.max_steps
-        memory, minutes = estimate_memory(model, config) / 2**20, flops / rate / 60
+        memory = estimate_memory(model, config) / 2**20
+        minutes = estimate_seconds(model, config, rate) / 60
         print(
             f"{name:8} {model.num_parameters / 1e6:9.2f}M {memory:5.0f} MB "
             f"{minutes:6.0f} min  {data.data}"

@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+# before torch starts: several test processes with several threads each only wait for one another
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

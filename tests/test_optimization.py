@@ -69,3 +69,32 @@ def test_clipping_bounds_adamw_only(tiny_config):
     muon, adamw = ([p.grad for g in o.param_groups for p in g["params"]] for o in optimizers)
     assert torch.nn.utils.get_total_norm(adamw) == pytest.approx(1.0, rel=1e-4)
     assert all((grad == 1).all() for grad in muon)
+
+
+@pytest.mark.parametrize("shape", [(24, 48), (48, 24), (32, 32)])
+def test_muon_in_float32_is_torchs_but_for_its_bfloat16(shape):
+    weights = [torch.nn.Parameter(torch.randn(shape, generator=seeded(0))) for _ in range(2)]
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+    pair = [kind([w], **options) for kind, w in zip(MUONS, weights, strict=True)]
+    for step in range(3):
+        for optimizer, weight in zip(pair, weights, strict=True):
+            weight.grad = torch.randn(shape, generator=seeded(step + 1))
+            optimizer.step()
+    # an update's entries are about 0.1 * 1 / sqrt(48); bfloat16 keeps 8 bits of them
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=2e-3)
+    assert not torch.equal(weights[0], weights[1])
+    pair[1].load_state_dict(pair[0].state_dict())  # a run goes on on other hardware
+
+
+MUONS = (torch.optim.Muon, bit.Float32Muon)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_muon_keeps_off_emulated_bfloat16(tiny_config, monkeypatch, fast):
+    monkeypatch.setattr(bit, "has_bfloat16", lambda device: fast)
+    muon, _ = bit.make_optimizers(bit.BitLM(tiny_config), bit.TrainConfig())
+    assert isinstance(muon, bit.Float32Muon) == (not fast)

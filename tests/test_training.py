@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -230,6 +231,64 @@ def test_callbacks_hear_of_everything(run, tmp_path):
     assert heard.count("on_checkpoint") == 4
     assert heard[0] == "on_start"
     assert heard[-1] == "on_end"
+
+
+def test_a_save_asked_for_comes_after_the_running_step(run, tmp_path):
+    class SaveAt(StopAt):
+        saved = ()
+
+        def on_step(self, state, metrics):
+            state.save_requested |= state.step == self.step
+
+        def on_checkpoint(self, state, path):
+            self.saved += (state.step,)
+
+    callback = SaveAt(5)
+    run(tmp_path, save_every_steps=0, callbacks=[callback])
+    assert callback.saved == (5, 12)
+
+
+class PauseAt(StopAt):
+    """Pauses for a second, asks for a checkpoint meanwhile, then goes on or stops."""
+
+    def __init__(self, step, stop=False):
+        super().__init__(step)
+        self.stop, self.saved, self.waits = stop, [], 0
+        self.ended = {0: time.perf_counter()}  # step -> when
+
+    def on_step(self, state, metrics):
+        state.paused = state.step == self.step
+        self.since = self.ended[state.step] = time.perf_counter()
+
+    def on_pause(self, state):
+        self.waits += 1
+        state.save_requested = self.waits == 1
+        if time.perf_counter() - self.since > 1:
+            state.paused = self.stop
+            state.stop_signal = signal.SIGINT if self.stop else 0
+
+    def on_checkpoint(self, state, path):
+        self.saved.append(state.step)
+
+
+def test_a_pause_changes_no_bit_and_counts_as_no_training(run, tmp_path):
+    run(tmp_path / "whole", save_every_steps=0)
+    callback = PauseAt(5)
+    run(tmp_path / "paused", save_every_steps=0, callbacks=[callback])
+    assert callback.saved == [5, 12]
+    assert callback.waits > 3
+    assert_same_bits(weights_of(tmp_path / "whole"), weights_of(tmp_path / "paused"))
+    lines = [x for x in bit.MetricsLog.read(tmp_path / "paused" / "metrics.jsonl") if "loss" in x]
+    wall = {step: when - callback.ended[0] for step, when in callback.ended.items()}
+    assert lines[-1]["train_seconds"] < wall[12] - 1
+    assert lines[2]["step"] == 6
+    assert 2 * 128 / lines[2]["tokens_per_s"] < wall[6] - wall[4] - 0.95
+
+
+def test_stop_works_while_paused(run, tmp_path):
+    state = run(tmp_path, save_every_steps=0, callbacks=[PauseAt(5, stop=True)])
+    assert state.step == 5
+    assert state.stop_signal == signal.SIGINT
 
 
 def test_metrics_hold_what_they_promise(run, tmp_path):

@@ -1,0 +1,188 @@
+# ---
+# jupyter:
+#   accelerator: GPU
+#   colab:
+#     gpuType: T4
+#     provenance: []
+#   jupytext:
+#     notebook_metadata_filter: all,-language_info
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Train your own 1.58-bit language model
+#
+# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/bitllm/blob/main/notebooks/01_train.ipynb)
+#
+# At the end of this notebook you have a language model of your own, with ternary weights
+# (-1, 0 or 1: [BitNet b1.58](https://arxiv.org/abs/2402.17764)), trained from nothing, in a
+# folder that you can keep, continue and use. It costs nothing: choose **Runtime > Run all** and
+# wait. On a free Colab T4 the default is a 29M model, planned for about an hour; without a GPU it
+# is a 3.9M model, kept to about three minutes.
+#
+# Nothing below waits for a click. Stop whenever you like: running all again goes on from the
+# last checkpoint.
+
+# %% [markdown]
+# ## Installation
+#
+# Everything is in one file, `bitllm_core.py`. This cell finds it or fetches it, and installs what
+# is missing. Colab has all but a small package that delivers clicks while a cell runs.
+
+# %%
+# @title Set up
+import contextlib
+import importlib.util
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+REPOSITORY, BRANCH = "OWNER/bitllm", "main"
+FILE = "bitllm_core.py"
+found = next((folder for folder in (Path(), Path("..")) if (folder / FILE).is_file()), None)
+if found is None:
+    address = f"https://raw.githubusercontent.com/{REPOSITORY}/{BRANCH}/{FILE}"
+    try:
+        with urllib.request.urlopen(address, timeout=30) as answer:
+            source = answer.read()
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{FILE} is not here and could not be fetched from {REPOSITORY} ({error}). Either "
+            "upload that one file (folder symbol at the left, then drag it in) and run this cell "
+            "again, or open bitllm_one_cell.ipynb, which needs nothing else"
+        ) from None
+    Path(FILE).write_bytes(source)
+    found = Path()
+sys.path.insert(0, str(found.resolve()))
+
+needed = ["datasets", "tokenizers", "tqdm", "matplotlib", "ipywidgets", "jupyter_ui_poll"]
+missing = [name for name in needed if importlib.util.find_spec(name) is None]
+if missing:  # in Colab never what these depend on: numpy and torch are in use already
+    alone = ["--no-deps"] if "google.colab" in sys.modules else []
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *alone, *missing], check=False)
+
+# %%
+import bitllm_core as bit
+
+print(bit.environment_report())
+
+# %% [markdown]
+# ## Google Drive (optional)
+#
+# Colab takes its machine back after some hours, with all files on it. With a tick here, Colab asks
+# for access to your Drive, and each checkpoint is copied there; the next day this notebook goes on
+# from the copy.
+
+# %%
+use_drive = False  # @param {type: "boolean"}
+drive = bit.mount_drive() if use_drive else None
+
+# %% [markdown]
+# ## Settings
+#
+# Empty or 0 means: as the preset has it. `data` takes a text file or a folder, a known name
+# (`wikitext-2`, `tinystories`, `fineweb-edu`, `wikipedia-es`, `pydocs`) or `hf:OWNER/NAME`.
+# `minutes` is a time budget: as many steps as should fit into it. `resume = never` sets a run that
+# is in the folder aside and begins anew.
+
+# %%
+# @title Settings
+preset = "auto"  # @param ["auto", "ci", "demo", "laptop", "t4-1h", "t4-3h", "seed"]
+data = ""  # @param {type: "string"}
+minutes = 0.0  # @param {type: "number"}
+hidden_size = 0  # @param {type: "integer"}
+num_hidden_layers = 0  # @param {type: "integer"}
+batch_tokens = 0  # @param {type: "integer"}
+learning_rate = 0.0  # @param {type: "number"}
+resume = "auto"  # @param ["auto", "never"]
+out = ""  # @param {type: "string"}
+mirror = ""  # @param {type: "string"}
+
+settings = bit.Settings(
+    preset,
+    data,
+    hidden_size,
+    num_hidden_layers,
+    minutes,
+    batch_tokens,
+    learning_rate,
+    resume,
+    out,
+    mirror,
+)
+if drive and not mirror:
+    settings = settings.replace(mirror=str(drive / settings.run_folder.name))
+
+# %% [markdown]
+# The same as a form that answers every change with parameters, memory and an estimate of the time.
+# Your own text can be pasted or uploaded here. Change what you like, then run the cells below.
+
+# %%
+panel = bit.SettingsPanel(settings)
+panel.show()
+
+# %%
+settings = panel.settings
+model, data, train = settings.configs()
+print(settings.describe())
+
+# %% [markdown]
+# ## Train
+#
+# Blue is the loss on the training text, orange on text held back. The heat maps show, layer by
+# layer, the share of weights that are zero, and the share of trits that changed since the last
+# line: a network that is still learning keeps flipping.
+
+# %%
+run = settings.run_folder
+display = bit.LiveDisplay(run)
+with contextlib.redirect_stderr(sys.stdout):  # notes, not in the colour of errors
+    state = bit.train(model, data, train, run, callbacks=[display], **settings.options)
+
+# %% [markdown]
+# The curve comes from `metrics.jsonl` in the run folder, so it is whole however often the training
+# was interrupted.
+
+# %%
+bit.show_run(run)
+
+# %% [markdown]
+# ## Evaluate
+#
+# Perplexity is the number of tokens the model hesitates between; a uniform guess hesitates between
+# all of them.
+
+# %%
+last = [line for line in bit.MetricsLog.read(run / "metrics.jsonl") if "val_loss" in line][-1]
+print(f"validation loss {last['val_loss']:.3f} nats per token at step {last['step']}")
+print(f"perplexity {last['val_perplexity']:.1f}; a uniform guess: {model.vocab_size}")
+
+# %% [markdown]
+# ## Let it write
+#
+# A model this small knows the look of its text rather than its sense. More steps, more text and
+# more width help, in this order; see `docs/troubleshooting.md`.
+
+# %%
+net, tokenizer = bit.load_model(run)
+sampling = bit.SamplingConfig(max_new_tokens=120, temperature=0.8, seed=0)
+for piece in bit.stream(net, tokenizer, "The ", sampling):
+    print(piece, end="")
+
+# %% [markdown]
+# `02_use` gives a prompt box with sliders for this model; `03_inside_ternary` shows what the
+# ternary weights do. The run folder is all there is to keep.
+
+# %%
+assert state.step == state.config.max_steps, (
+    f"stopped at step {state.step} of {state.config.max_steps}, and saved: run the training cell "
+    "again to go on"
+)
+print(f"complete: {state.step} steps, {state.tokens:,} tokens, in {run.as_posix()}")

@@ -1,0 +1,138 @@
+# ---
+# jupyter:
+#   accelerator: GPU
+#   colab:
+#     gpuType: T4
+#     provenance: []
+#   jupytext:
+#     notebook_metadata_filter: all,-language_info
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Use your model
+#
+# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/bitllm/blob/main/notebooks/02_use.ipynb)
+#
+# A prompt box with sliders for the model that `01_train` left behind, and what its ternary weights
+# weigh. Costs nothing and takes seconds. Where no model is found, a small one is trained first.
+
+# %% [markdown]
+# ## Installation
+
+# %%
+# @title Set up
+import contextlib
+import importlib.util
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+REPOSITORY, BRANCH = "OWNER/bitllm", "main"
+FILE = "bitllm_core.py"
+found = next((folder for folder in (Path(), Path("..")) if (folder / FILE).is_file()), None)
+if found is None:
+    address = f"https://raw.githubusercontent.com/{REPOSITORY}/{BRANCH}/{FILE}"
+    try:
+        with urllib.request.urlopen(address, timeout=30) as answer:
+            source = answer.read()
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{FILE} is not here and could not be fetched from {REPOSITORY} ({error}). Either "
+            "upload that one file (folder symbol at the left, then drag it in) and run this cell "
+            "again, or open bitllm_one_cell.ipynb, which needs nothing else"
+        ) from None
+    Path(FILE).write_bytes(source)
+    found = Path()
+sys.path.insert(0, str(found.resolve()))
+
+needed = ["datasets", "tokenizers", "tqdm", "matplotlib", "ipywidgets", "jupyter_ui_poll"]
+missing = [name for name in needed if importlib.util.find_spec(name) is None]
+if missing:  # in Colab never what these depend on: numpy and torch are in use already
+    alone = ["--no-deps"] if "google.colab" in sys.modules else []
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *alone, *missing], check=False)
+
+# %%
+import torch
+
+import bitllm_core as bit
+
+# %% [markdown]
+# ## The model
+#
+# A run folder is all that is needed: give its path, also one on a mounted Drive. Empty: the run
+# that was trained last.
+
+# %%
+# @title Model
+run = ""  # @param {type: "string"}
+
+run = Path(run) if run else bit.newest_run("runs")
+if run is None:
+    settings = bit.Settings()
+    print(f"no run in runs/ yet, so this trains one\n{settings.describe()}")
+    run = settings.run_folder
+    with contextlib.redirect_stderr(sys.stdout):  # notes, not in the colour of errors
+        bit.train(*settings.configs(), run, callbacks=[bit.LiveDisplay(run)])
+net, tokenizer = bit.load_model(run)
+print(f"{run.as_posix()}: {net.config.num_parameters / 1e6:.2f}M parameters")
+
+# %% [markdown]
+# ## Write
+#
+# Temperature 0 always takes the likeliest token; higher values dare more. Top-k and top-p leave
+# out what is unlikely. Press **Write** as often as you like.
+
+# %%
+prompt = "The "  # @param {type: "string"}
+bit.prompt_box(net, tokenizer, prompt)
+
+# %% [markdown]
+# The same in code: `stream` yields the text as it comes.
+
+# %%
+sampling = bit.SamplingConfig(max_new_tokens=80, temperature=0.7, top_k=40, top_p=0.95, seed=0)
+for piece in bit.stream(net, tokenizer, prompt, sampling):
+    print(piece, end="")
+
+# %% [markdown]
+# A low temperature repeats itself, a high one loses the thread.
+
+# %%
+for temperature in (0.0, 0.7, 1.5):
+    sampling = bit.SamplingConfig(max_new_tokens=30, temperature=temperature, seed=0)
+    print(f"temperature {temperature}: {bit.generate(net, tokenizer, prompt, sampling)!r}")
+
+# %% [markdown]
+# ## What it weighs
+#
+# A ternary weight needs log2(3) = 1.58 bits. Five of them fit into a byte (3^5 = 243), which is
+# 1.6 bits each. Embedding and norms stay 16-bit numbers, so the larger the model, the nearer it
+# comes to a tenth.
+
+# %%
+trits = sum(x.in_features * x.out_features for x in net.bit_linears().values())
+others = net.config.num_parameters - trits
+fp16, packed = 2 * (trits + others), trits / 5 + 2 * others
+print(f"{trits:,} ternary weights, {others:,} others")
+print(f"all of it in fp16: {fp16 / 1e6:.2f} MB; packed: {packed / 1e6:.2f} MB, {packed / fp16:.0%}")
+
+# %% [markdown]
+# Packing and unpacking gives the same weights: five trits are the digits of a number to base 3.
+
+# %%
+layer = next(iter(net.bit_linears().values()))
+ternary, scale = layer.ternary()
+digits = (ternary.flatten()[: ternary.numel() // 5 * 5].long() + 1).view(-1, 5)
+powers = torch.tensor([1, 3, 9, 27, 81])
+bytes_ = (digits * powers).sum(1).to(torch.uint8)
+unpacked = bytes_.long()[:, None] // powers % 3
+print(f"{digits.numel():,} trits in {bytes_.numel():,} bytes; the first five: {digits[0].tolist()}")
+assert torch.equal(unpacked, digits)

@@ -1,0 +1,209 @@
+# ---
+# jupyter:
+#   accelerator: GPU
+#   colab:
+#     gpuType: T4
+#     provenance: []
+#   jupytext:
+#     notebook_metadata_filter: all,-language_info
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Inside a ternary network
+#
+# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/bitllm/blob/main/notebooks/03_inside_ternary.ipynb)
+#
+# How a matrix of real numbers becomes one of -1, 0 and 1, what that does to the numbers that flow
+# through, and what it costs against the same network in full precision. Two tiny networks are
+# trained for it, which takes a minute or two on a CPU and needs no download.
+
+# %% [markdown]
+# ## Installation
+
+# %%
+# @title Set up
+import contextlib
+import importlib.util
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+REPOSITORY, BRANCH = "OWNER/bitllm", "main"
+FILE = "bitllm_core.py"
+found = next((folder for folder in (Path(), Path("..")) if (folder / FILE).is_file()), None)
+if found is None:
+    address = f"https://raw.githubusercontent.com/{REPOSITORY}/{BRANCH}/{FILE}"
+    try:
+        with urllib.request.urlopen(address, timeout=30) as answer:
+            source = answer.read()
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{FILE} is not here and could not be fetched from {REPOSITORY} ({error}). Either "
+            "upload that one file (folder symbol at the left, then drag it in) and run this cell "
+            "again, or open bitllm_one_cell.ipynb, which needs nothing else"
+        ) from None
+    Path(FILE).write_bytes(source)
+    found = Path()
+sys.path.insert(0, str(found.resolve()))
+
+needed = ["datasets", "tokenizers", "tqdm", "matplotlib", "ipywidgets", "jupyter_ui_poll"]
+missing = [name for name in needed if importlib.util.find_spec(name) is None]
+if missing:  # in Colab never what these depend on: numpy and torch are in use already
+    alone = ["--no-deps"] if "google.colab" in sys.modules else []
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *alone, *missing], check=False)
+
+# %%
+import dataclasses
+
+import matplotlib.pyplot as plt
+import torch
+
+import bitllm_core as bit
+
+# %% [markdown]
+# ## Two small networks
+#
+# The same shape, the same data in the same order, the same number of steps. `linear="ternary"`
+# rounds every weight of the blocks and every activation that enters them; `linear="dense"` rounds
+# nothing.
+
+# %%
+shape, data, train = bit.PRESETS["ci"]
+train = dataclasses.replace(train, max_steps=100, eval_every_steps=25, log_every_steps=5)
+states = {}
+for linear in ("ternary", "dense"):
+    model = dataclasses.replace(shape, linear=linear)
+    run = Path("runs") / f"inside-{linear}"
+    with contextlib.redirect_stderr(sys.stdout):  # notes, not in the colour of errors
+        states[linear] = bit.train(model, data, train, run, callbacks=[bit.LiveDisplay(run)])
+
+# %% [markdown]
+# ## Absmean: from a matrix to trits
+#
+# The scale is the mean size of the weights, s = mean |W|. Each weight is divided by it, rounded and
+# clipped: what is smaller than s/2 becomes 0, the rest keeps its sign and nothing else.
+
+# %%
+name, layer = next(iter(states["ternary"].model.bit_linears().items()))
+master = layer.weight.detach().cpu()
+scale = master.abs().mean()
+by_hand = (master / scale).round().clamp(-1, 1)
+print(name, tuple(master.shape), f"s = {scale:.4f}")
+print(master[:3, :5], by_hand[:3, :5].int(), sep="\n")
+
+# %% [markdown]
+# The library does the same, with a floor under the scale for a matrix of zeros.
+
+# %%
+ternary, s = bit.weight_quant(master)
+assert torch.equal(ternary, by_hand)
+print({int(v): f"{(ternary == v).float().mean():.1%}" for v in (-1, 0, 1)})
+
+# %%
+_, places = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+matrices = {"master weights": master, "trits": ternary}
+for axes, (title, matrix) in zip(places, matrices.items(), strict=True):
+    axes.imshow(matrix, cmap="RdBu", vmin=-matrix.abs().max(), vmax=matrix.abs().max())
+    axes.set_title(f"{name.removeprefix('model.')}: {title}", fontsize=9)
+plt.show()
+
+# %% [markdown]
+# ## Weights around the thresholds
+#
+# Training moves the master weights, which stay real numbers. A weight near a threshold, ±s/2,
+# flips with a small push; one in the middle of its bin needs many. The dense twin's weights, under
+# the same optimizer, know no thresholds.
+
+# %%
+_, places = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+for axes, (linear, state) in zip(places, states.items(), strict=True):
+    weight = state.model.bit_linears()[name].weight.detach().cpu().flatten()
+    half = weight.abs().mean() / 2
+    axes.hist(weight.numpy(), bins=80, color="#0b5cad")
+    for threshold in (-half, half):
+        axes.axvline(threshold, color="#b34700")
+    near = ((weight.abs() - half).abs() < 0.1 * half).float().mean()
+    axes.set_title(f"{linear}: {near:.1%} within a tenth of a threshold", fontsize=9)
+plt.show()
+
+# %% [markdown]
+# ## Zeros and flips, by layer and time
+#
+# Weights begin uniformly distributed, and a quarter of such weights is smaller than half their mean
+# size. Training gives them the shape of a bell, for which it would be 31%. Trits flip often while
+# the learning rate is high, and freeze as it falls.
+
+# %%
+lines = [x for x in bit.MetricsLog.read(Path("runs/inside-ternary/metrics.jsonl")) if "loss" in x]
+steps = [line["step"] for line in lines]
+_, places = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+for axes, key in zip(places, ("zero_fraction", "flip_rate"), strict=True):
+    for number, values in enumerate(zip(*(line[key] for line in lines), strict=True)):
+        axes.plot(steps, values, label=f"layer {number}")
+    axes.set_title(key.replace("_", " "), fontsize=9)
+    axes.legend(fontsize=8)
+plt.show()
+
+# %% [markdown]
+# ## Activations in 8 bits
+#
+# What enters a ternary matrix is rounded too: each token's vector to 127 steps up and down of its
+# own largest value. A hook on the norm before the first attention shows the vectors of real text
+# before, and `activation_quant` after.
+
+# %%
+net, tokenizer = bit.load_model("runs/inside-ternary")
+outputs = []
+norm = net.model.layers[0].input_layernorm
+hook = norm.register_forward_hook(lambda layer, x, y: outputs.append(y))
+with torch.no_grad():
+    net(torch.tensor([bit.encode(tokenizer, "The with statement is used to wrap a block.")]))
+hook.remove()
+before = outputs[0][0]
+after = bit.activation_quant(before)
+error = (after - before).norm() / before.norm()
+print(f"{len(before)} tokens of width {before.shape[1]}, relative error {error:.2%}")
+assert error > 0
+
+# %%
+_, axes = plt.subplots(figsize=(9, 3), layout="constrained")
+axes.plot(before[0], label="before", color="#0b5cad")
+axes.plot(after[0], ".", label="after, 8 bits", color="#b34700")
+axes.set_title("the first token's vector", fontsize=9)
+axes.legend(fontsize=8)
+plt.show()
+
+# %% [markdown]
+# ## What it costs
+#
+# Validation loss of both networks. The twin is better at this size, as expected: published gaps
+# shrink as networks grow. How much is lost here, by how many bits:
+
+# %%
+_, axes = plt.subplots(figsize=(9, 3), layout="constrained")
+last = {}
+for linear, color in {"ternary": "#0b5cad", "dense": "#b34700"}.items():
+    lines = bit.MetricsLog.read(Path(f"runs/inside-{linear}/metrics.jsonl"))
+    points = [(x["step"], x["val_loss"]) for x in lines if "val_loss" in x and "final" not in x]
+    axes.plot(*zip(*points, strict=True), ".-", label=linear, color=color)
+    last[linear] = points[-1][1]
+axes.set_title("validation loss, nats per token", fontsize=9)
+axes.legend(fontsize=8)
+plt.show()
+
+# %%
+gap = last["ternary"] - last["dense"]
+print(f"ternary {last['ternary']:.3f}, dense {last['dense']:.3f}: {gap:+.3f} nats per token")
+print("bits per weight in the blocks: 1.58 against 32 in training, 16 in most files")
+
+# %%
+assert all(state.step == train.max_steps for state in states.values()), "a training was stopped"
+print("complete:", {linear: state.step for linear, state in states.items()})

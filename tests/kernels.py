@@ -1,0 +1,100 @@
+"""A notebook kernel of this or another environment, spoken to as a front end does."""
+
+import contextlib
+import os
+import queue
+import subprocess
+import sys
+import time
+
+import pytest
+from jupyter_client import BlockingKernelClient
+from jupyter_client.connect import write_connection_file
+
+KERNELS = {"newest": sys.executable, "colab": os.environ.get("BITLLM_COLAB_PYTHON")}
+"""Name -> Python. Colab's pair of ipykernel and ipywidgets is made by tools/colab_environment.py"""
+
+
+def python_of(name):
+    python = KERNELS[name]
+    if not python:
+        if os.environ.get("BITLLM_NO_SKIPS"):
+            pytest.fail("BITLLM_COLAB_PYTHON is not set, and BITLLM_NO_SKIPS forbids to skip")
+        pytest.skip("BITLLM_COLAB_PYTHON is not set; tools/colab_environment.py tells how")
+    return python
+
+
+@contextlib.contextmanager
+def kernel(python, folder):
+    """A client connected to a new kernel in `folder`."""
+    path, _ = write_connection_file(str(folder / "kernel.json"))
+    command = [python, "-m", "ipykernel_launcher", "-f", path]
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL)
+    client = BlockingKernelClient()
+    client.load_connection_file(path)
+    client.start_channels(hb=False)  # under load a late heartbeat would pass for a death
+    try:
+        client.wait_for_ready(timeout=60)
+        yield client
+    finally:
+        client.stop_channels()
+        process.kill()
+        process.wait(20)
+
+
+class Cell:
+    """One execution, and what the kernel has said since."""
+
+    def __init__(self, client, code):
+        self.client, self.text, self.comms, self.displays = client, "", {}, []
+        self.states = []
+        self.id, self.replied, self.done = client.execute(code), False, False
+
+    def listen_until(self, found, timeout=90):
+        """Read messages until `found(self)`, or fail with what was printed."""
+        end = time.monotonic() + timeout
+        while not found(self):
+            assert time.monotonic() < end, f"nothing came within {timeout} s; so far: {self.text}"
+            try:
+                self.hear(self.client.get_iopub_msg(timeout=0.5))
+            except queue.Empty:
+                self.done = self.replied
+                # not by "idle": ipykernel 6 says that too early where clicks come between steps
+                with contextlib.suppress(queue.Empty):
+                    reply = self.client.get_shell_msg(timeout=0.1)
+                    self.replied |= reply["parent_header"].get("msg_id") == self.id
+        return self
+
+    def hear(self, message):
+        kind, content = message["msg_type"], message["content"]
+        if kind == "stream":
+            self.text += content["text"]
+        elif kind == "error":
+            self.text += "\n".join(content["traceback"])
+        elif kind == "comm_open":
+            state = content["data"].get("state", {})
+            self.comms[state.get("description")] = content["comm_id"]
+        elif kind == "comm_msg":
+            self.states.append(content["data"].get("state", {}))
+        elif kind in ("display_data", "update_display_data"):
+            self.displays.append(content["data"])
+
+    def click(self, description, subshell=None):
+        data = {"method": "custom", "content": {"event": "click"}}
+        content = {"comm_id": self.comms[description], "data": data}
+        message = self.client.session.msg("comm_msg", content)
+        if subshell:
+            message["header"]["subshell_id"] = subshell
+        self.client.shell_channel.send(message)
+
+
+def new_subshell(client):
+    """What JupyterLab sends widget messages through, where the kernel has it; else None."""
+    client.kernel_info()
+    reply = client.get_shell_msg(timeout=30)
+    while reply["msg_type"] != "kernel_info_reply":
+        reply = client.get_shell_msg(timeout=30)
+    if "kernel subshells" not in reply["content"].get("supported_features", []):
+        return None
+    client.control_channel.send(client.session.msg("create_subshell_request"))
+    return client.get_control_msg(timeout=30)["content"]["subshell_id"]

@@ -1,0 +1,224 @@
+"""A real JupyterLab in a real browser: run all, stop, go on, and write text."""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+import bitllm_core as bit
+from tests.conftest import ROOT
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+SHOTS = ROOT / "artefacts"
+QUIET = ("background-networking", "component-update", "sync", "quic", "gpu")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        if os.environ.get("BITLLM_NO_SKIPS"):
+            pytest.fail("no chromium, and BITLLM_NO_SKIPS forbids to skip")
+        pytest.skip("no chromium on the path")
+    from playwright.sync_api import sync_playwright
+
+    arguments = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in QUIET)]
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield chromium
+        chromium.close()
+
+
+@contextlib.contextmanager
+def jupyterlab(folder, settings, **environment):
+    """A server on `folder`; yields its address, token included."""
+    home = folder / ".jupyter"
+    for name, values in settings.items():
+        path = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values), encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    token = secrets.token_hex(8)
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+    command += [f"--ServerApp.root_dir={folder}", f"--ServerApp.port={port}"]
+    command += [f"--IdentityProvider.token={token}"]
+    command += ["--LabApp.extension_manager=readonly"]
+    environment = {
+        **os.environ,
+        "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
+        "JUPYTER_CONFIG_DIR": str(home),
+        "JUPYTER_DATA_DIR": str(home / "data"),
+        "IPYTHONDIR": str(home / "ipython"),
+        **environment,
+    }
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        _wait_for(lambda: _answers(f"{address}/api?token={token}"), 90)
+        yield lambda notebook: f"{address}/lab/tree/{notebook}?token={token}"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def _answers(address):
+    try:
+        with urllib.request.urlopen(address, timeout=5) as reply:
+            return reply.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _wait_for(found, timeout):
+    end = time.monotonic() + timeout
+    while not (value := found()):
+        assert time.monotonic() < end, f"not within {timeout} s"
+        time.sleep(0.3)
+    return value
+
+
+class Lab:
+    """A notebook open in JupyterLab."""
+
+    def __init__(self, browser, address):
+        self.page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        self.page.set_default_timeout(90_000)
+        self.page.goto(address)
+        self.page.wait_for_selector(".jp-Notebook .jp-CodeCell")
+        self.page.wait_for_selector("#jp-main-statusbar >> text=| Idle")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if error[0]:
+            print(self.output())
+            self.shot("at_failure")
+        self.page.close()
+
+    def menu(self, menu, item):
+        self.page.click(f'.lm-MenuBar-itemLabel:text-is("{menu}")')
+        self.page.click(f'.lm-Menu-itemLabel:text-is("{item}")')
+
+    def output(self):
+        return "\n".join(self.page.locator(".jp-OutputArea-output").all_inner_texts())
+
+    def step(self):
+        """The step in the last live display, which is drawn while the cell runs."""
+        found = re.findall(r"step ([\d,]+) of [\d,]+ ·", self.output())
+        return int(found[-1].replace(",", "")) if found else 0
+
+    def shot(self, name, target=None):
+        SHOTS.mkdir(exist_ok=True)
+        if target:
+            self.page.locator(target).last.scroll_into_view_if_needed()
+        self.page.screenshot(path=SHOTS / f"{name}.png")
+
+
+def settings(theme):
+    return {
+        "notebook-extension/tracker": {"windowingMode": "none"},
+        "apputils-extension/themes": {"theme": theme},
+        "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    }
+
+
+CARD = 'img[alt^="loss, learning rate"]'
+
+
+def test_run_all_stop_and_go_on(browser, tmp_path):
+    text = (ROOT / "notebooks" / "01_train.ipynb").read_text(encoding="utf-8")
+    for field, value in {"hidden_size": 128, "batch_tokens": 2048}.items():  # seconds, not minutes
+        assert text.count(f'"{field} = 0 ') == 1
+        text = text.replace(f'"{field} = 0 ', f'"{field} = {value} ')
+    (tmp_path / "01_train.ipynb").write_text(text, encoding="utf-8")
+    shutil.copy(ROOT / "bitllm_core.py", tmp_path)
+    run = tmp_path / "runs" / "demo"
+    light = settings("JupyterLab Light")
+    with jupyterlab(tmp_path, light, BITLLM_PRESET="demo", OMP_NUM_THREADS="1") as address:
+        with Lab(browser, address("01_train.ipynb")) as lab:
+            lab.menu("Run", "Run All Cells")
+            first = _wait_for(lab.step, 120)
+            before = lab.page.locator(CARD).get_attribute("src")
+            _wait_for(lambda: lab.step() > first + 10, 120)
+            assert lab.page.locator(CARD).get_attribute("src") != before  # the curve has grown
+            lab.shot("01_running_light", CARD)
+            lab.page.click('button:text-is("Stop")')
+            _wait_for(lambda: "saved; run this cell again" in lab.output(), 60)
+            lab.shot("01_stopped_light", CARD)
+            lines = bit.MetricsLog.read(run / "metrics.jsonl")
+            stopped = bit.newest_checkpoint(run / "checkpoints")["step"]
+            assert first < stopped < 200
+            assert lines[-1]["step"] <= stopped
+
+            width = lab.page.locator(".widget-text", has_text="hidden size").locator("input")
+            width.fill("250")
+            width.press("Enter")
+            _wait_for(lambda: "cannot be: num_attention_heads" in lab.output(), 30)
+            lab.shot("01_form_light", ".widget-upload")
+            lab.menu("File", "Save Notebook")
+            lab.page.reload()
+            lab.page.wait_for_selector(CARD)  # what was drawn survives
+            lab.menu("Kernel", "Restart Kernel and Run All Cells…")
+            lab.page.click('.jp-Dialog button:has-text("Restart")')
+            _wait_for(lambda: f"going on from step {stopped} of 200" in lab.output(), 120)
+            _wait_for(lambda: lab.step() > stopped + 10, 120)
+            lab.page.click('[data-command="notebook:interrupt-kernel"], [title^="Interrupt"]')
+            _wait_for(lambda: "saved; run this cell again" in lab.output(), 60)
+            lab.shot("01_went_on_light", CARD)
+    went_on = bit.newest_checkpoint(run / "checkpoints")["step"]
+    assert went_on > stopped + 10
+    steps = [x["step"] for x in bit.MetricsLog.read(run / "metrics.jsonl") if "loss" in x]
+    assert steps == list(range(10, went_on + 1, 10))  # the curve is whole
+
+
+def test_sliders_and_streaming_text_in_the_dark_theme(browser, tmp_path):
+    shutil.copy(ROOT / "notebooks" / "02_use.ipynb", tmp_path)
+    shutil.copy(ROOT / "bitllm_core.py", tmp_path)
+    dark = settings("JupyterLab Dark")
+    with (
+        jupyterlab(tmp_path, dark, BITLLM_PRESET="ci", OMP_NUM_THREADS="1") as address,
+        Lab(browser, address("02_use.ipynb")) as lab,
+    ):
+        lab.menu("Run", "Run All Cells")
+        _wait_for(lambda: "all of it in fp16" in lab.output(), 120)
+        lab.shot("02_trained_dark", CARD)
+        temperature = lab.page.locator(".widget-slider", has_text="temperature")
+        assert temperature.locator(".widget-readout").inner_text() == "0.80"
+        temperature.locator(".noUi-handle").press("Home")
+        _wait_for(lambda: temperature.locator(".widget-readout").inner_text() == "0.00", 20)
+        length = lab.page.locator(".widget-slider", has_text="max")
+        length.locator(".noUi-handle").press("PageDown")
+        answer = lab.page.locator(".widget-vbox .widget-html pre")
+        lab.page.click('button:text-is("Write")')
+        _wait_for(lambda: answer.count() and len(answer.inner_text()) > 20, 60)
+        written = settled(answer.inner_text)
+        assert written.startswith("The ")
+        lab.shot("02_written_dark", 'button:text-is("Write")')
+        lab.page.click('button:text-is("Write")')
+        assert settled(answer.inner_text) == written  # temperature 0 has no choice
+        temperature.locator(".noUi-handle").press("End")
+        _wait_for(lambda: temperature.locator(".widget-readout").inner_text() == "2.00", 20)
+        lab.page.click('button:text-is("Write")')
+        _wait_for(lambda: answer.inner_text() != written, 60)
+
+
+def settled(text):
+    """The text once it has not changed for two seconds."""
+    while True:
+        before = text()
+        time.sleep(2)
+        if text() == before:
+            return before

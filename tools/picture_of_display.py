@@ -1,0 +1,31 @@
+"""Take docs/live_display.png from the outputs committed in notebooks/01_train.ipynb.
+
+python tools/picture_of_display.py        # needs chromium
+"""
+
+import shutil
+from pathlib import Path
+
+import nbformat
+from playwright.sync_api import sync_playwright
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def card() -> str:
+    """The last drawing of the live display, HTML."""
+    cells = nbformat.read(ROOT / "notebooks" / "01_train.ipynb", 4).cells
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    pages = [x["data"]["text/html"] for x in outputs if "text/html" in x.get("data", {})]
+    return next(page for page in reversed(pages) if "base64" in page)
+
+
+if __name__ == "__main__":
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
+        )
+        page = browser.new_page(viewport={"width": 960, "height": 900})
+        page.set_content(f'<body style="font: 14px sans-serif">{card()}</body>')
+        page.locator("body > div").screenshot(path=ROOT / "docs" / "live_display.png")
+        browser.close()
