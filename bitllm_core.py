@@ -3514,6 +3514,10 @@ class _Trainer:
 
     def save(self, kind: str = "step") -> None:
         """Begin a checkpoint; a disk that refuses does not end the training."""
+        if kind == "step":
+            self.state.save_requested = False
+            if self.begun_step == self.state.step:  # asked for twice
+                return
         if self.lock.taken():
             raise ValueError(
                 f"{self.out}: another process has taken this run over; stopped at step "
@@ -3528,7 +3532,6 @@ class _Trainer:
             self.save_failed(f"{kind}_{self.state.step:08d}", error)
         self.state.save_seconds += time.perf_counter() - start
         if kind == "step":
-            self.state.save_requested = False
             self.last_save, self.begun_step = time.monotonic(), self.state.step
 
     def save_failed(self, name: str, error: OSError) -> None:
@@ -3663,6 +3666,8 @@ class _Trainer:
             self.tell("on_pause")
             if self.state.save_requested:
                 self.save()
+            self.collect_saves()
+            self.watch_mirror()
             time.sleep(0.1)
         return time.perf_counter() - start
 
@@ -4043,7 +4048,7 @@ class Settings:
         one = dataclasses.replace(config, max_steps=1)
         rate = product_rate(choose_device(config.device, config.dtype))
         steps = max(1, round(60 * (self.minutes or 3) / estimate_seconds(model, one, rate)))
-        saved = (read_json(self.run_folder / "config.json") or {}).get("train", {})
+        saved = self._run_there()[1].get("train", {})
         before = saved.get("max_steps", 0) if self.resume == "auto" else 0
         if not self.minutes:
             return before or min(steps, config.max_steps)
@@ -4070,16 +4075,27 @@ class Settings:
         return "\n".join(f"{name + ':':12}{value}" for name, value in lines.items())
 
     def _what_is_there(self, model: ModelConfig, data: DataConfig) -> str:
-        saved = read_json(self.run_folder / "config.json")
-        if saved is None:
+        place, saved = self._run_there()
+        if not saved:
             return "new"
         if self.resume == "never":
             return "holds a run, which is set aside"
         if (saved.get("model"), saved.get("data")) != (asdict(model), asdict(data)):
             return "HOLDS A RUN WITH OTHER SETTINGS; choose another folder, or resume = never"
+        steps = saved["train"]["max_steps"]
+        if place != self.run_folder:
+            return f"goes on with the run of {steps} steps that is in {place}"
         lines = MetricsLog.read(self.run_folder / "metrics.jsonl")
         step = lines[-1]["step"] if lines else 0
-        return f"holds a run that has come to step {step} of {saved['train']['max_steps']}; goes on"
+        return f"holds a run that has come to step {step} of {steps}; goes on"
+
+    def _run_there(self) -> tuple[Path, dict[str, Any]]:
+        """The settings of the run to go on with, in the run folder or else in the mirror."""
+        for place in (self.run_folder, *([Path(self.mirror)] if self.mirror else [])):
+            saved = read_json(place / "config.json")
+            if saved:
+                return place, saved
+        return self.run_folder, {}
 
 
 class SettingsPanel:
@@ -4295,9 +4311,8 @@ class LiveDisplay(Callback):
         self.lines = MetricsLog.read(self.out / "metrics.jsonl")
         if state.step:
             self.facts["last save"] = f"step {state.step:,}"
-        mirror = getattr(state, "mirror", None)
-        if mirror is not None:
-            self.facts["mirror"] = mirror.status()
+        if state.mirror:
+            self.on_mirror(state, state.mirror.status())
         self.resources = contextlib.ExitStack()
         self.poll = self.resources.enter_context(_clicks_between_steps())
         self._show_buttons(state)
@@ -4330,10 +4345,11 @@ class LiveDisplay(Callback):
         self.sample = text
 
     def on_checkpoint(self, state: TrainState, path: Path) -> None:
-        self.facts["last save"] = f"step {state.step:,} at {time.strftime('%H:%M:%S')}"
+        when = time.strftime("%H:%M:%S", time.localtime(state.last_saved_at))
+        self.facts["last save"] = f"step {state.last_saved_step:,} at {when}"
 
     def on_mirror(self, state: TrainState, status: str) -> None:
-        self.facts["mirror"] = status
+        self.facts["mirror"] = status.removeprefix("mirror: ")
 
     def on_end(self, state: TrainState) -> None:
         if self.text:

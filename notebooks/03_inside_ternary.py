@@ -54,7 +54,8 @@ if found is None:
     found = Path()
 sys.path.insert(0, str(found.resolve()))
 
-needed = ["datasets", "tokenizers", "tqdm", "matplotlib", "ipywidgets", "jupyter_ui_poll"]
+needed = ["datasets", "tokenizers", "safetensors", "tqdm", "matplotlib"]
+needed += ["ipywidgets", "jupyter_ui_poll"]
 missing = [name for name in needed if importlib.util.find_spec(name) is None]
 if missing:  # in Colab never what these depend on: numpy and torch are in use already
     alone = ["--no-deps"] if "google.colab" in sys.modules else []

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import json
+import shutil
 import sys
 import types
 
@@ -11,6 +12,7 @@ import pytest
 
 import bitllm_core as bit
 from tests.conftest import ROOT
+from tests.faults import Fault, inject
 from tests.kernels import KERNELS, Cell, kernel, new_subshell, python_of
 
 BEGIN = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import bitllm_core as bit\n"
@@ -251,7 +253,7 @@ def test_the_display_in_a_kernel_and_after_it_died(tmp_path):
         card = cell.displays[-1]
         page = card["text/html"]
         assert "step <b>30 of 40</b>" in page
-        assert "mirror <b>mirror: &lt;failing&gt; since 14:02</b>" in page
+        assert "mirror <b>&lt;failing&gt; since 14:02</b>" in page
         assert "saved; run this cell again to go on" in page
         assert "last save <b>step 30 at " in page
         figure = base64.b64decode(page.split("base64,")[1].split('"')[0])
@@ -377,6 +379,35 @@ def test_a_mounted_but_broken_drive_is_one_line(colab, tmp_path, capsys):
     (tmp_path / "drive").write_text("a file where the folder should be")
     assert bit.mount_drive(str(tmp_path / "drive")) is None
     assert "not mounted" in capsys.readouterr().out
+
+
+class Stop(bit.Callback):
+    def on_step(self, state, metrics):
+        state.stop_signal = 2 * (state.step == 20)
+
+
+def test_a_drive_that_breaks_in_the_run_and_a_new_machine_the_next_day(
+    colab, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(bit, "MIRROR_RETRY_S", (0.01, 0.05))
+    colab.mount = lambda point, timeout_ms: (tmp_path / "drive" / "MyDrive").mkdir(parents=True)
+    drive = bit.mount_drive(str(tmp_path / "drive"))
+    settings = bit.Settings("ci", mirror=str(drive / "ci"))
+    model, data, train = settings.configs()
+    train = dataclasses.replace(train, save_every_steps=5)
+    broken = Fault("ENOTCONN", "write", at=10, times=10**9)
+    with inject(drive, broken):
+        state = bit.train(model, data, train, "runs/ci", callbacks=[Stop()], **settings.options)
+    assert state.step == 20
+    assert "Errno 107" in capsys.readouterr().err
+    first = bit.MetricsLog.read(tmp_path / "runs" / "ci" / "metrics.jsonl")
+    shutil.rmtree(tmp_path / "runs")  # the machine is gone, and with it all but the Drive
+    assert "goes on with the run of 40 steps" in settings.describe()
+    state = bit.train(model, data, train, "runs/ci", callbacks=(), **settings.options)
+    assert state.step == 40
+    steps = [x["step"] for x in bit.MetricsLog.read(tmp_path / "runs" / "ci" / "metrics.jsonl")]
+    assert steps[: len(first)] == [line["step"] for line in first]  # the curve is whole
+    assert bit.list_checkpoints(drive / "ci" / "checkpoints")[-1].stem == "step_00000040"
 
 
 def test_without_colab_there_is_no_drive(monkeypatch, capsys):

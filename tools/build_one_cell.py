@@ -41,7 +41,8 @@ folder.mkdir(exist_ok=True)
 (folder / "bitllm_core.py").write_text(SOURCE, encoding="utf-8", newline="\\n")
 sys.path.insert(0, str(folder.resolve()))
 sys.modules.pop("bitllm_core", None)  # of an earlier version of this cell
-needed = ["datasets", "tokenizers", "tqdm", "matplotlib", "ipywidgets", "jupyter_ui_poll"]
+needed = ["datasets", "tokenizers", "safetensors", "tqdm", "matplotlib"]
+needed += ["ipywidgets", "jupyter_ui_poll"]
 missing = [name for name in needed if importlib.util.find_spec(name) is None]
 if missing:  # in Colab never what these depend on: numpy and torch are in use already
     alone = ["--no-deps"] if "google.colab" in sys.modules else []
