@@ -2848,12 +2848,18 @@ def _hf_entries(model: BitLM, dense: bool) -> list[_Entry]:
     return entries
 
 
-def _skeleton(config: ModelConfig, tensors: int, path: Path) -> BitLM:
-    """A frozen model without memory behind it, to compare a file's header with."""
-    if config.num_hidden_layers > tensors or config.max_position_embeddings > _LONGEST_CONTEXT:
-        raise ValueError(f"{path}: its configuration claims sizes that its tensors do not have")
-    with torch.device("meta"):
-        return BitLM(config, seed=None).freeze()
+def _skeleton(settings: dict[str, Any], tensors: int, path: Path) -> BitLM:
+    """A frozen model without memory behind it, to compare a stranger's file with."""
+    names = {f.name for f in fields(ModelConfig)}
+    try:
+        config = ModelConfig(**{key: value for key, value in settings.items() if key in names})
+        require(config.num_hidden_layers <= tensors, "num_hidden_layers", tensors, "fewer")
+        context = config.max_position_embeddings
+        require(context <= _LONGEST_CONTEXT, "max_position_embeddings", context, "less")
+        with torch.device("meta"):
+            return BitLM(config, seed=None).freeze()
+    except Exception as error:
+        raise ValueError(f"{path}: no model has these sizes ({first_line(error)})") from error
 
 
 def _checked(file: Any, expected: list[_Entry], path: Path) -> None:
@@ -2872,9 +2878,9 @@ def _checked(file: Any, expected: list[_Entry], path: Path) -> None:
 
 
 @torch.no_grad()
-def _fill(config: ModelConfig, trits_of: Callable[[str, BitLinear], Any], read: Any) -> BitLM:
+def _fill(skeleton: BitLM, trits_of: Callable[[str, BitLinear], Any], read: Any) -> BitLM:
     """A frozen model, its trits and scales from `trits_of(name, layer)`, the rest from `read`."""
-    model = BitLM(config, seed=None).freeze()
+    model = BitLM(skeleton.config, seed=None).freeze()
     for name, linear in model.bit_linears().items():
         trits, scale = trits_of(name, linear)
         if trits.abs().max() > 1 or not scale.isfinite().all():
@@ -2909,8 +2915,7 @@ def _read_packed(path: Path, metadata: dict[str, str]) -> _Source:
     if version != str(_EXPORT_VERSION):
         raise ValueError(f"{path}: format {version}; this program reads {_EXPORT_VERSION}")
     try:
-        config = ModelConfig(**json.loads(metadata["config"]))
-        facts = json.loads(metadata["facts"])
+        settings, facts = json.loads(metadata["config"]), json.loads(metadata["facts"])
         tokenizer = Tokenizer.from_str(metadata["tokenizer"])
         embedding = metadata["embedding"]
         require(embedding in _EMBEDDINGS, "embedding", embedding, ", ".join(_EMBEDDINGS))
@@ -2918,7 +2923,7 @@ def _read_packed(path: Path, metadata: dict[str, str]) -> _Source:
         raise ValueError(f"{path}: its metadata is not that of a model ({error})") from error
     tokenizer.encode_special_tokens = True
     with safe_open(path, framework="pt") as file:
-        skeleton = _skeleton(config, len(file.keys()), path)
+        skeleton = _skeleton(settings, len(file.keys()), path)
         _checked(file, _packed_entries(skeleton, embedding), path)
 
         def trits_of(name: str, linear: BitLinear) -> tuple[Tensor, Tensor]:
@@ -2932,7 +2937,7 @@ def _read_packed(path: Path, metadata: dict[str, str]) -> _Source:
             scaled = embedding == "int8" and "embed" in name
             return value * file.get_tensor(f"{name}_scale") if scaled else value
 
-        return _Source(_fill(config, trits_of, read), tokenizer, facts)
+        return _Source(_fill(skeleton, trits_of, read), tokenizer, facts)
 
 
 def _read_hf(path: Path, settings: dict[str, Any]) -> _Source:
@@ -2949,11 +2954,6 @@ def _read_hf(path: Path, settings: dict[str, Any]) -> _Source:
                 f"{path / 'config.json'}: {key}={settings.get(key)!r}, expected {value!r}; "
                 "only folders that this program exported are read"
             )
-    names = {f.name for f in fields(ModelConfig)}
-    try:
-        config = ModelConfig(**{k: v for k, v in settings.items() if k in names})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path / 'config.json'}: {error}") from error
     weights = path / "model.safetensors"
     if not weights.is_file():
         raise FileNotFoundError(f"{weights}: no such file; expected the weights of the export")
@@ -2962,7 +2962,8 @@ def _read_hf(path: Path, settings: dict[str, Any]) -> _Source:
     except Exception as error:
         raise ValueError(f"{weights}: not a safetensors file ({first_line(error)})") from error
     with opened as file:
-        _checked(file, _hf_entries(_skeleton(config, len(file.keys()), path), dense), weights)
+        skeleton = _skeleton(settings, len(file.keys()), path / "config.json")
+        _checked(file, _hf_entries(skeleton, dense), weights)
 
         def trits_of(name: str, linear: BitLinear) -> tuple[Tensor, Tensor]:
             weight = file.get_tensor(f"{name}.weight")
@@ -2974,7 +2975,7 @@ def _read_hf(path: Path, settings: dict[str, Any]) -> _Source:
                 raise ValueError(f"{weights}: {name}.weight is not trits times one scale")
             return trits, scale
 
-        model = _fill(config, trits_of, file.get_tensor)
+        model = _fill(skeleton, trits_of, file.get_tensor)
     return _Source(model, load_tokenizer(path / "tokenizer.json"), settings.get("bitllm", {}))
 
 
@@ -3000,8 +3001,9 @@ def _open_source(path: Path, checkpoint: str | int, credits: dict[str, Any]) -> 
     for key in credits:
         require(key in CREDITS, "credits", key, f"one of {', '.join(CREDITS)}")
     source = _read_any(path, checkpoint)
+    known = source.facts if isinstance(source.facts, dict) else {}  # a stranger's may be anything
     given = {key: value for key, value in credits.items() if value is not None}
-    return dataclasses.replace(source, facts={**source.facts, **given})
+    return dataclasses.replace(source, facts={**known, **given})
 
 
 def load_model(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM, Any]:
@@ -3519,6 +3521,8 @@ def llama_cpp_stream(
     except Exception as error:
         raise ValueError(f"{path}: llama.cpp does not load it ({first_line(error)})") from error
     request = _llama_cpp_request(prompt, sampling or SamplingConfig())
+    if not request["max_tokens"]:
+        return
     pieces: queue.SimpleQueue[Any] = queue.SimpleQueue()
     left = threading.Event()  # the reader wants no more
 
@@ -3539,7 +3543,8 @@ def llama_cpp_stream(
         while (piece := pieces.get()) is not None:
             if "error" in piece:
                 raise ValueError(f"{path}: llama.cpp refuses the prompt ({piece['error']})")
-            yield piece["choices"][0]["text"]
+            if text := piece["choices"][0]["text"]:
+                yield text
     finally:
         left.set()
         worker.join()
@@ -3555,20 +3560,20 @@ def _llama_cpp_request(prompt: str, sampling: SamplingConfig) -> dict[str, Any]:
         "top_k": sampling.top_k,
         "top_p": sampling.top_p,
         "repeat_penalty": sampling.repetition_penalty,
-        "repeat_last_n": -1,
+        "repeat_last_n": 1 << 16,  # all of the text, as ours
         "samplers": ["penalties", "temperature", "top_k", "top_p"],
         **({} if sampling.seed is None else {"seed": sampling.seed}),
     }
 
 
 def push_to_hub(
-    path: str | Path, repo_id: str, token: str | None = None, private: bool = False
+    path: str | Path, repo_id: str, token: str | None = None, private: bool = True
 ) -> str:
     """Upload an exported folder or file to the Hugging Face hub; returns the address.
 
     Args:
         path: what an export wrote.
-        repo_id: OWNER/NAME; made if it is not there.
+        repo_id: OWNER/NAME; made if it is not there, `private` or not.
         token: with the right to write; default: HF_TOKEN from the environment or from Colab's
             secrets, else what the hub's own login keeps. It is neither printed nor stored.
 
