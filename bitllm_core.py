@@ -3259,12 +3259,7 @@ def _hf_usage(folder: str, dense: bool) -> str:
 
 def _model_card(source: _Source, size: int, dense: bool) -> str:
     config, facts = source.model.config, source.facts
-    weights = sum(linear.trits.numel() for linear in source.model.bit_linears().values())
-    front = {
-        "license": facts.get("licence"),
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-    }
+    trits = sum(linear.trits.numel() for linear in source.model.bit_linears().values())
     known = KNOWN_DATA.get(facts.get("data") or "")
     rows = {
         "author": facts.get("author"),
@@ -3276,50 +3271,60 @@ def _model_card(source: _Source, size: int, dense: bool) -> str:
         "loss of the last logged batch, nats per token": facts.get("loss"),
         "validation loss, nats per token": facts.get("val_loss"),
         "validation perplexity": facts.get("val_perplexity"),
-        "parameters": f"{config.num_parameters:,}, of which {weights:,} are ternary",
+        "parameters": config.num_parameters,
+        "of which ternary": trits,
         "context, tokens": config.max_position_embeddings,
-        "size of the files, bytes": f"{size:,}",
+        "size of the files, bytes": size,
     }
-    told = {
-        k: "not stated" if v is None else f"{v:.4f}" if isinstance(v, float) else v
-        for k, v in rows.items()
-    }
-    lines = ["---", *(f"{key}: {value}" for key, value in front.items() if value)]
-    lines += ["datasets:", f"- {known.name}"] if known else []
-    name = facts.get("name") or "A ternary language model"
-    loads = _hf_usage(".", dense)
-    lines += [
-        "---",
-        f"# {name}",
-        "",
-        "A ternary (BitNet b1.58) language model, trained from scratch with `bitllm_core.py`. It",
-        "continues text; it was not taught to follow instructions or to be right.",
-        "",
-        "| | |",
-        "| --- | --- |",
-        *(f"| {key} | {value} |" for key, value in told.items()),
-        "",
-        "## Loading it",
-        "",
-        "```",
-        loads,
-        "```",
-        "",
-        "All floats are float32; load it in that dtype (transformers' default for this folder).",
-        *(
-            []
-            if dense
-            else [
-                "On a CPU, loading compiles code: it needs a C++ compiler, or the environment",
-                "variable TORCHDYNAMO_DISABLE=1.",
-            ]
-        ),
-        "llama.cpp, ollama and LM Studio read a GGUF file, which the same program exports from the",
-        "run folder or from this one: `python bitllm_core.py export --model . --to gguf --out "
-        "../model.gguf`.",
-        "llama.cpp's own converter cannot: it takes the scale of the weights anew.",
-    ]
-    return "\n".join(lines) + "\n"
+    front = ["library_name: transformers", "pipeline_tag: text-generation"]
+    front += [f"license: {json.dumps(facts['licence'])}"] if facts.get("licence") else []
+    front += ["datasets:", f"- {known.name}"] if known else []
+    table = "\n".join(f"| {key} | {_told(value)} |" for key, value in rows.items())
+    compiler = "" if dense else _COMPILER_NOTE
+    return (
+        "---\n"
+        + "\n".join(front)
+        + f"""
+---
+# {facts.get("name") or "A ternary language model"}
+
+A ternary (BitNet b1.58) language model, trained from scratch with `bitllm_core.py`. It continues
+text; it was not taught to follow instructions or to be right.
+
+| | |
+| --- | --- |
+{table}
+
+## Loading it
+
+```
+{_hf_usage(".", dense)}
+```
+
+All floats are float32; load it in that dtype, transformers' default for this folder.{compiler}
+
+llama.cpp, ollama and LM Studio read a GGUF file, which `bitllm_core.py` makes of this folder:
+`python bitllm_core.py export --model . --to gguf --out ../model.gguf`. llama.cpp's own converter
+does not: it takes the scale of the weights anew.
+"""
+    )
+
+
+_COMPILER_NOTE = """
+On a CPU, loading compiles code: it needs a C++ compiler, or TORCHDYNAMO_DISABLE=1 in the
+environment."""
+
+
+def _told(value: Any) -> str:
+    if value is None:
+        return "not stated"
+    return (
+        f"{value:.4f}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+    )
 
 
 _GGUF_NAMES = [
@@ -3510,8 +3515,8 @@ def llama_cpp_stream(
         FileNotFoundError, ValueError: no such file, or llama.cpp refuses it or the prompt.
         ImportError: the package xllamacpp is not installed.
     """
-    xllamacpp = _library("xllamacpp", "running a GGUF file")
-    if not Path(path).is_file():
+    xllamacpp, path = _library("xllamacpp", "running a GGUF file"), Path(path)
+    if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a GGUF file")
     params = xllamacpp.CommonParams()
     params.model.path, params.verbosity, params.warmup = str(path), -1, False

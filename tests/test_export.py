@@ -34,8 +34,17 @@ LARGEST_DELTA = 0.3
 hundredths; a wrong convention moves them by whole units."""
 
 
-@pytest.fixture(scope="session")
-def run(tmp_path_factory):
+@pytest.fixture(scope="module")
+def one_thread():
+    """Small matrices gain nothing from a second thread, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, one_thread):
     """A small model, but trained until it has learned something: the clients load this one."""
     out = tmp_path_factory.mktemp("export") / "run"
     model = bit.ModelConfig(
@@ -61,7 +70,7 @@ def run(tmp_path_factory):
     return out
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def exports(run, tmp_path_factory):
     out = tmp_path_factory.mktemp("exports")
     made = {
@@ -76,24 +85,24 @@ def exports(run, tmp_path_factory):
     return made
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ours(run):
     return Ours(run)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def clients(exports):
     return {name: client(exports[name].path) for name, client in CLIENTS.items()}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def windows(ours, run):
     """Text that was held out, (40, 64)."""
     held_out = np.memmap(run / "data" / "validation.bin", dtype="uint16", mode="r")
     return torch.from_numpy(held_out[: 40 * 64].astype(np.int64)).view(40, 64)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def prompts(ours, windows):
     """Of 24 beginnings the three whose greedy text has no near tie, which could fall either way."""
 
@@ -574,7 +583,7 @@ def test_a_hostile_folder_is_only_data(tiny_run, tmp_path):
 def test_the_card_and_the_metadata_tell_where_it_comes_from(exports):
     card = (exports["hf"].path / "README.md").read_text("utf-8")
     for told in (
-        "license: mit",
+        'license: "mit"',
         "A. Author",
         "pydocs",
         "PSF-2.0",

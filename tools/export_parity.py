@@ -140,7 +140,7 @@ def compare(ours, client, windows, prompts, count=48):
         reference, delta = ours.logits(windows).log_softmax(-1), 0.0
         for row in range(16):
             row %= len(windows)
-            at = (row + 1) * (windows.shape[1] - 1) // 16
+            at = (row + 1) * (windows.shape[1] - 2) // 16
             found = client.distribution(windows[row, : at + 1].tolist())
             delta = max(delta, (found - reference[row, at]).abs().max().item())
     else:
