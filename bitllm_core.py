@@ -3518,6 +3518,9 @@ def llama_cpp_stream(
     xllamacpp, path = _library("xllamacpp", "running a GGUF file"), Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a GGUF file")
+    request = _llama_cpp_request(prompt, sampling or SamplingConfig())
+    if not request["max_tokens"]:  # a server that was asked nothing can hang when it is left
+        return
     params = xllamacpp.CommonParams()
     params.model.path, params.verbosity, params.warmup = str(path), -1, False
     params.n_parallel, params.ctx_shift = 1, True
@@ -3525,9 +3528,6 @@ def llama_cpp_stream(
         server = xllamacpp.Server(params)
     except Exception as error:
         raise ValueError(f"{path}: llama.cpp does not load it ({first_line(error)})") from error
-    request = _llama_cpp_request(prompt, sampling or SamplingConfig())
-    if not request["max_tokens"]:
-        return
     pieces: queue.SimpleQueue[Any] = queue.SimpleQueue()
     left = threading.Event()  # the reader wants no more
 

@@ -80,7 +80,7 @@ class LlamaCpp(Ours):
         import xllamacpp
 
         params = xllamacpp.CommonParams()
-        params.model.path, params.verbosity, params.warmup = str(path), -1, False
+        params.model.path, params.verbosity, params.warmup = os.fspath(path), -1, False
         params.n_parallel = params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
         self.server = xllamacpp.Server(params)
         self.letter = self.encode("a")[0]
