@@ -3524,6 +3524,8 @@ def llama_cpp_stream(
     params = xllamacpp.CommonParams()
     params.model.path, params.verbosity, params.warmup = str(path), -1, False
     params.n_parallel, params.ctx_shift = 1, True
+    threads = max(1, (os.cpu_count() or 1) // 2)  # they wait by spinning: leave cores to others
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     try:
         server = xllamacpp.Server(params)
     except Exception as error:
