@@ -19,6 +19,7 @@ Contents
     7 Optimization    Muon and AdamW, their groups and the schedule
     8 Checkpoints     written whole or not at all, and loaded as data only
     9 Training        evaluation and the loop
+    10 Export         to transformers, llama.cpp and one small file, and back
     11 Notebook       settings form, live display with buttons, Drive, prompt box
     12 Command line   train, generate, evaluate, bench, info
 
@@ -46,6 +47,7 @@ import dataclasses
 import errno
 import hashlib
 import html
+import importlib
 import importlib.metadata
 import importlib.util
 import inspect
@@ -55,6 +57,7 @@ import json
 import math
 import os
 import platform
+import queue
 import re
 import shutil
 import signal
@@ -68,7 +71,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +86,7 @@ __all__ = [
     "BitLinear",
     "Callback",
     "DataConfig",
+    "Exported",
     "LiveDisplay",
     "ModelConfig",
     "SamplingConfig",
@@ -92,11 +96,16 @@ __all__ = [
     "TrainConfig",
     "TrainState",
     "activation_quant",
+    "download_button",
     "environment_report",
     "estimate_memory",
     "evaluate",
+    "export_gguf",
+    "export_hf",
+    "export_packed",
     "generate",
     "import_seed_checkpoint",
+    "llama_cpp_stream",
     "load_checkpoint",
     "load_model",
     "load_tokenizer",
@@ -104,6 +113,7 @@ __all__ = [
     "newest_run",
     "prepare_data",
     "prompt_box",
+    "push_to_hub",
     "save_checkpoint",
     "show_run",
     "stream",
@@ -118,6 +128,7 @@ __all__ = [
 
 END_OF_TEXT = "<|endoftext|>"
 WORDPIECE_SPECIALS = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"]
+NO_COUNTERPART = "only block=bitnet, linear=ternary and a tied embedding have a counterpart"
 MIN_VOCAB_SIZE = 257  # 256 bytes and <|endoftext|>
 
 
@@ -242,9 +253,7 @@ class ModelConfig:
         """What keeps this model from some client once it is exported; empty: every client works."""
         found = []
         if self.block != "bitnet" or not self.tie_word_embeddings or self.linear != "ternary":
-            found.append(
-                "only block=bitnet, linear=ternary and a tied embedding have a counterpart"
-            )
+            found.append(NO_COUNTERPART)
         for name in ("hidden_size", "intermediate_size"):
             if getattr(self, name) % 256:
                 found.append(f"llama.cpp's ternary blocks need {name} to be a multiple of 256")
@@ -1915,16 +1924,16 @@ _BLOCK = 4 << 20  # bytes read, written and hashed at once
 _PART = ".part"  # behind the name of what is not finished
 _CHECKPOINT_NAME = re.compile(r"(step|epoch|best)_(\d{8,})\.safetensors")
 _OUR_NAME = re.compile(r"(step|epoch|best)_\d{8,}\.(safetensors(\.part)?|json)")
-_SAFETENSORS_TYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+SAFETENSORS_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 
 
@@ -2017,32 +2026,61 @@ def _join_tensors(tree: Any, tensors: dict[str, Tensor]) -> Any:
     return [_join_tensors(v, tensors) for v in tree] if isinstance(tree, list) else tree
 
 
-def _safetensors_blocks(contents: dict[str, Any]) -> Iterator[bytes | memoryview]:
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor of a safetensors file: what its header says, and how to make it in its turn."""
+
+    name: str
+    dtype: str
+    """a key of SAFETENSORS_TYPES"""
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def itemsize(self) -> int:
+        return SAFETENSORS_TYPES[self.dtype].itemsize
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * self.itemsize
+
+
+def safetensors_blocks(
+    entries: Sequence[TensorEntry], metadata: dict[str, str]
+) -> Iterator[bytes | memoryview]:
     """A safetensors file, tensor by tensor.
 
     The library's own writer copies all tensors in memory first: for 617 MB, 617 MB more and three
     times as long. Its reader, which checks every size, is what reads these files.
     """
-    tensors: dict[str, Tensor] = {}
-    tree = _split_tensors(contents, "", tensors)
-    header: dict[str, Any] = {"__metadata__": {"contents": json.dumps(tree)}}
-    ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # aligned
+    entries = sorted(entries, key=lambda e: (-e.itemsize, e.name))  # so that all are aligned
+    header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
-    for name in ordered:
-        tensor, start = tensors[name], end
-        end = start + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _SAFETENSORS_TYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
+    for entry in entries:
+        offsets = [end, end + entry.size]
+        header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": offsets}
+        end += entry.size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
-    for name in ordered:
-        whole = tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8)
-        for part in whole.split(_BLOCK):
+    for entry in entries:
+        tensor = entry.make().to("cpu", SAFETENSORS_TYPES[entry.dtype])
+        assert tuple(tensor.shape) == entry.shape, entry.name
+        for part in tensor.contiguous().reshape(-1).view(torch.uint8).split(_BLOCK):
             yield part.numpy().data
+
+
+def _checkpoint_blocks(contents: dict[str, Any]) -> Iterator[bytes | memoryview]:
+    tensors: dict[str, Tensor] = {}
+    tree = _split_tensors(contents, "", tensors)
+    codes = {dtype: code for code, dtype in SAFETENSORS_TYPES.items()}
+    entries = [
+        TensorEntry(
+            name, codes[tensor.dtype], tuple(tensor.shape), partial(tensors.__getitem__, name)
+        )
+        for name, tensor in tensors.items()
+    ]
+    return safetensors_blocks(entries, {"contents": json.dumps(tree)})
 
 
 def _begin_checkpoint(folder: Folder, contents: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -2052,7 +2090,7 @@ def _begin_checkpoint(folder: Folder, contents: dict[str, Any], kind: str) -> di
 
     def hashed() -> Iterator[bytes | memoryview]:
         nonlocal size
-        for block in _safetensors_blocks({"format_version": FORMAT_VERSION, **contents}):
+        for block in _checkpoint_blocks({"format_version": FORMAT_VERSION, **contents}):
             digest.update(block)
             size += len(block)
             yield block
@@ -2159,7 +2197,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    """A tree that `_safetensors_blocks` wrote; ValueError for any other file."""
+    """A tree that `_checkpoint_blocks` wrote; ValueError for any other file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -2695,8 +2733,8 @@ def check_weights(config: ModelConfig, weights: Any, path: Path) -> None:
             raise ValueError(f"{path}: {name} has shape {came}; its configuration says {want}")
 
 
-def load_model(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM, Any]:
-    """A model ready to generate, and its tokenizer.
+def load_run(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM, Any, dict[str, Any]]:
+    """A run's model ready to generate, its tokenizer, and what else its checkpoint tells.
 
     Args:
         path: a run folder (or a mirror of one), one checkpoint file; or a seed script's .pth file
@@ -2709,7 +2747,7 @@ def load_model(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM,
     path = Path(path)
     if path.suffix == ".pth":
         model = import_seed_checkpoint(path)
-        return model.freeze(), load_tokenizer(path.with_name("tokenizer.json"))
+        return model.freeze(), load_tokenizer(path.with_name("tokenizer.json")), {}
     if path.is_file():
         contents = load_checkpoint(path)
     else:
@@ -2725,7 +2763,8 @@ def load_model(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM,
         _check_beside(path, config, tokenizer)
     model = BitLM(config, seed=None)
     model.load_state_dict(contents["model"])
-    return model.freeze(), tokenizer
+    told = {name: contents.get(name) for name in ("step", "config", "metrics", "val_loss")}
+    return model.freeze(), tokenizer, told
 
 
 # -----------------------------------------------------------------------------
@@ -3863,6 +3902,904 @@ def train(
 
 
 # -----------------------------------------------------------------------------
+# 10 Export
+# One recipe that both transformers and llama.cpp accept; docs/export.md tells what each client
+# needs, what the wrong ways cost, and how close the clients come to this program.
+
+EXPORT_FORMATS = ("hf", "gguf", "packed")
+GGUF_KINDS = {"TQ2_0": 37, "TQ1_0": 36, "F16": 1}  # and llama.cpp's number for general.file_type
+_EMBEDDINGS = {"float32": "F32", "float16": "F16", "int8": "I8"}
+_PACKED_FORMAT = "bitllm-packed"
+_EXPORT_VERSION = 1
+CREDITS = ("name", "author", "licence", "data_licence")
+_DATA_LICENCES = {
+    "pydocs": "PSF-2.0",
+    "wikitext-2": "cc-by-sa-3.0",
+    "wikitext-103": "cc-by-sa-3.0",
+    "tinystories": "cdla-sharing-1.0",
+    "fineweb-edu": "odc-by",
+    "wikipedia-es": "cc-by-sa-3.0",
+}
+_QUANTIZATION = {
+    "quant_method": "bitnet",
+    "linear_class": "autobitlinear",
+    "quantization_mode": "offline",
+    "modules_to_not_convert": ["lm_head"],
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote. It can stand for its path: `open(exported)`, `Path(exported)`."""
+
+    path: Path
+    size: int
+    """bytes, all files together"""
+    bits_per_weight: float
+    """bits that a ternary weight takes in the file, its share of the scale included"""
+    usage: str
+    """how to load it, client by client"""
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A model to export and what is known of it."""
+
+    model: BitLM
+    tokenizer: Any
+    facts: dict[str, Any]
+
+
+def _library(name: str, why: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{why} needs the package {name}: pip install {name}") from error
+
+
+def _pack4(trits: Tensor) -> Tensor:
+    """Four trits a byte, as transformers reads them: rows r, r + O/4, ... low bits first."""
+    quarters = (trits + 1).to(torch.uint8).view(4, -1, trits.shape[1])  # (4, O/4, I)
+    return quarters[0] | quarters[1] << 2 | quarters[2] << 4 | quarters[3] << 6
+
+
+def _unpack4(packed: Tensor) -> Tensor:
+    quarters = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)])  # (4, O/4, I)
+    return quarters.view(-1, packed.shape[1]).to(torch.int8) - 1
+
+
+def _pack5(trits: Tensor) -> Tensor:
+    """Five trits a byte, row after row: 1.6 bits each, where log2 3 = 1.585 is the limit."""
+    digits = F.pad((trits + 1).flatten().to(torch.uint8), (0, -trits.numel() % 5)).view(-1, 5)
+    return (digits * torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def _unpack5(packed: Tensor, shape: torch.Size) -> Tensor:
+    digits = np.arange(256)[:, None] // np.array([1, 3, 9, 27, 81]) % 3 - 1
+    table = torch.from_numpy(digits.astype(np.int8))  # (256, 5)
+    return table[packed.int()].flatten()[: shape.numel()].view(shape)
+
+
+def _write_safetensors(
+    path: Path, entries: Sequence[TensorEntry], metadata: dict[str, str]
+) -> None:
+    with path.open("wb") as file:
+        for block in safetensors_blocks(entries, metadata):
+            file.write(block)
+
+
+def _packed_entries(model: BitLM, embedding: str) -> list[TensorEntry]:
+    """Our smallest form: trits five a byte, the embedding in `embedding`, the rest in float32."""
+    entries = []
+    for name, linear in model.bit_linears().items():
+        size = -(-linear.trits.numel() // 5)
+        entries.append(TensorEntry(f"{name}.trits", "U8", (size,), partial(_pack5, linear.trits)))
+        scale = linear.weight_scale
+        entries.append(TensorEntry(f"{name}.weight_scale", "F32", (), lambda s=scale: s))
+    for name, value in model.named_parameters():
+        shape = tuple(value.shape)
+        dtype = _EMBEDDINGS[embedding] if "embed" in name else "F32"
+        if dtype == "I8":
+            scale = value.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
+            rows = partial(lambda v, s: (v / s).round().to(torch.int8), value, scale)
+            entries.append(TensorEntry(name, dtype, shape, rows))
+            entries.append(TensorEntry(f"{name}_scale", "F32", (shape[0], 1), lambda s=scale: s))
+        else:
+            entries.append(TensorEntry(name, dtype, shape, lambda v=value: v))
+    return entries
+
+
+def _hf_entries(model: BitLM, dense: bool) -> list[TensorEntry]:
+    """Hugging Face's tensors, all floats in float32: transformers refuses a mixture."""
+    entries = []
+    for name, linear in model.bit_linears().items():
+        rows, columns = linear.trits.shape
+        if dense:
+            weight = linear.effective_weight
+            entries.append(TensorEntry(f"{name}.weight", "F32", (rows, columns), weight))
+            continue
+        packed = partial(_pack4, linear.trits)
+        entries.append(TensorEntry(f"{name}.weight", "U8", (rows // 4, columns), packed))
+        scale = linear.weight_scale.view(1)  # it multiplies: autobitlinear, not bitlinear
+        entries.append(TensorEntry(f"{name}.weight_scale", "F32", (1,), lambda s=scale: s))
+    for name, value in model.named_parameters():
+        entries.append(TensorEntry(name, "F32", tuple(value.shape), lambda v=value: v))
+    return entries
+
+
+def _skeleton(settings: dict[str, Any], tensors: int, path: Path) -> BitLM:
+    """A frozen model without memory behind it, to compare a stranger's file with."""
+    names = {f.name for f in fields(ModelConfig)}
+    try:
+        known = {key: value for key, value in settings.items() if key in names}
+        config = config_from(ModelConfig, known, path)
+        require(config.num_hidden_layers <= tensors, "num_hidden_layers", tensors, "fewer")
+        with torch.device("meta"):
+            return BitLM(config, seed=None).freeze()
+    except Exception as error:
+        raise ValueError(f"{path}: no model has these sizes ({first_line(error)})") from error
+
+
+def _checked(file: Any, expected: list[TensorEntry], path: Path) -> None:
+    """ValueError where the tensors of a safetensors file are not exactly those expected."""
+    names = {entry.name for entry in expected}
+    for name in sorted(names ^ set(file.keys())):
+        raise ValueError(f"{path}: tensor {name} is {'missing' if name in names else 'unknown'}")
+    for entry in expected:
+        part = file.get_slice(entry.name)
+        found = (part.get_dtype(), tuple(part.get_shape()))
+        if found != (entry.dtype, entry.shape):
+            raise ValueError(
+                f"{path}: tensor {entry.name} is {found[0]} {found[1]}, "
+                f"expected {entry.dtype} {entry.shape}"
+            )
+
+
+@torch.no_grad()
+def _fill(skeleton: BitLM, trits_of: Callable[[str, BitLinear], Any], read: Any) -> BitLM:
+    """A frozen model, its trits and scales from `trits_of(name, layer)`, the rest from `read`."""
+    model = BitLM(skeleton.config, seed=None).freeze()
+    for name, linear in model.bit_linears().items():
+        trits, scale = trits_of(name, linear)
+        if trits.abs().max() > 1 or not scale.isfinite().all():
+            raise ValueError(f"tensor {name} is not ternary, or its scale not finite")
+        linear.trits.copy_(trits)
+        linear.weight_scale.copy_(scale.view(()))
+    for name, value in model.named_parameters():
+        value.copy_(read(name))
+    return model
+
+
+def _packed_metadata(path: Path) -> dict[str, str] | None:
+    """The metadata of one of our packed files; None for any other file."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except Exception as error:
+        raise ValueError(f"{path}: not a safetensors file ({first_line(error)})") from error
+    return metadata if metadata.get("format") == _PACKED_FORMAT else None
+
+
+def _read_packed(path: Path, metadata: dict[str, str]) -> _Source:
+    """Our packed file as a frozen model; sizes are compared before memory is taken."""
+    from safetensors import safe_open
+
+    version = metadata.get("format_version")
+    if version != str(_EXPORT_VERSION):
+        raise ValueError(f"{path}: format {version}; this program reads {_EXPORT_VERSION}")
+    try:
+        settings, facts = json.loads(metadata["config"]), json.loads(metadata["facts"])
+        tokenizer = tokenizer_from(metadata["tokenizer"], path)
+        embedding = metadata["embedding"]
+        require(embedding in _EMBEDDINGS, "embedding", embedding, ", ".join(_EMBEDDINGS))
+    except Exception as error:
+        raise ValueError(f"{path}: its metadata is not that of a model ({error})") from error
+    with safe_open(path, framework="pt") as file:
+        skeleton = _skeleton(settings, len(file.keys()), path)
+        check_tokenizer(tokenizer, skeleton.config.vocab_size, path)
+        _checked(file, _packed_entries(skeleton, embedding), path)
+
+        def trits_of(name: str, linear: BitLinear) -> tuple[Tensor, Tensor]:
+            packed = file.get_tensor(f"{name}.trits")
+            if packed.max() > 242:
+                raise ValueError(f"{path}: {name}.trits holds bytes that are not five trits")
+            return _unpack5(packed, linear.trits.shape), file.get_tensor(f"{name}.weight_scale")
+
+        def read(name: str) -> Tensor:
+            value = file.get_tensor(name).float()
+            scaled = embedding == "int8" and "embed" in name
+            return value * file.get_tensor(f"{name}_scale") if scaled else value
+
+        return _Source(_fill(skeleton, trits_of, read), tokenizer, facts)
+
+
+def _read_hf(path: Path, settings: dict[str, Any]) -> _Source:
+    """A Hugging Face folder that `export_hf` wrote, packed or dense, as a frozen model."""
+    from safetensors import safe_open
+
+    dense = "quantization_config" not in settings
+    wanted = {"model_type": "bitnet", "hidden_act": "silu", "tie_word_embeddings": True}
+    if not dense:
+        wanted["quantization_config"] = _QUANTIZATION
+    for key, value in wanted.items():
+        if settings.get(key) != value:
+            raise ValueError(
+                f"{path / 'config.json'}: {key}={settings.get(key)!r}, expected {value!r}; "
+                "only folders that this program exported are read"
+            )
+    weights = path / "model.safetensors"
+    if not weights.is_file():
+        raise FileNotFoundError(f"{weights}: no such file; expected the weights of the export")
+    try:
+        opened = safe_open(weights, framework="pt")
+    except Exception as error:
+        raise ValueError(f"{weights}: not a safetensors file ({first_line(error)})") from error
+    with opened as file:
+        skeleton = _skeleton(settings, len(file.keys()), path / "config.json")
+        _checked(file, _hf_entries(skeleton, dense), weights)
+
+        def trits_of(name: str, linear: BitLinear) -> tuple[Tensor, Tensor]:
+            weight = file.get_tensor(f"{name}.weight")
+            if not dense:
+                return _unpack4(weight), file.get_tensor(f"{name}.weight_scale")
+            scale = weight.abs().max().clamp(min=1e-12)
+            trits = (weight / scale).round()
+            if not torch.equal(trits * scale, weight):
+                raise ValueError(f"{weights}: {name}.weight is not trits times one scale")
+            return trits, scale
+
+        model = _fill(skeleton, trits_of, file.get_tensor)
+    return _Source(model, load_tokenizer(path / "tokenizer.json"), settings.get("bitllm", {}))
+
+
+def _read_any(path: Path, checkpoint: str | int) -> _Source:
+    """Whatever `load_model` reads, with what is known of it."""
+    if path.suffix == ".gguf":
+        raise ValueError(
+            f"{path}: a GGUF file runs in llama.cpp; give the run folder, a packed "
+            "file or a Hugging Face folder here"
+        )
+    metadata = _packed_metadata(path)
+    if metadata is not None:
+        return _read_packed(path, metadata)
+    settings = read_json(path / "config.json") or {}
+    if "model_type" in settings:
+        return _read_hf(path, settings)
+    model, tokenizer, told = load_run(path, checkpoint)
+    return _Source(model, tokenizer, {"name": path.stem, **_facts(path, told)})
+
+
+def _open_source(path: Path, checkpoint: str | int, credits: dict[str, Any]) -> _Source:
+    """A model to export; the user's `credits` go before what is known of it."""
+    for key in credits:
+        require(key in CREDITS, "credits", key, f"one of {', '.join(CREDITS)}")
+    source = _read_any(path, checkpoint)
+    known = source.facts if isinstance(source.facts, dict) else {}  # a stranger's may be anything
+    given = {key: value for key, value in credits.items() if value is not None}
+    return dataclasses.replace(source, facts={**known, **given})
+
+
+def load_model(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM, Any]:
+    """A model ready to generate, and its tokenizer.
+
+    Args:
+        path: a run folder, a mirror of one, or one checkpoint file; a packed file or a Hugging
+            Face folder that this program exported; or a seed script's .pth file with its
+            tokenizer.json beside it.
+        checkpoint: of a run folder: "last", "best" (lowest validation loss) or a kept step.
+
+    Raises:
+        FileNotFoundError, ValueError: what is missing or wrong, and where. Files are only data:
+            nothing in them is executed.
+    """
+    source = _read_any(Path(path), checkpoint)
+    return source.model, source.tokenizer
+
+
+def _facts(run: Path, told: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint and the run folder around it tell: data, steps, tokens, losses."""
+    saved, step = told.get("config") or {}, told.get("step")
+    data = saved.get("data", {}).get("data")
+    if data is not None and data not in _DATA_LICENCES and not data.startswith("hf:"):
+        data = Path(data).name  # where it lay on this machine is nobody's business
+    facts = {"data": data, "data_licence": _DATA_LICENCES.get(data or "")}
+    if step is None:
+        return facts
+    lines = MetricsLog.read(run / "metrics.jsonl") if run.is_dir() else told["metrics"] or []
+    lines = [line for line in lines if line["step"] <= step]
+    for name in ("loss", "val_loss", "val_perplexity"):
+        facts[name] = next((line[name] for line in reversed(lines) if name in line), None)
+    batch = saved.get("train", {}).get("batch_tokens")
+    return {**facts, "steps": step, "tokens": batch and batch * step}
+
+
+def _check_exportable(config: ModelConfig, to: str) -> None:
+    """ValueError with all reasons why no client of this format could hold the model."""
+    limits = config.export_limits
+    if to in ("hf", "F16"):  # without ternary blocks, any width will do
+        limits = [limit for limit in limits if limit == NO_COUNTERPART]
+    kv = config.num_kv_heads * config.head_dim
+    if to == "hf" and any(n % 4 for n in (config.hidden_size, config.intermediate_size, kv)):
+        limits = [*limits, "transformers packs four rows a byte: sizes must be multiples of 4"]
+    if limits:
+        raise ValueError(
+            f"this model cannot be exported to {to}: {'; '.join(limits)}. It has "
+            f"block={config.block}, linear={config.linear}, "
+            f"tie_word_embeddings={config.tie_word_embeddings}. "
+            + ("It has no ternary form" if config.linear == "dense" else "Export it as packed")
+        )
+
+
+@contextlib.contextmanager
+def _replacing(out: Path, overwrite: bool, folder: bool) -> Iterator[Path]:
+    """A path beside `out` to write to; it gets its name when all is written and on the disk.
+
+    An existing target is only replaced when asked to, and only by its own kind: a file by a file,
+    a folder by a folder if it is empty or itself an export.
+    """
+    if out.exists() or out.is_symlink():
+        if not overwrite:
+            raise ValueError(f"{out}: exists already; choose another path, or ask to overwrite it")
+        if folder != out.is_dir() or (folder and not _may_replace(out)):
+            kind = "an exported folder" if folder else "a file"
+            raise ValueError(f"{out}: not {kind}, so it is not overwritten; choose another path")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside, old = (out.with_name(f"{out.name}.{word}") for word in ("exporting", "replaced"))
+    _remove(beside)  # of an export that was killed
+    if folder:
+        beside.mkdir()
+    try:
+        yield beside
+        for file in beside.iterdir() if folder else [beside]:
+            with file.open("rb+") as opened:
+                os.fsync(opened.fileno())
+        if folder and out.exists():
+            _remove(old)
+            out.replace(old)  # no system replaces a folder that is not empty
+        beside.replace(out)
+        _remove(old if folder else beside)
+    finally:
+        _remove(beside)
+
+
+def _may_replace(folder: Path) -> bool:
+    return not any(folder.iterdir()) or "bitllm" in (read_json(folder / "config.json") or {})
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _result(path: Path, ternary_bytes: int, model: BitLM, usage: str) -> Exported:
+    files = path.iterdir() if path.is_dir() else [path]
+    weights = sum(linear.trits.numel() for linear in model.bit_linears().values())
+    size = sum(file.stat().st_size for file in files)
+    return Exported(path, size, 8 * ternary_bytes / weights, usage)
+
+
+def export_packed(
+    source: str | Path,
+    out: str | Path,
+    *,
+    checkpoint: str | int = "last",
+    embedding: str = "float16",
+    overwrite: bool = False,
+    **credits: str | None,
+) -> Exported:
+    """Write this program's smallest file: five trits a byte, tokenizer and settings inside.
+
+    Args:
+        source: whatever `load_model` reads.
+        out: the file, *.safetensors; it appears whole or not at all.
+        checkpoint: of a run folder: "last", "best" or a step.
+        embedding: float16, int8 (a scale a row; smallest) or float32 (the same logits bit for bit).
+        overwrite: replace an existing file.
+        credits: name, author, licence, data_licence (of the text): noted in what is written.
+
+    Raises:
+        ValueError, FileNotFoundError: no such model, a dense one, or `out` exists.
+    """
+    out = Path(out)
+    require(embedding in _EMBEDDINGS, "embedding", embedding, f"one of {', '.join(_EMBEDDINGS)}")
+    require(out.suffix == ".safetensors", "out", str(out), "a name that ends in .safetensors")
+    with _replacing(out, overwrite, folder=False) as beside:
+        opened = _open_source(Path(source), checkpoint, credits)
+        model = opened.model
+        if model.config.linear == "dense":
+            _check_exportable(model.config, "packed")
+        metadata = {
+            "format": _PACKED_FORMAT,
+            "format_version": str(_EXPORT_VERSION),
+            "embedding": embedding,
+            "config": json.dumps(asdict(model.config)),
+            "tokenizer": opened.tokenizer.to_str(),
+            "facts": json.dumps(opened.facts),
+        }
+        entries = _packed_entries(model, embedding)
+        _write_safetensors(beside, entries, metadata)
+    ternary = sum(e.size for e in entries if "embed" not in e.name and "norm" not in e.name)
+    usage = f'  this program   python bitllm_core.py generate --model {out} --prompt "..."'
+    return _result(out, ternary, model, usage)
+
+
+def export_hf(
+    source: str | Path,
+    out: str | Path,
+    *,
+    checkpoint: str | int = "last",
+    dense: bool = False,
+    overwrite: bool = False,
+    **credits: str | None,
+) -> Exported:
+    """Write a folder for transformers' AutoModelForCausalLM and AutoTokenizer, as they are.
+
+    Args:
+        source, checkpoint, overwrite: as `export_packed`.
+        out: the folder; it appears whole or not at all.
+        dense: full float32 weights, t * s, for four trits a byte: sixteen times larger, needs no
+            extra package to load, but its activations are no longer rounded to 8 bits.
+        credits: as `export_packed`.
+
+    Raises:
+        ValueError, FileNotFoundError: no such model, one that transformers has no counterpart of
+            (the message says why), or `out` exists.
+    """
+    out = Path(out)
+    with _replacing(out, overwrite, folder=True) as beside:
+        opened = _open_source(Path(source), checkpoint, credits)
+        model, tokenizer = opened.model, opened.tokenizer
+        _check_exportable(model.config, "hf")
+        files = _hf_files(opened, dense)
+        entries = _hf_entries(model, dense)
+        _write_safetensors(beside / "model.safetensors", entries, {"format": "pt"})
+        ternary = sum(e.size for e in entries if "_proj." in e.name)
+        for file, contents in files.items():
+            (beside / file).write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+        (beside / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        size = sum(file.stat().st_size for file in beside.iterdir())
+        card = _model_card(opened, size, dense)
+        (beside / "README.md").write_text(card, encoding="utf-8")
+    return _result(out, ternary, model, _hf_usage(out.as_posix(), dense))
+
+
+def _end_id(tokenizer: Any) -> int:
+    end = end_of_text_id(tokenizer)
+    if end is None:
+        raise ValueError(
+            f"the tokenizer has no {END_OF_TEXT}, which clients need; export as packed"
+        )
+    return end
+
+
+def _hf_files(source: _Source, dense: bool) -> dict[str, dict[str, Any]]:
+    """config.json and the like. Most of Hugging Face's defaults differ, so all is spelled out."""
+    config, size, sampling = (
+        source.model.config,
+        source.tokenizer.get_vocab_size(),
+        SamplingConfig(),
+    )
+    end = _end_id(source.tokenizer)
+    ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    settings = {
+        "architectures": ["BitNetForCausalLM"],
+        "model_type": "bitnet",
+        **{k: v for k, v in asdict(config).items() if k not in ("linear", "block")},
+        "num_key_value_heads": config.num_kv_heads,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        # transformers 4 reads rope_theta only, 5 either
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **ends,
+        "torch_dtype": "float32",
+        **({} if dense else {"quantization_config": _QUANTIZATION}),
+        "bitllm": {"format_version": _EXPORT_VERSION, **source.facts},
+    }
+    tokens = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT),
+        "add_bos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # special tokens inside a text are text, as in training
+        "model_max_length": config.max_position_embeddings,
+    }
+    generation = {
+        **ends,
+        "do_sample": True,
+        **{name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")},
+        "max_new_tokens": sampling.max_new_tokens,
+    }
+    if size < config.vocab_size:  # rows of the head that stand for no token
+        generation["suppress_tokens"] = list(range(size, config.vocab_size))
+    return {
+        "config.json": settings,
+        "tokenizer_config.json": tokens,
+        "generation_config.json": generation,
+    }
+
+
+def _hf_usage(folder: str, dense: bool) -> str:
+    packages = "transformers" if dense else "transformers accelerate"
+    return "\n".join(
+        [
+            f"  transformers   pip install {packages}",
+            f'                 model = AutoModelForCausalLM.from_pretrained("{folder}")',
+            f'                 tokenizer = AutoTokenizer.from_pretrained("{folder}")',
+            f'  this program   python bitllm_core.py generate --model {folder} --prompt "..."',
+        ]
+    )
+
+
+def _model_card(source: _Source, size: int, dense: bool) -> str:
+    config, facts = source.model.config, source.facts
+    trits = sum(linear.trits.numel() for linear in source.model.bit_linears().values())
+    known = KNOWN_DATA.get(facts.get("data") or "")
+    rows = {
+        "author": facts.get("author"),
+        "licence": facts.get("licence"),
+        "trained on": facts.get("data"),
+        "licence of that text": facts.get("data_licence"),
+        "optimizer steps": facts.get("steps"),
+        "training tokens": facts.get("tokens"),
+        "loss of the last logged batch, nats per token": facts.get("loss"),
+        "validation loss, nats per token": facts.get("val_loss"),
+        "validation perplexity": facts.get("val_perplexity"),
+        "parameters": config.num_parameters,
+        "of which ternary": trits,
+        "context, tokens": config.max_position_embeddings,
+        "size of the files, bytes": size,
+    }
+    front = ["library_name: transformers", "pipeline_tag: text-generation"]
+    front += [f"license: {json.dumps(facts['licence'])}"] if facts.get("licence") else []
+    front += ["datasets:", f"- {known.name}"] if known else []
+    table = "\n".join(f"| {key} | {_told(value)} |" for key, value in rows.items())
+    compiler = "" if dense else _COMPILER_NOTE
+    return (
+        "---\n"
+        + "\n".join(front)
+        + f"""
+---
+# {facts.get("name") or "A ternary language model"}
+
+A ternary (BitNet b1.58) language model, trained from scratch with `bitllm_core.py`. It continues
+text; it was not taught to follow instructions or to be right.
+
+| | |
+| --- | --- |
+{table}
+
+## Loading it
+
+```
+{_hf_usage(".", dense)}
+```
+
+All floats are float32; load it in that dtype, transformers' default for this folder.{compiler}
+
+llama.cpp, ollama and LM Studio read a GGUF file, which `bitllm_core.py` makes of this folder:
+`python bitllm_core.py export --model . --to gguf --out ../model.gguf`. llama.cpp's own converter
+does not: it takes the scale of the weights anew.
+"""
+    )
+
+
+_COMPILER_NOTE = """
+On a CPU, loading compiles code: it needs a C++ compiler, or TORCHDYNAMO_DISABLE=1 in the
+environment."""
+
+
+def _told(value: Any) -> str:
+    if value is None:
+        return "not stated"
+    return (
+        f"{value:.4f}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+    )
+
+
+_GGUF_NAMES = [
+    ("model.layers.", "blk."),
+    ("self_attn.attn_sub_norm", "attn_sub_norm"),
+    ("self_attn.o_proj", "attn_output"),
+    ("self_attn.", "attn_"),
+    ("post_attention_layernorm", "ffn_norm"),
+    ("input_layernorm", "attn_norm"),
+    ("mlp.ffn_sub_norm", "ffn_sub_norm"),
+    ("mlp.", "ffn_"),
+    ("_proj", ""),
+    ("model.embed_tokens", "token_embd"),
+    ("model.norm", "output_norm"),
+]
+
+
+def _gguf_name(name: str) -> str:
+    for old, new in _GGUF_NAMES:
+        name = name.replace(old, new)
+    return name
+
+
+def export_gguf(
+    source: str | Path,
+    out: str | Path,
+    *,
+    checkpoint: str | int = "last",
+    kind: str = "TQ2_0",
+    overwrite: bool = False,
+    **credits: str | None,
+) -> Exported:
+    """Write a GGUF file that stock llama.cpp and what is built on it load, tokenizer included.
+
+    Args:
+        source, checkpoint, overwrite: as `export_packed`.
+        out: the file, *.gguf; it appears whole or not at all.
+        kind: of the ternary matrices: TQ2_0 (2.06 bits a weight, fastest), TQ1_0 (1.69 bits) or
+            F16 (any width; activations are then not rounded to 8 bits).
+        credits: as `export_packed`.
+
+    Raises:
+        ValueError, FileNotFoundError: no such model, one that llama.cpp has no counterpart of
+            (the message says why), or `out` exists.
+        ImportError: the package gguf is not installed.
+    """
+    out = Path(out)
+    require(kind in GGUF_KINDS, "kind", kind, f"one of {', '.join(GGUF_KINDS)}")
+    require(out.suffix == ".gguf", "out", str(out), "a name that ends in .gguf")
+    gguf = _library("gguf", "a GGUF export")
+    with _replacing(out, overwrite, folder=False) as beside:
+        opened = _open_source(Path(source), checkpoint, credits)
+        _check_exportable(opened.model.config, kind)
+        vocabulary = _gguf_vocabulary(opened.tokenizer, opened.model.config.vocab_size)
+        writer = gguf.GGUFWriter(beside, "bitnet")
+        try:
+            _gguf_metadata(writer, opened, kind)
+            _gguf_tokenizer(writer, vocabulary, _end_id(opened.tokenizer))
+            ternary = _gguf_tensors(writer, opened.model, kind)
+        finally:
+            writer.close()
+    return _result(out, ternary, opened.model, _gguf_usage(out.as_posix(), opened.model.config))
+
+
+def _gguf_metadata(writer: Any, source: _Source, kind: str) -> None:
+    config, facts, sampling = source.model.config, source.facts, SamplingConfig()
+    writer.add_file_type(GGUF_KINDS[kind])
+    writer.add_quantization_version(2)
+    writer.add_name(facts.get("name") or "A ternary language model")
+    writer.add_author(facts.get("author") or "")
+    writer.add_license(facts.get("licence") or "")
+    writer.add_size_label(f"{config.num_parameters / 1e6:.1f}M")
+    if facts.get("data"):
+        licence = facts.get("data_licence") or "licence not stated"
+        writer.add_description(f"Trained from scratch on {facts['data']} ({licence}).")
+        writer.add_dataset_count(1)
+        writer.add_dataset_name(0, facts["data"])
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_sampling_temp(sampling.temperature)
+    writer.add_sampling_top_k(sampling.top_k)
+    writer.add_sampling_top_p(sampling.top_p)
+    writer.add_sampling_min_p(0.0)
+
+
+def _gguf_vocabulary(tokenizer: Any, rows: int) -> tuple[list[str], list[int], list[str]]:
+    """Tokens, their types and the merges; as many tokens as the embedding has rows."""
+    described = json.loads(tokenizer.to_str())
+    model, before = described["model"], described["pre_tokenizer"] or {}
+    plain = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    if model["type"] != "BPE" or described["normalizer"] or plain.items() - before.items():
+        raise ValueError(
+            f"the tokenizer is {model['type']} after {before.get('type')}: a GGUF file can hold "
+            "byte-level BPE with GPT-2's regular expression only; export to hf or packed"
+        )
+    added = {token["id"] for token in described["added_tokens"]}
+    by_id = {i: text for text, i in tokenizer.get_vocab(with_added_tokens=True).items()}
+    tokens = [by_id.get(i, f"[PAD{i}]") for i in range(rows)]
+    kinds = [3 if i in added else 1 if i in by_id else 5 for i in range(rows)]
+    return tokens, kinds, [" ".join(merge) for merge in model["merges"]]
+
+
+def _gguf_tokenizer(writer: Any, vocabulary: Any, end: int) -> None:
+    tokens, kinds, merges = vocabulary
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")  # "default" splits words and numbers in other places
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(end)
+    writer.add_eos_token_id(end)
+    writer.add_pad_token_id(end)
+    writer.add_add_bos_token(False)
+    writer.add_add_space_prefix(False)
+
+
+def _gguf_tensors(writer: Any, model: BitLM, kind: str) -> int:
+    """Announce all tensors, then make and write one at a time; returns bytes of ternary ones."""
+    gguf = _library("gguf", "a GGUF export")
+    quantized, F32 = gguf.GGMLQuantizationType[kind], gguf.GGMLQuantizationType.F32
+    made: list[tuple[str, tuple[int, ...], Any, Callable[[], np.ndarray]]] = []
+    for name, linear in model.bit_linears().items():
+        # blocks of scale 1 hold the trits; the scale stays exact in float32 beside them
+        trits = partial(lambda t: gguf.quantize(t.numpy().astype("f4"), quantized), linear.trits)
+        name, shape = _gguf_name(name), tuple(linear.trits.shape)
+        made.append((f"{name}.weight", shape, quantized, trits))
+        scale = linear.weight_scale
+        made.append((f"{name}.scale", (1,), F32, lambda s=scale: s.view(1).numpy()))
+    for name, value in model.named_parameters():
+        half = "embed" in name
+        float_type = gguf.GGMLQuantizationType.F16 if half else F32
+        array = partial(lambda v, t: v.numpy().astype(t), value, "f2" if half else "f4")
+        made.append((_gguf_name(name), tuple(value.shape), float_type, array))
+    ternary = 0
+    for name, shape, dtype, _ in made:
+        block, block_bytes = gguf.GGML_QUANT_SIZES[dtype]
+        size = math.prod(shape) // block * block_bytes
+        writer.add_tensor_info(name, shape, np.dtype("f4"), size, raw_dtype=dtype)
+        ternary += size if "norm" not in name and "embd" not in name else 0
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for *_, array in made:
+        writer.write_tensor_data(array())
+    return ternary
+
+
+def _gguf_usage(path: str, config: ModelConfig) -> str:
+    """Commands with `generate`'s sampling. The file itself names the token that ends a text."""
+    s, context = SamplingConfig(), config.max_position_embeddings
+    penalty = s.repetition_penalty
+    return f"""\
+  llama.cpp      llama-completion -m "{path}" -no-cnv -p "..." -n {s.max_new_tokens} \
+-c {context} --temp {s.temperature} --top-k {s.top_k} --top-p {s.top_p} --min-p 0 \
+--repeat-penalty {penalty}
+                 (builds before December 2025: llama-cli, with the same arguments)
+  this program   python bitllm_core.py generate --model "{path}" --prompt "..."
+  ollama         ollama create NAME -f Modelfile, these lines in the file Modelfile:
+                 FROM "{path}"
+                 TEMPLATE {{{{ .Prompt }}}}
+                 PARAMETER stop {END_OF_TEXT}
+                 PARAMETER num_ctx {context}
+                 PARAMETER num_predict {s.max_new_tokens}
+                 PARAMETER temperature {s.temperature}
+                 PARAMETER top_k {s.top_k}
+                 PARAMETER top_p {s.top_p}
+                 PARAMETER min_p 0.0
+                 PARAMETER repeat_penalty {penalty}"""
+
+
+def llama_cpp_stream(
+    path: str | Path, prompt: str, sampling: SamplingConfig | None = None
+) -> Iterator[str]:
+    """Yield the continuation of `prompt` as llama.cpp, inside this process, writes it.
+
+    Args:
+        path: a GGUF file. Its tokenizer reads the prompt; "<|endoftext|>" in it ends a document.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or llama.cpp refuses it or the prompt.
+        ImportError: the package xllamacpp is not installed.
+    """
+    xllamacpp, path = _library("xllamacpp", "running a GGUF file"), Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a GGUF file")
+    request = _llama_cpp_request(prompt, sampling or SamplingConfig())
+    if not request["max_tokens"]:  # a server that was asked nothing can hang when it is left
+        return
+    params = xllamacpp.CommonParams()
+    params.model.path, params.verbosity, params.warmup = str(path), -1, False
+    params.n_parallel, params.ctx_shift = 1, True
+    threads = max(1, (os.cpu_count() or 1) // 2)  # they wait by spinning: leave cores to others
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    try:
+        server = xllamacpp.Server(params)
+    except Exception as error:
+        raise ValueError(f"{path}: llama.cpp does not load it ({first_line(error)})") from error
+    pieces: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    left = threading.Event()  # the reader wants no more
+
+    def hear(piece: Any) -> bool:
+        pieces.put(piece)
+        return left.is_set()
+
+    def work() -> None:
+        try:
+            server.handle_completions(request, hear)
+        except Exception as error:
+            pieces.put({"error": error})
+        pieces.put(None)
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    try:
+        while (piece := pieces.get()) is not None:
+            if "error" in piece:
+                raise ValueError(f"{path}: llama.cpp refuses the prompt ({piece['error']})")
+            if text := piece["choices"][0]["text"]:
+                yield text
+    finally:
+        left.set()
+        worker.join()
+
+
+def _llama_cpp_request(prompt: str, sampling: SamplingConfig) -> dict[str, Any]:
+    """Our sampling in llama.cpp's words and, with `samplers`, in our order."""
+    return {
+        "prompt": prompt or END_OF_TEXT,
+        "stream": True,
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "repeat_penalty": sampling.repetition_penalty,
+        "repeat_last_n": 1 << 16,  # all of the text, as ours
+        "samplers": ["penalties", "temperature", "top_k", "top_p"],
+        **({} if sampling.seed is None else {"seed": sampling.seed}),
+    }
+
+
+def push_to_hub(
+    path: str | Path, repo_id: str, token: str | None = None, private: bool = True
+) -> str:
+    """Upload an exported folder or file to the Hugging Face hub; returns the address.
+
+    Args:
+        path: what an export wrote.
+        repo_id: OWNER/NAME; made if it is not there, `private` or not.
+        token: with the right to write; default: HF_TOKEN from the environment or from Colab's
+            secrets, else what the hub's own login keeps. It is neither printed nor stored.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing at `path`, or no OWNER/NAME.
+        OSError: the hub cannot be reached or refuses.
+    """
+    import huggingface_hub
+
+    path = Path(path)
+    require(repo_id.count("/") == 1, "repo_id", repo_id, "OWNER/NAME")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder; export first")
+    api = huggingface_hub.HfApi(token=token or _hub_token())
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if path.is_dir():
+        api.upload_folder(repo_id=repo_id, folder_path=path, commit_message="Add the model")
+    else:
+        api.upload_file(
+            repo_id=repo_id,
+            path_or_fileobj=path,
+            path_in_repo=path.name,
+            commit_message=f"Add {path.name}",
+        )
+    return f"{api.endpoint}/{repo_id}"
+
+
+def _hub_token() -> str | None:
+    if os.environ.get("HF_TOKEN"):
+        return os.environ["HF_TOKEN"]
+    try:
+        return importlib.import_module("google.colab.userdata").get("HF_TOKEN")
+    except Exception:  # not on Colab, no such secret, or it may not be read
+        return None
+
+
+# -----------------------------------------------------------------------------
 # 11 Notebook
 # What the notebooks share. ipywidgets, matplotlib and IPython are imported where they are used;
 # where there is no notebook everything has a form in plain text.
@@ -4457,6 +5394,27 @@ def _clicks_between_steps() -> Iterator[Callable[[], None]]:
         yield between_steps
 
 
+def download_button(path: str | Path) -> None:
+    """Offer a file, or a folder as a zip: Colab's download, elsewhere a link, or its path."""
+    path = Path(path)
+    if path.is_dir():
+        path = Path(shutil.make_archive(str(path), "zip", path))
+    widgets = _widgets()
+    if widgets is None:
+        print(f"to take along: {path}")
+        return
+    from IPython.display import FileLink, display
+
+    try:
+        from google.colab import files  # type: ignore[import-not-found]
+    except ImportError:
+        display(FileLink(path))
+        return
+    button = widgets.Button(description=f"Download {path.name}", layout={"width": "auto"})
+    button.on_click(lambda _: files.download(str(path)))
+    display(button)
+
+
 def newest_run(folder: str | Path = "runs") -> Path | None:
     """The run folder in `folder` that was trained last; None where there is none."""
     runs = [p.parent for p in Path(folder).glob("*/metrics.jsonl")]
@@ -4582,6 +5540,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", default="float32", help="auto, float32, bfloat16, float16")
     command.set_defaults(run=_evaluate_command)
 
+    command = commands.add_parser("export", help="write a model for other programs")
+    _add_model_flags(command)
+    command.add_argument("--to", required=True, choices=EXPORT_FORMATS, help="the format")
+    command.add_argument("--out", required=True, metavar="PATH", help="file, or folder with hf")
+    command.add_argument("--gguf-type", choices=GGUF_KINDS, help="of gguf (default: TQ2_0)")
+    command.add_argument("--embedding", help="of packed: float16 (default), int8 or float32")
+    command.add_argument("--dense", action="store_true", help="of hf: unpacked float32 weights")
+    command.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    for name in CREDITS:
+        command.add_argument("--" + name.replace("_", "-"), help="noted in what is written")
+    command.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload it, with HF_TOKEN")
+    command.set_defaults(run=_export_command)
+
     command = commands.add_parser("bench", help="speeds on this machine, as one JSON object")
     command.add_argument("--quick", action="store_true", help="a small shape, seconds")
     command.set_defaults(run=_bench_command)
@@ -4592,13 +5563,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model_flags(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", required=True, metavar="PATH", help="run folder, or seed .pth")
+    command.add_argument("--model", required=True, metavar="PATH", help="run, export or seed .pth")
     command.add_argument("--checkpoint", default="last", help="last, best or a step")
 
 
-def _load_from_flags(flags: argparse.Namespace) -> tuple[BitLM, Any]:
-    chosen = flags.checkpoint
-    return load_model(flags.model, int(chosen) if chosen.isdigit() else chosen)
+def _checkpoint_flag(flags: argparse.Namespace) -> str | int:
+    return int(flags.checkpoint) if flags.checkpoint.isdigit() else flags.checkpoint
 
 
 def _settings_of_run(out: Path, mirror: str | None) -> dict[str, Any] | None:
@@ -4656,19 +5626,52 @@ def _train_command(flags: argparse.Namespace) -> int:
 
 def _generate_command(flags: argparse.Namespace) -> int:
     sampling = _from_flags(SamplingConfig, flags)
-    model, tokenizer = _load_from_flags(flags)
+    if flags.model.endswith(".gguf"):
+        pieces = llama_cpp_stream(flags.model, flags.prompt, sampling)
+    else:
+        model, tokenizer = load_model(flags.model, _checkpoint_flag(flags))
+        pieces = stream(model, tokenizer, flags.prompt, sampling)
     print(flags.prompt, end="", flush=True)
-    generate(model, tokenizer, flags.prompt, sampling, lambda t: print(t, end="", flush=True))
+    for piece in pieces:
+        print(piece, end="", flush=True)
     print()
     return 0
 
 
 def _evaluate_command(flags: argparse.Namespace) -> int:
     require(flags.dtype in _DTYPES, "dtype", flags.dtype, f"one of {', '.join(_DTYPES)}")
-    model, tokenizer = _load_from_flags(flags)
+    model, tokenizer = load_model(flags.model, _checkpoint_flag(flags))
     device = choose_device("auto", flags.dtype)
     result = evaluate(model, tokenizer, flags.data, text_column=flags.text_column, device=device)
     print(json.dumps(result))
+    return 0
+
+
+def _export_command(flags: argparse.Namespace) -> int:
+    formats = {"hf": export_hf, "gguf": export_gguf, "packed": export_packed}
+    options = {
+        "gguf": {"kind": flags.gguf_type or "TQ2_0"},
+        "packed": {"embedding": flags.embedding or "float16"},
+        "hf": {"dense": flags.dense},
+    }
+    strange = {"gguf": flags.gguf_type, "packed": flags.embedding, "hf": flags.dense}
+    for to, value in strange.items():
+        require(not value or to == flags.to, "to", flags.to, f"{to}, whose flag is given")
+    exported = formats[flags.to](
+        flags.model,
+        flags.out,
+        checkpoint=_checkpoint_flag(flags),
+        overwrite=flags.overwrite,
+        **options[flags.to],
+        **{name: getattr(flags, name) for name in CREDITS},
+    )
+    print(
+        f"{exported.path}: {exported.size:,} bytes, "
+        f"{exported.bits_per_weight:.3f} bits per ternary weight"
+    )
+    print(exported.usage)
+    if flags.push_to_hub:
+        print(f"uploaded: {push_to_hub(exported.path, flags.push_to_hub)}")
     return 0
 
 
@@ -4773,7 +5776,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         say(f"error: {error}")
         return 2
-    except (OSError, FloatingPointError) as error:
+    except (OSError, ImportError, FloatingPointError) as error:
         say(f"error: {error}")
         return 1
 

@@ -54,7 +54,7 @@ if found is None:
 sys.path.insert(0, str(found.resolve()))
 
 needed = ["datasets", "tokenizers", "safetensors", "tqdm", "matplotlib"]
-needed += ["ipywidgets", "jupyter_ui_poll"]
+needed += ["ipywidgets", "jupyter_ui_poll", "gguf"]
 missing = [name for name in needed if importlib.util.find_spec(name) is None]
 if missing:  # in Colab never what these depend on: numpy and torch are in use already
     alone = ["--no-deps"] if "google.colab" in sys.modules else []
@@ -137,3 +137,59 @@ bytes_ = (digits * powers).sum(1).to(torch.uint8)
 unpacked = bytes_.long()[:, None] // powers % 3
 print(f"{digits.numel():,} trits in {bytes_.numel():,} bytes; the first five: {digits[0].tolist()}")
 assert torch.equal(unpacked, digits)
+
+# %% [markdown]
+# ## Take it along
+#
+# One packed file for this program, a folder for transformers, and a GGUF file for llama.cpp and
+# what is built on it. `docs/export.md` tells how closely they agree.
+
+# %%
+# @title Export
+folder = Path("exports")
+folder.mkdir(exist_ok=True)
+exports = [
+    bit.export_packed(run, folder / f"{run.name}.safetensors", overwrite=True),
+    bit.export_hf(run, folder / f"{run.name}-hf", overwrite=True),
+]
+limits = net.config.export_limits
+if not limits and importlib.util.find_spec("gguf"):
+    exports.append(bit.export_gguf(run, folder / f"{run.name}.gguf", overwrite=True))
+for exported in exports:
+    size, bits = f"{exported.size:,} bytes", f"{exported.bits_per_weight:.2f} bits a ternary weight"
+    print(f"{exported.path.as_posix()}: {size}, {bits}\n{exported.usage}")
+if limits:
+    print(f"no GGUF file: {'; '.join(limits)}")
+
+# %%
+for exported in exports:
+    bit.download_button(exported.path)
+
+# %% [markdown]
+# The packed file is the same model: read back, it goes on with the same words.
+
+# %%
+again, its_tokenizer = bit.load_model(exports[0].path)
+sampling = bit.SamplingConfig(max_new_tokens=30, temperature=0, seed=0)
+for model, words in ((net, tokenizer), (again, its_tokenizer)):
+    print(repr(bit.generate(model, words, prompt, sampling)))
+
+# %% [markdown]
+# llama.cpp itself, inside this notebook. It is a download of 34 MB, so only with a tick.
+
+# %%
+use_llama_cpp = False  # @param {type: "boolean"}
+if use_llama_cpp and exports[-1].path.suffix == ".gguf":
+    if importlib.util.find_spec("xllamacpp") is None:
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "xllamacpp"], check=False)
+    for piece in bit.llama_cpp_stream(exports[-1].path, prompt, sampling):
+        print(piece, end="")
+
+# %% [markdown]
+# To the Hugging Face hub, for others to load by name: put a token with the right to write under
+# `HF_TOKEN` into Colab's secrets (the key at the left) or the environment, and give the name here.
+
+# %%
+repo_id = ""  # @param {type: "string"}
+if repo_id:
+    print(bit.push_to_hub(exports[1].path, repo_id))

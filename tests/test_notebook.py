@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import types
+import zipfile
 
 import ipywidgets
 import pytest
@@ -408,6 +409,25 @@ def test_a_drive_that_breaks_in_the_run_and_a_new_machine_the_next_day(
     steps = [x["step"] for x in bit.MetricsLog.read(tmp_path / "runs" / "ci" / "metrics.jsonl")]
     assert steps[: len(first)] == [line["step"] for line in first]  # the curve is whole
     assert bit.list_checkpoints(drive / "ci" / "checkpoints")[-1].stem == "step_00000040"
+
+
+def test_downloads_are_offered_and_a_folder_as_a_zip(colab, tmp_path, monkeypatch, capsys):
+    (tmp_path / "model-hf").mkdir()
+    (tmp_path / "model-hf" / "config.json").write_text("{}")
+    bit.download_button(tmp_path / "model-hf")  # no notebook: its path
+    assert str(tmp_path / "model-hf.zip") in capsys.readouterr().out
+    assert zipfile.ZipFile(tmp_path / "model-hf.zip").namelist() == ["config.json"]
+    asked, shown = [], []
+    sys.modules["google.colab"].files = types.SimpleNamespace(download=asked.append)
+    monkeypatch.setattr(bit, "_widgets", lambda: ipywidgets)
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    bit.download_button(tmp_path / "model-hf.zip")
+    assert not asked  # Run all downloads nothing by itself
+    shown[0].click()
+    assert asked == [str(tmp_path / "model-hf.zip")]
+    del sys.modules["google.colab"].files
+    bit.download_button(tmp_path / "model-hf.zip")
+    assert "model-hf.zip" in shown[1]._repr_html_()
 
 
 def test_without_colab_there_is_no_drive(monkeypatch, capsys):

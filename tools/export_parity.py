@@ -1,0 +1,200 @@
+"""Run exported models in the real clients and compare what they say with what ours says.
+
+    python tools/export_parity.py --model runs/demo --data valid.txt
+
+It needs requirements-test.txt. One JSON object a client goes to stdout: size of the export, bits
+per ternary weight, and `compare`'s figures. The export tests use the same functions.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # transformers would compile its small functions
+
+import bitllm_core as bit
+
+
+class Ours:
+    """`bitllm_core` behind the methods that every client here has."""
+
+    def __init__(self, path):
+        self.model, self.tokenizer = bit.load_model(path)
+
+    def encode(self, text):
+        return bit.encode(self.tokenizer, text)
+
+    @torch.no_grad()
+    def logits(self, windows):
+        """(B, T, V)"""
+        with self.model.hold_weights():
+            return torch.cat([self.model(part) for part in windows.split(8)])
+
+    def log_probs(self, windows):
+        """Of each token of each window but the first, (B, T - 1)."""
+        found = self.logits(windows)[:, :-1].log_softmax(-1)
+        return found.gather(2, windows[:, 1:, None]).squeeze(2)
+
+    def greedy(self, prompt, count):
+        config = bit.SamplingConfig(temperature=0, max_new_tokens=count)
+        return [row[0] for row in bit.generate_tokens(self.model, [prompt], config)]
+
+
+class Transformers(Ours):
+    """AutoModelForCausalLM and AutoTokenizer, called as their documentation says."""
+
+    def __init__(self, path):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.model = AutoModelForCausalLM.from_pretrained(path).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+
+    def encode(self, text):
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    @torch.no_grad()
+    def logits(self, windows):
+        return torch.cat([self.model(part).logits for part in windows.split(8)])
+
+    def greedy(self, prompt, count):
+        ids = torch.tensor([prompt])
+        # the card's sampling settings do not go with do_sample=False
+        options = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+        written = self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, **options
+        )
+        return written[0, len(prompt) :].tolist()
+
+
+class LlamaCpp(Ours):
+    """llama.cpp in this process, through xllamacpp."""
+
+    def __init__(self, path):
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path, params.verbosity, params.warmup = os.fspath(path), -1, False
+        params.n_parallel = params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+        self.server = xllamacpp.Server(params)
+        self.letter = self.encode("a")[0]
+
+    def encode(self, text):
+        from urllib.request import Request, urlopen
+
+        body = json.dumps({"content": text, "parse_special": False, "add_special": False})
+        address = self.server.listening_address + "/tokenize"
+        with urlopen(Request(address, body.encode(), {"Content-Type": "application/json"})) as got:
+            return json.load(got)["tokens"]
+
+    def complete(self, ids, **options):
+        """The log-probabilities that llama.cpp gives with each new token."""
+        request = {"prompt": ids, "temperature": 0, "logprobs": 1, **options}
+        told = self.server.handle_completions(request)["choices"][0]["logprobs"]
+        return told["content"] if told else []  # nothing of a token that is part of a character
+
+    def log_probs(self, windows):
+        """A bias makes llama.cpp choose the text's own token; what it tells is from before it."""
+        rows = []
+        for window in windows.tolist():
+            row = []
+            for end in range(1, len(window)):
+                token = window[end]
+                told = self.complete(window[:end], max_tokens=1, logit_bias=[[token, 1e9]])
+                if told:
+                    assert told[0]["id"] == token
+                    row.append(told[0]["logprob"])
+                else:
+                    row.append(self.distribution(window[:end])[token])
+            rows.append(row)
+        return torch.tensor(rows)
+
+    def distribution(self, ids):
+        """Log-probabilities of all tokens after `ids`, (V)."""
+        letter = [[self.letter, 1e9]]  # a whole character, or nothing would be told
+        told = self.complete(ids, max_tokens=1, logprobs=1 << 20, logit_bias=letter)
+        found = sorted((token["id"], token["logprob"]) for token in told[0]["top_logprobs"])
+        assert [i for i, _ in found] == list(range(len(found)))
+        return torch.tensor([value for _, value in found])
+
+    def greedy(self, prompt, count):
+        return [token["id"] for token in self.complete(prompt, max_tokens=count)]
+
+
+def compare(ours, client, windows, prompts, count=48):
+    """Figures of a client against ours on `windows`, (B, T), and greedy text after `prompts`.
+
+    Returns:
+        perplexity, perplexity_ratio (client / ours); max_delta_logit: transformers, of all logits;
+        llama.cpp, of all log-probabilities at 16 places; greedy_same: how many of the prompts are
+        continued by the same `count` tokens.
+    """
+    nats = [-model.log_probs(windows).double().mean().item() for model in (ours, client)]
+    if isinstance(client, LlamaCpp):
+        reference, delta = ours.logits(windows).log_softmax(-1), 0.0
+        for row in range(16):
+            row %= len(windows)
+            at = (row + 1) * (windows.shape[1] - 2) // 16
+            found = client.distribution(windows[row, : at + 1].tolist())
+            delta = max(delta, (found - reference[row, at]).abs().max().item())
+    else:
+        delta = (client.logits(windows) - ours.logits(windows)).abs().max().item()
+    same = [ours.greedy(prompt, count) == client.greedy(prompt, count) for prompt in prompts]
+    return {
+        "perplexity": math.exp(nats[1]),
+        "perplexity_ratio": math.exp(nats[1] - nats[0]),
+        "max_delta_logit": delta,
+        "greedy_same": f"{sum(same)} of {len(same)}",
+    }
+
+
+def text_windows(ours, text, tokens, length):
+    """The first `tokens` of a text in windows, (B, length), int64."""
+    ids = ours.encode(text[: tokens * 12])[: tokens // length * length]
+    return torch.tensor(ids).view(-1, length)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", required=True, help="run folder")
+    parser.add_argument("--data", required=True, help="a text file the model has not seen")
+    parser.add_argument("--tokens", type=int, default=4096)
+    flags = parser.parse_args()
+    ours = Ours(flags.model)
+    length = ours.model.config.max_position_embeddings // 2
+    text = Path(flags.data).read_text(encoding="utf-8")
+    windows = text_windows(ours, text, flags.tokens, length)
+    prompts = [window[:16].tolist() for window in windows[:8]]
+    vocab, hidden = ours.model.config.vocab_size, ours.model.config.hidden_size
+    trits = sum(layer.trits.numel() for layer in ours.model.bit_linears().values())
+    limit = (trits * math.log2(3) + vocab * hidden * 16) / 8
+    print(json.dumps({"limit_bytes": round(limit), "tokens": windows.numel(), "trits": trits}))
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        exports = [
+            ("packed", Ours, bit.export_packed(flags.model, out / "m.safetensors")),
+            (
+                "packed int8",
+                Ours,
+                bit.export_packed(flags.model, out / "8.safetensors", embedding="int8"),
+            ),
+            ("hf", Transformers, bit.export_hf(flags.model, out / "hf")),
+            ("hf dense", Transformers, bit.export_hf(flags.model, out / "dense", dense=True)),
+        ]
+        for kind in bit.GGUF_KINDS:
+            exported = bit.export_gguf(flags.model, out / f"{kind}.gguf", kind=kind)
+            exports.append((kind, LlamaCpp, exported))
+        for name, client, exported in exports:
+            found = compare(ours, client(exported.path), windows, prompts)
+            sizes = {"size": exported.size, "bits_per_weight": round(exported.bits_per_weight, 4)}
+            print(json.dumps({"export": name, **sizes, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
