@@ -199,9 +199,13 @@ def killed_run(
     chance: random.Random,
     rounds: int,
     number: int = signal.SIGKILL,
-    seconds: tuple[float, float] = (2.0, 4.0),
+    seconds: float = 0.0,
 ) -> list[int]:
     """Start `command` again and again, killing it after a random time, until it ends by itself.
+
+    Args:
+        seconds: that the command takes undisturbed; it is killed in the last two thirds of them,
+            for the first third is Python's and torch's beginning.
 
     Returns:
         the exit codes; the last is of the run that was let go to its end.
@@ -210,7 +214,7 @@ def killed_run(
     for _ in range(rounds):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         try:
-            process.communicate(timeout=chance.uniform(*seconds))
+            process.communicate(timeout=chance.uniform(seconds / 3, seconds))
         except subprocess.TimeoutExpired:
             process.send_signal(number)
             process.communicate(timeout=120)

@@ -522,12 +522,12 @@ def set_config(header, **changes):
 
 
 HOSTILE = {
-    "no model has": lambda h, b: set_config(h, num_hidden_layers=10**12),
-    "no model has ": lambda h, b: set_config(h, max_position_embeddings=10**15),
-    "is F16": lambda h, b: set_config(h, vocab_size=10**12),
+    "at most 1,024": lambda h, b: set_config(h, num_hidden_layers=10**12),
+    "at most 1,048,576": lambda h, b: set_config(h, max_position_embeddings=10**15),
+    "is F16": lambda h, b: set_config(h, vocab_size=10**7),
     "is missing": lambda h, b: set_config(h, tie_word_embeddings=False),
-    "no model has  ": lambda h, b: set_config(h, hidden_size="x"),
-    "no model has   ": lambda h, b: set_config(h, hidden_size=2**62),
+    "expected int": lambda h, b: set_config(h, hidden_size="x"),
+    "at most 65,536": lambda h, b: set_config(h, hidden_size=2**62),
     "metadata ": lambda h, b: h["__metadata__"].pop("tokenizer"),
     "metadata  ": lambda h, b: h["__metadata__"].update(tokenizer="{}"),
     "format 99": lambda h, b: h["__metadata__"].update(format_version="99"),
@@ -562,8 +562,8 @@ def test_a_hostile_folder_is_only_data(tiny_run, tmp_path):
     for changes, says in [
         ({"hidden_act": "relu2"}, "hidden_act='relu2', expected 'silu'"),
         ({"model_type": "llama"}, "only folders that this program exported"),
-        ({"vocab_size": 10**12}, "is F32"),
-        ({"num_hidden_layers": 10**9}, "no model has"),
+        ({"vocab_size": 10**7}, "is F32"),
+        ({"num_hidden_layers": 10**9}, "at most 1,024"),
         ({"hidden_size": None}, "config.json"),
     ]:
         with_settings(**changes)

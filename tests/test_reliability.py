@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -145,40 +146,39 @@ CLI = ["train", "--preset", "ci", "--save-every-steps", "3", "--eval-every-steps
 def uninterrupted(tmp_path_factory):
     out = tmp_path_factory.mktemp("cli") / "whole"
     command = [sys.executable, str(ROOT / "bitllm_core.py"), *CLI, "--out", str(out)]
+    start = time.monotonic()
     assert killed_run(command, random.Random(), rounds=0) == [0]
-    return out
+    return out, time.monotonic() - start
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_process_goes_on_bit_for_bit(tmp_path, uninterrupted, number):
-    seed = random.randrange(10**6)
+    (whole, seconds), seed = uninterrupted, random.randrange(10**6)
     command = [sys.executable, str(ROOT / "bitllm_core.py"), *CLI, "--out", str(tmp_path / "run")]
     command += ["--mirror", str(tmp_path / "mirror")]
-    codes = killed_run(command, random.Random(seed), rounds=8, number=number)
+    codes = killed_run(command, random.Random(seed), 8, number, seconds)
     print("seed", seed, "exit codes", codes)
     expected = -signal.SIGKILL if number == signal.SIGKILL else 128 + number
     # -number or 1: while Python was still importing, before the program began
     assert set(codes) <= {0, expected, -number, 1}
     assert codes[-1] == 0
-    assert_same_result(result_of(uninterrupted), result_of(tmp_path / "run"))
-    best = [
-        bit.newest_checkpoint(p / "checkpoints", "best") for p in (uninterrupted, tmp_path / "run")
-    ]
+    assert_same_result(result_of(whole), result_of(tmp_path / "run"))
+    best = [bit.newest_checkpoint(p / "checkpoints", "best") for p in (whole, tmp_path / "run")]
     assert best[0]["val_loss"] == best[1]["val_loss"]
 
 
 @pytest.mark.slow
 def test_a_hundred_kills_change_no_bit(tmp_path, uninterrupted):
-    seed, kills = random.randrange(10**6), 0
+    (whole, seconds), seed, kills = uninterrupted, random.randrange(10**6), 0
     chance = random.Random(seed)
     for number in range(100):
         run = tmp_path / str(number % 5)
         command = [sys.executable, str(ROOT / "bitllm_core.py"), *CLI, "--out", str(run)]
-        codes = killed_run(command, chance, rounds=100 - kills)
+        codes = killed_run(command, chance, 100 - kills, seconds=seconds)
         kills += codes.count(-signal.SIGKILL)
         print("seed", seed, run, codes)
-        assert_same_result(result_of(uninterrupted), result_of(run))
+        assert_same_result(result_of(whole), result_of(run))
         shutil.rmtree(run)
         if kills >= 100:
             break

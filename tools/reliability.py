@@ -41,12 +41,14 @@ def kills(folder: Path, chance: random.Random, wanted: int) -> int:
     """SIGKILL a real process at random moments, `wanted` times in all; return the failures."""
     command = [sys.executable, str(ROOT / "bitllm_core.py"), *trial.CLI, "--out"]
     whole = folder / "whole"
+    start = time.monotonic()
     killed_run([*command, str(whole)], chance, rounds=0)
+    seconds = time.monotonic() - start
     expected, done, runs, wrong = trial.result_of(whole), 0, 0, 0
     while done < wanted:
         run = folder / str(runs)
         mirror = ["--mirror", str(folder / f"mirror{runs}")] if runs % 2 else []
-        codes = killed_run([*command, str(run), *mirror], chance, rounds=wanted - done)
+        codes = killed_run([*command, str(run), *mirror], chance, wanted - done, seconds=seconds)
         done += codes.count(-signal.SIGKILL)
         runs += 1
         try:
