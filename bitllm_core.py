@@ -2688,7 +2688,10 @@ def _checkpoint_of_run(path: Path, checkpoint: str | int) -> dict[str, Any]:
     require(checkpoint in kinds, "checkpoint", checkpoint, "last, best or a step")
     found = newest_checkpoint(folder, kinds[checkpoint])
     if found is None:
-        raise FileNotFoundError(f"{path}: no whole checkpoint in it yet; train first")
+        other = "last" if checkpoint == "best" else "best"
+        raise FileNotFoundError(
+            f"{path}: no whole checkpoint ({checkpoint}) in it; train first, or try {other}"
+        )
     return found
 
 
@@ -3321,7 +3324,7 @@ def open_run(
         if remains or (saved is None and (out / "config.json").is_file()):
             raise ValueError(
                 f"{out}: there are remains of a run, but no checkpoint that is whole. Nothing was "
-                "changed; --resume never begins anew and keeps the remains in a folder beside"
+                "changed; --resume never begins anew and moves the remains to a folder set-aside-1"
             )
         if resume == "must":
             raise ValueError(f"{out}: resume=must, but there is no checkpoint to go on from")
