@@ -2524,6 +2524,14 @@ class Mirror:
             self._pending[kind] = name
             self._changed.notify()
 
+    def offer_newest(self) -> None:
+        """Offer what an earlier session could not bring."""
+        for kind in self.keep:
+            folder = Folder(self.run / "checkpoints")
+            finished = [p for p in list_checkpoints(folder, kind) if _has_manifest(folder, p.name)]
+            if finished:
+                self.offer(kind, finished[-1].name)
+
     def status(self) -> str:
         """One line for the eye."""
         if self.errors:
@@ -2606,7 +2614,10 @@ class Mirror:
         source, target = Folder(self.run / "checkpoints"), Folder(self.folder / "checkpoints")
         remove_unfinished(target)
         self._bytes = [0, source.size(name)]
-        copy_checkpoint(source, name, target, self._progress)
+        if not _has_manifest(target, name) or (
+            read_manifest(target, name) != read_manifest(source, name)
+        ):
+            copy_checkpoint(source, name, target, self._progress)
         prune_checkpoints(target, self.keep[kind], kind)
 
     def _progress(self, size: int) -> None:
@@ -3294,7 +3305,7 @@ def set_aside(folder: Path, keep_data: bool) -> None:
 def open_run(
     out: Path, configs: dict[str, Any], resume: str, mirror: Path | None = None
 ) -> dict[str, Any] | None:
-    """The checkpoint to go on from, None to begin. With resume="never", what is there is set aside.
+    """The checkpoint to go on from; None to begin. Nothing is changed but what the mirror lends.
 
     Raises:
         ValueError: other settings, remains of which nothing is whole, or `resume` asks for what is
@@ -3735,9 +3746,12 @@ class _Trainer:
                 self.collect_saves(wait=True)
                 self.writer.worker.shutdown()
                 self.tell("on_end")
-            if self.state.mirror:
-                self.state.mirror.close()
-                say(self.state.mirror.status())
+            self.close_mirror()
+
+    def close_mirror(self) -> None:
+        if self.state.mirror:
+            self.state.mirror.close()
+            say(self.state.mirror.status())
 
 
 def memory_in_use(device: Device) -> int:
@@ -3841,8 +3855,11 @@ def _train(
     trainer.write_settings()
     trainer.log = MetricsLog(out / "metrics.jsonl", state.step, saved_metrics)
     final = _final_metrics(trainer.log.lines, state.step)
+    if copier:
+        copier.offer_newest()
     if state.step >= train_config.max_steps and final:
         state.val_loss = final["val_loss"]
+        trainer.close_mirror()
         return state
     trainer.announce()
     if state.step:

@@ -165,6 +165,20 @@ def test_failures_are_counted_shown_and_retried(run, tmp_path):
     assert state.mirror.status().startswith("mirror: step 12 is in")
 
 
+def test_what_a_session_could_not_bring_the_next_one_does(run, tmp_path):
+    with inject(tmp_path / "mirror", Fault("ENOTCONN", "write", at=8, times=10**9)):
+        state = run(tmp_path / "run", tmp_path / "mirror")
+    assert state.mirror.last_good_step == 3
+    with inject(tmp_path / "mirror") as calls:
+        state = run(tmp_path / "run", tmp_path / "mirror")  # it is finished: nothing to train
+    assert state.mirror.status().startswith("mirror: step 12 is in")
+    assert calls.calls["write"] > 0
+    with inject(tmp_path / "mirror") as calls:
+        run(tmp_path / "run", tmp_path / "mirror")
+    assert calls.calls["write"] == 0  # what is there is not brought again
+    assert_same_bits(state_of(tmp_path / "mirror"), state_of(tmp_path / "run"))
+
+
 def test_the_last_two_are_kept_and_nothing_goes_before_the_newer_is_right(run, tmp_path):
     removed = []
     plain = bit.Folder.remove
