@@ -5416,17 +5416,20 @@ def download_button(path: str | Path) -> None:
     """Offer a file, or a folder as a zip: Colab's download, elsewhere a link, or its path."""
     path = Path(path)
     if path.is_dir():
-        path = Path(shutil.make_archive(str(path), "zip", path))
+        shutil.make_archive(str(path), "zip", path)
+        path = path.with_name(path.name + ".zip")
     widgets = _widgets()
     if widgets is None:
         print(f"to take along: {path}")
         return
-    from IPython.display import FileLink, display
+    from IPython.display import display
 
     try:
         from google.colab import files  # type: ignore[import-not-found]
     except ImportError:
-        display(FileLink(path))
+        name = html.escape(path.as_posix(), quote=True)
+        link = f'<a href="{name}" download>{name}</a>'
+        display({"text/html": link, "text/plain": path.as_posix()}, raw=True)
         return
     button = widgets.Button(description=f"Download {path.name}", layout={"width": "auto"})
     button.on_click(lambda _: files.download(str(path)))

@@ -166,7 +166,8 @@ for exported in exports:
     bit.download_button(exported.path)
 
 # %% [markdown]
-# The packed file is the same model: read back, it goes on with the same words.
+# The packed file, read back, is the same model but for the embedding, which is rounded to 16 bits:
+# where two words are nearly equally likely, it may take the other one.
 
 # %%
 again, its_tokenizer = bit.load_model(exports[0].path)

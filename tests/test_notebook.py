@@ -420,14 +420,14 @@ def test_downloads_are_offered_and_a_folder_as_a_zip(colab, tmp_path, monkeypatc
     asked, shown = [], []
     sys.modules["google.colab"].files = types.SimpleNamespace(download=asked.append)
     monkeypatch.setattr(bit, "_widgets", lambda: ipywidgets)
-    monkeypatch.setattr("IPython.display.display", shown.append)
+    monkeypatch.setattr("IPython.display.display", lambda x, **options: shown.append(x))
     bit.download_button(tmp_path / "model-hf.zip")
     assert not asked  # Run all downloads nothing by itself
     shown[0].click()
     assert asked == [str(tmp_path / "model-hf.zip")]
     del sys.modules["google.colab"].files
     bit.download_button(tmp_path / "model-hf.zip")
-    assert "model-hf.zip" in shown[1]._repr_html_()
+    assert 'model-hf.zip" download' in shown[1]["text/html"]
 
 
 def test_without_colab_there_is_no_drive(monkeypatch, capsys):
