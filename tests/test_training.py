@@ -74,7 +74,7 @@ def test_dying_and_going_on_changes_no_bit(run, tmp_path, die):
 
 def test_another_optimizer_and_epoch_ends_resume_too(run, tmp_path):
     options = {"optimizer": "adamw", "max_steps": 90, "save_every_epoch": True}
-    options |= {"eval_every_steps": 30}
+    options |= {"eval_every_steps": 30, "micro_batch_size": 2}  # and accumulation
     run(tmp_path / "whole", **options)
     run(tmp_path / "parts", callbacks=[StopAt(47)], **options)
     run(tmp_path / "parts", **options)
