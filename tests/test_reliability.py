@@ -157,7 +157,8 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path, uninterrupted, number):
     (whole, seconds), seed = uninterrupted, random.randrange(10**6)
     command = [sys.executable, str(ROOT / "bitllm_core.py"), *CLI, "--out", str(tmp_path / "run")]
     command += ["--mirror", str(tmp_path / "mirror")]
-    codes = killed_run(command, random.Random(seed), 8, number, seconds)
+    rounds = 12 if number == signal.SIGKILL else 4
+    codes = killed_run(command, random.Random(seed), rounds, number, seconds)
     print("seed", seed, "exit codes", codes)
     expected = -signal.SIGKILL if number == signal.SIGKILL else 128 + number
     # -number or 1: while Python was still importing, before the program began
