@@ -3325,14 +3325,14 @@ def open_run(
         checkpoint = newest_checkpoint(
             out / "checkpoints", mirror=mirror / "checkpoints" if mirror else None
         )
+        remains = [] if checkpoint else [list_checkpoints(p / "checkpoints") for p in places]
     except OSError as error:
         raise ValueError(
             f"{error}: whether there is a run to go on from is not known. Mount the drive, or "
             "leave --mirror out"
         ) from error
     if checkpoint is None:
-        remains = [p for place in places for p in list_checkpoints(place / "checkpoints")]
-        if remains or (saved is None and (out / "config.json").is_file()):
+        if any(remains) or (saved is None and (out / "config.json").is_file()):
             raise ValueError(
                 f"{out}: there are remains of a run, but no checkpoint that is whole. Nothing was "
                 "changed; --resume never begins anew and moves the remains to a folder set-aside-1"
@@ -3807,10 +3807,13 @@ def _bring_back(
     out: Path, mirror: Path | None, data_config: DataConfig, checkpoint: dict[str, Any]
 ) -> None:
     """Complete a run folder that only the mirror or only its checkpoints have kept."""
-    tokenizer = out / "tokenizer.json"
-    if not tokenizer.is_file() and isinstance(checkpoint.get("tokenizer"), str):
-        text = tokenizer_from(checkpoint["tokenizer"], out / "checkpoints").to_str(pretty=True)
-        write_atomically(tokenizer, text.encode())
+    path = out / "tokenizer.json"
+    try:
+        load_tokenizer(path)
+    except (ValueError, FileNotFoundError) as error:
+        say(f"{first_line(error)}: taken from the checkpoint")
+        tokenizer = tokenizer_from(str(checkpoint.get("tokenizer")), out / "checkpoints")
+        write_atomically(path, tokenizer.to_str(pretty=True).encode())
     if mirror:
         vocab_size = checkpoint["config"]["model"]["vocab_size"]
         try:
@@ -3822,7 +3825,8 @@ def _bring_back(
 
 def _final_metrics(lines: Sequence[dict[str, Any]], step: int) -> dict[str, Any]:
     """The last evaluation of a finished run; empty where it is not finished."""
-    return next((line for line in lines if line.get("final") and line["step"] == step), {})
+    found = (line for line in lines if line.get("final") and line["step"] == step)
+    return next((line for line in found if isinstance(line.get("val_loss"), float)), {})
 
 
 def _train(

@@ -54,7 +54,7 @@ if found is None:
 sys.path.insert(0, str(found.resolve()))
 
 needed = ["datasets", "tokenizers", "safetensors", "tqdm", "matplotlib"]
-needed += ["ipywidgets", "jupyter_ui_poll", "gguf"]
+needed += ["ipywidgets", "jupyter_ui_poll"]
 missing = [name for name in needed if importlib.util.find_spec(name) is None]
 if missing:  # in Colab never what these depend on: numpy and torch are in use already
     alone = ["--no-deps"] if "google.colab" in sys.modules else []
@@ -153,7 +153,10 @@ exports = [
     bit.export_hf(run, folder / f"{run.name}-hf", overwrite=True),
 ]
 limits = net.config.export_limits
-if not limits and importlib.util.find_spec("gguf"):
+if not limits:
+    if importlib.util.find_spec("gguf") is None:
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "gguf"]
+        subprocess.run(command, check=True)
     exports.append(bit.export_gguf(run, folder / f"{run.name}.gguf", overwrite=True))
 for exported in exports:
     size, bits = f"{exported.size:,} bytes", f"{exported.bits_per_weight:.2f} bits a ternary weight"

@@ -119,6 +119,20 @@ def test_every_fault_at_every_call_loses_nothing(tmp_path, tiny_corpus, undistur
         shutil.rmtree(tmp_path / str(number))
 
 
+def outlived(folder: Path, corpus: Path, damaged: list[Path], expected) -> str:
+    """Go on with damaged files; return what happened. AssertionError for another end."""
+    message = message_of(folder, corpus)
+    if message:  # a damaged tokenizer or configuration is named, not used
+        assert str(folder / "run") in message
+        return "refused, naming the file"
+    found = result_of(folder / "run")
+    assert_same_bits(found[0], expected[0])
+    # a digit of a log's last line, or of a count in the tokens' manifest, has nothing to tell it by
+    if all(path.parent.name == "checkpoints" or path.suffix == ".bin" for path in damaged):
+        assert found[1] == expected[1]
+    return "the same end"
+
+
 def test_damaged_files_are_passed_over_or_refused(tmp_path, tiny_corpus, undisturbed):
     """Any damage to local files: the mirror, or an older checkpoint, gives the same end."""
     expected, _ = undisturbed
@@ -130,13 +144,10 @@ def test_damaged_files_are_passed_over_or_refused(tmp_path, tiny_corpus, undistu
         folder = tmp_path / str(number)
         shutil.copytree(tmp_path / "whole", folder)
         files = sorted(p for p in (folder / "run").rglob("*") if p.is_file())
-        for path in chance.sample(files, 3):
+        damaged = chance.sample(files, 3)
+        for path in damaged:
             print("seed", seed, path.relative_to(folder), corrupt(path, chance))
-        message = message_of(folder, tiny_corpus)
-        if message:  # a damaged tokenizer or configuration is named, not used
-            assert str(folder / "run") in message
-        else:
-            assert_same_result(result_of(folder / "run"), expected)
+        assert outlived(folder, tiny_corpus, damaged, expected)
 
 
 CLI = ["train", "--preset", "ci", "--save-every-steps", "3", "--eval-every-steps", "10"]
