@@ -87,6 +87,13 @@ def _half(blocks: Iterator[Any]) -> Iterator[Any]:
     yield first[: max(len(first) // 2, 1)]
 
 
+def _altered(blocks: Iterator[Any]) -> Iterator[Any]:
+    first = bytearray(next(blocks))
+    first[-1] ^= 1  # as long as before, and parses as before
+    yield bytes(first)
+    yield from blocks
+
+
 @contextlib.contextmanager
 def inject(where: Path, *faults: Fault) -> Iterator[Injection]:
     """Let operations on files below `where` fail as `faults` say."""
@@ -113,7 +120,8 @@ def inject(where: Path, *faults: Fault) -> Iterator[Injection]:
                 for file in self.path.iterdir():
                     file.unlink()
                 self.path.rmdir()
-            super().write(name, _half(blocks) if kind == "short write" else blocks)
+            change = {"short write": _half, "altered write": _altered}.get(kind or "", iter)
+            super().write(name, change(blocks))
             for _ in blocks:  # whoever hashes what he writes has written all of it, he thinks
                 pass
             if kind == "delayed visibility":

@@ -205,9 +205,11 @@ def test_the_last_two_are_kept_and_nothing_goes_before_the_newer_is_right(run, t
             assert len([s for s in steps if s > bit.checkpoint_step(name)]) >= 2
 
 
-def test_a_corrupted_copy_in_the_mirror_is_made_again_on_reading_back(run, tmp_path):
-    with inject(tmp_path / "mirror", Fault("short write", "write", at=14)):
-        state = run(tmp_path / "run", tmp_path / "mirror")
+@pytest.mark.parametrize("kind", ["short write", "altered write"])
+def test_a_corrupted_copy_in_the_mirror_is_made_again_on_reading_back(run, tmp_path, kind):
+    with inject(tmp_path / "mirror", Fault(kind, "write", at=6, times=1)) as injection:
+        state = run(tmp_path / "run", tmp_path / "mirror", max_steps=3)
+    assert injection.struck == 1  # the data of the first checkpoint, after five smaller files
     assert state.mirror.errors == 0
     for path in bit.list_checkpoints(tmp_path / "mirror" / "checkpoints"):
         bit.load_checkpoint(path)
