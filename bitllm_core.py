@@ -44,6 +44,7 @@ import argparse
 import ast
 import base64
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import hashlib
@@ -63,7 +64,9 @@ import re
 import shutil
 import signal
 import stat
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -72,7 +75,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -570,6 +573,13 @@ def weight_quant(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale).round().clamp(-1, 1), scale
 
 
+def _to_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers from -127 to 127, float32, like x, (..., I), and what x was multiplied by."""
+    x = x.float()
+    scale = 127 / x.abs().amax(dim=-1, keepdim=True).clamp(min=_SCALE_FLOOR)  # (..., 1)
+    return (x * scale).round().clamp(-128, 127), scale
+
+
 def activation_quant(x: Tensor) -> Tensor:
     """Round each token's vector to 8 bits and back (absmax).
 
@@ -581,9 +591,8 @@ def activation_quant(x: Tensor) -> Tensor:
 
     Source: [1], "Training Tips, Code and FAQ", activation_quant.
     """
-    x = x.float()
-    scale = 127 / x.abs().amax(dim=-1, keepdim=True).clamp(min=_SCALE_FLOOR)
-    return (x * scale).round().clamp(-128, 127) / scale
+    whole, scale = _to_8_bits(x)
+    return whole / scale
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -626,42 +635,169 @@ def quantize_input(x: Tensor, linear: str) -> Tensor:
     return _StraightThrough.apply(x, "activation") if linear == "ternary" else x
 
 
+def pack_trits(trits: Tensor) -> Tensor:
+    """Trits, (O, I), two bits each: byte j of a row holds those of inputs j + k * ceil(I / 4)."""
+    codes = F.pad(trits + 1, (0, -trits.shape[1] % 4)).to(torch.uint8)
+    a, b, c, d = codes.chunk(4, dim=1)
+    return a | b << 2 | c << 4 | d << 6  # (O, ceil(I / 4))
+
+
+def unpack_trits(packed: Tensor, in_features: int) -> Tensor:
+    """The reverse of `pack_trits`: int8, (O, I)."""
+    codes = torch.cat([packed >> 2 * k & 3 for k in range(4)], dim=1)
+    return codes[:, :in_features].to(torch.int8) - 1
+
+
+_KERNEL = r"""
+#include <math.h>
+#include <stdint.h>
+
+/* The products of x, (B, I), rounded to 8 bits, and n ternary matrices, (O[m], I), packed as by
+   pack_trits, side by side in y, (B, sum of O). q: room for one row of whole numbers. */
+void ternary_linear(const float *x, int B, int I, int n, const uint8_t **w,
+                    const float *weight_scale, const int *O, float *y, int16_t *q, int threads) {
+    const int J = (I + 3) / 4;
+    const int16_t *q0 = q, *q1 = q + J, *q2 = q + 2 * J, *q3 = q + 3 * J;
+    for (int b = 0; b < B; b++, x += I) {
+        float top = 1e-5f;
+        for (int i = 0; i < I; i++) top = fmaxf(top, fabsf(x[i]));
+        const float scale = 1.0f / top * 127.0f;  /* torch's way to divide a number by a tensor */
+        int32_t sum = 0;                          /* for the codes are trits + 1 */
+        for (int i = 0; i < 4 * J; i++) sum += q[i] = i < I ? (int16_t)rintf(x[i] * scale) : 0;
+        #pragma omp parallel num_threads(threads) if (threads > 1)
+        for (int m = 0, first = 0; m < n; first += O[m++]) {
+            #pragma omp for nowait
+            for (int o = 0; o < O[m]; o++) {
+                const uint8_t *row = w[m] + (int64_t)o * J;
+                int32_t dot = 0;
+                for (int j = 0; j < J; j++) {
+                    const int16_t c = row[j];
+                    dot += (int16_t)(c & 3) * q0[j] + (int16_t)(c >> 2 & 3) * q1[j]
+                         + (int16_t)(c >> 4 & 3) * q2[j] + (int16_t)(c >> 6) * q3[j];
+                }
+                y[first + o] = (float)(dot - sum) * (weight_scale[m] / scale);
+            }
+        }
+        for (int m = 0; m < n; m++) y += O[m];
+    }
+}
+"""
+"""Plain C, for the compiler to vectorize: no torch operation multiplies by two-bit weights."""
+
+
+@cache
+def ternary_kernel() -> Any:
+    """The compiled `_KERNEL`, or None where there is no C compiler.
+
+    It takes a fraction of a second, so nothing is cached: a compiled file from elsewhere could have
+    been made for another processor, or by somebody else.
+    """
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None or sys.platform == "win32":
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "kernel.c"), Path(folder, "kernel.so")
+        source.write_text(_KERNEL)
+        base = [compiler, "-O3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC"]
+        for flags in (["-march=native", "-fopenmp"], ["-march=native"], []):
+            command = [*base, *flags, str(source), "-o", str(library), "-lm"]
+            if subprocess.run(command, capture_output=True).returncode == 0:
+                kernel = ctypes.CDLL(str(library)).ternary_linear
+                p, i = ctypes.c_void_p, ctypes.c_int
+                kernel.argtypes, kernel.restype = [p, i, i, i, p, p, p, p, p, i], None
+                return kernel
+    return None
+
+
+class _KernelCall:
+    """The kernel's arguments for layers of one input, made once: that takes longer than it."""
+
+    def __init__(self, layers: Sequence[BitLinear]) -> None:
+        n, self.sizes = len(layers), [layer.out_features for layer in layers]
+        self.packed = [layer.packed for layer in layers]  # held, so that the addresses stay theirs
+        self.arguments = (
+            *(layers[0].in_features, n),
+            (ctypes.c_void_p * n)(*[packed.data_ptr() for packed in self.packed]),
+            (ctypes.c_float * n)(*[layer.weight_scale.item() for layer in layers]),
+            (ctypes.c_int * n)(*self.sizes),
+        )
+        self.width = sum(self.sizes)
+        self.kernel = ternary_kernel()
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        x, (*batch, size) = x.float().contiguous(), x.shape
+        y = torch.empty((*batch, self.width))
+        room = torch.empty(size + 3, dtype=torch.int16)
+        threads = torch.get_num_threads()
+        rows = x.numel() // size
+        self.kernel(x.data_ptr(), rows, *self.arguments, y.data_ptr(), room.data_ptr(), threads)
+        return y.split(self.sizes, dim=-1) if len(self.sizes) > 1 else (y,)
+
+
+def project(x: Tensor, layers: Sequence[BitLinear]) -> Sequence[Tensor]:
+    """Each layer's output of one input, (..., I), which is quantized once for all of them."""
+    first = layers[0]
+    if first.at_two_bits(x):
+        call = first.kernel_call
+        if call is None or any(a is not b.packed for a, b in zip(call.packed, layers, strict=True)):
+            call = first.kernel_call = _KernelCall(layers)
+        return call(x)
+    x = first.read(x)
+    return [layer(x) for layer in layers]
+
+
 class BitLinear(nn.Linear):
     """A matrix without bias that computes with ternary weights and learns in full precision.
 
-    The input is expected to be quantized already (`quantize_input`), since q, k and v, or gate
-    and up, share theirs.
+    The input is expected to be what `read` returns; `project` sees to it.
 
     Args:
         in_features, out_features: sizes; the weight is (out_features, in_features).
         linear: "ternary" or "weight_only" (both quantize the weight), or "dense" (neither).
 
-    `freeze` turns the layer into its inference form: `trits`, int8 (O, I), and `weight_scale`,
-    float32 (), in place of the weight; its output equals the training form's to float rounding.
+    `freeze` turns the layer into its inference form, two bits a weight: `packed`, uint8
+    (O, ceil(I / 4)), and `weight_scale`, float32 (), in place of the weight. Its output equals the
+    training form's to float rounding; and where activations are quantized too, it is made of sums
+    of whole numbers, and is therefore the same bits by whichever way it is computed.
     Never quantize t * s again: the mean of already ternary weights is smaller than their scale.
     """
 
-    trits: Tensor
+    packed: Tensor
     weight_scale: Tensor
 
     def __init__(self, in_features: int, out_features: int, linear: str = "ternary") -> None:
         super().__init__(in_features, out_features, bias=False)
         self.linear = linear
         self.held: Tensor | None = None  # see BitLM.hold_weights
+        self.kernel_call: Any = None  # with this layer and those that share its input
 
     @property
     def frozen(self) -> bool:
-        return "trits" in self._buffers
+        return "packed" in self._buffers
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.out_features, self.in_features))
+
+    @property
+    def trits(self) -> Tensor:
+        """Of the inference form: int8, (O, I)."""
+        return unpack_trits(self.packed, self.in_features)
 
     def effective_weight(self) -> Tensor:
         """The weight that multiplies: t * s, or the dense weight. (O, I)"""
-        if self.held is not None:
-            return self.held if self.frozen else held_for(self.weight, self.held)
         if self.frozen:
             return self.trits * self.weight_scale
+        if self.held is not None:
+            return held_for(self.weight, self.held)
         if self.linear == "dense":
             return self.weight
         return _StraightThrough.apply(self.weight, "weight")
+
+    def hold(self, dtype: torch.dtype) -> None:
+        """Keep what multiplies ready in `dtype`, until `held` is None again."""
+        self.held = None
+        self.held = (self.trits if self.frozen else self.effective_weight().detach()).to(dtype)
 
     def ternary(self) -> tuple[Tensor, Tensor]:
         """Trits, int8 (O, I), and their scale, float32 (). ValueError for a dense layer."""
@@ -678,11 +814,36 @@ class BitLinear(nn.Linear):
             return
         trits, scale = self.ternary()
         del self.weight
-        self.register_buffer("trits", trits)
+        self.set_ternary(trits, scale)
+
+    def set_ternary(self, trits: Tensor, scale: Tensor) -> None:
+        """Give a frozen layer its trits, (O, I), and their scale, float32 ()."""
+        self.register_buffer("packed", pack_trits(trits))
         self.register_buffer("weight_scale", scale)
+        self.kernel_call = None
+
+    def read(self, x: Tensor) -> Tensor:
+        """Quantize an input for this layer's `forward`; the inference form does that itself."""
+        return x if self.frozen else quantize_input(x, self.linear)
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.effective_weight())
+        return self._infer(input) if self.frozen else F.linear(input, self.effective_weight())
+
+    def at_two_bits(self, x: Tensor) -> bool:
+        """Whether the kernel multiplies by the packed weights: for few rows, on a CPU."""
+        few = x.numel() <= FEW_ROWS * self.in_features and x.device.type == "cpu"
+        packed = self.frozen and self.linear == "ternary" and self.held is None
+        return few and packed and ternary_kernel() is not None
+
+    def _infer(self, x: Tensor) -> Tensor:
+        weight = self.trits.to(x.dtype) if self.held is None else self.held
+        if self.linear == "weight_only":
+            return F.linear(x, weight) * self.weight_scale
+        whole, scale = _to_8_bits(x)
+        return F.linear(whole, weight) * (self.weight_scale / scale)
+
+
+FEW_ROWS = 8  # above, unpacking once for a product of matrices is faster
 
 
 # -----------------------------------------------------------------------------
@@ -759,22 +920,23 @@ class Attention(nn.Module):
         self, x: Tensor, rope: Tensor | None, cache: KVCache | None, mask: Tensor | None
     ) -> Tensor:
         (B, T, D), K = x.shape, self.config.head_dim
-        x = quantize_input(x, self.config.linear)
         q, k, v = (
-            proj(x).view(B, T, -1, K).transpose(1, 2)  # (B, H or G, T, K)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            y.view(B, T, -1, K).transpose(1, 2)  # (B, H or G, T, K)
+            for y in project(x, (self.q_proj, self.k_proj, self.v_proj))
         )
         if rope is not None:
             q, k = _rotate(q, rope), _rotate(k, rope)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         groups = q.shape[1] // k.shape[1]
+        if T == 1 and mask is None:  # one token sees all: the heads of a group are its queries
+            q, groups = q.view(B, k.shape[1], groups, K), 1
         if groups > 1:  # not enable_gqa: the T4's memory-efficient kernel does not have it
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         causal = mask is None and T > 1
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        y = self.attn_sub_norm(y.transpose(1, 2).reshape(B, T, D))
-        return self.o_proj(quantize_input(y, self.config.linear))
+        y = y.reshape(B, 1, D) if T == 1 else y.transpose(1, 2).reshape(B, T, D)
+        return project(self.attn_sub_norm(y), (self.o_proj,))[0]
 
 
 class FeedForward(nn.Module):
@@ -790,10 +952,12 @@ class FeedForward(nn.Module):
         self.ffn_sub_norm = nn.Identity() if config.block == "seed" else _norm(config, M)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = quantize_input(x, self.config.linear)
-        y = self.up_proj(x)
-        y = F.relu(y) if self.gate_proj is None else F.silu(self.gate_proj(x)) * y
-        return self.down_proj(quantize_input(self.ffn_sub_norm(y), self.config.linear))
+        if self.gate_proj is None:
+            y = F.relu(project(x, (self.up_proj,))[0])
+        else:
+            gate, up = project(x, (self.gate_proj, self.up_proj))
+            y = F.silu(gate) * up
+        return project(self.ffn_sub_norm(y), (self.down_proj,))[0]
 
 
 class Block(nn.Module):
@@ -825,7 +989,7 @@ class _Trunk(nn.Module):
         self.norm = _norm(config, config.hidden_size)
 
 
-_CHUNK_BYTES = 64 << 20  # of logits in float32 at once; smaller is slower: docs/log.md
+_CHUNK_BYTES = 32 << 20  # of logits in float32 at once; smaller is slower: docs/log.md
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -914,7 +1078,7 @@ class BitLM(nn.Module):
         try:
             with torch.no_grad():
                 for layer in layers:
-                    layer.held = layer.effective_weight().detach().to(dtype)
+                    layer.hold(dtype)
                 if self.lm_head is None:
                     self.held_head = self.model.embed_tokens.weight.detach().to(dtype)
             yield
@@ -982,7 +1146,7 @@ class BitLM(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states, (..., V)."""
         if self.lm_head is not None:
-            hidden = quantize_input(hidden, self.config.linear)
+            return project(hidden, (self.lm_head,))[0]
         return F.linear(hidden, self.head_weight())
 
     def forward(
@@ -1752,7 +1916,15 @@ def _choose(
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
 
 
-@torch.no_grad()
+def _at_two_bits(model: BitLM, rows: int) -> bool:
+    """Whether the weights can stay packed: the kernel is as quick as float ones, for a few rows."""
+    layers = list(model.bit_linears().values())
+    frozen = all(layer.frozen and layer.linear == "ternary" for layer in layers)
+    on_cpu = next(model.buffers()).device.type == "cpu"
+    return frozen and on_cpu and rows <= FEW_ROWS and ternary_kernel() is not None
+
+
+@torch.inference_mode()
 def generate_tokens(
     model: BitLM,
     prompts: Sequence[Sequence[int]],
@@ -1783,7 +1955,9 @@ def generate_tokens(
     was_training = model.training
     model.eval()
     try:
-        with model.hold_weights():
+        with (
+            contextlib.nullcontext() if _at_two_bits(model, len(prompts)) else model.hold_weights()
+        ):
             for _ in range(config.max_new_tokens):
                 if cache.length + unread > limit:
                     start, unread, cache.length = rows.shape[1] - limit // 2, limit // 2, 0
@@ -1947,14 +2121,14 @@ def make_optimizers(model: BitLM, config: TrainConfig) -> list[torch.optim.Optim
                 weight_decay=config.weight_decay,
             )
         )
-        optimizers.append(torch.optim.AdamW([rest], betas=betas))
+        optimizers.append(torch.optim.AdamW([rest], betas=betas, fused=True))
     else:
         decayed = {
             "params": matrices,
             "lr": config.matrix_rate,
             "weight_decay": config.weight_decay,
         }
-        optimizers.append(torch.optim.AdamW([decayed, rest], betas=betas))
+        optimizers.append(torch.optim.AdamW([decayed, rest], betas=betas, fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
@@ -2954,13 +3128,13 @@ def _pays_to_compile(model: ModelConfig, train: TrainConfig, device: Device) -> 
 def _micro_batch(model: ModelConfig, train: TrainConfig, device: Device) -> int:
     """Windows at once, a divisor of the windows of a step.
 
-    On a CPU as many as keep what the blocks hold for the backward pass at about 256 MB, near its
+    On a CPU as many as keep what the blocks hold for the backward pass below 192 MB, near its
     caches: more is slower. On a GPU as many as a quarter of its free memory takes.
     """
     windows = train.batch_tokens // model.max_position_embeddings
     if train.micro_batch_size:
         return train.micro_batch_size
-    room = torch.cuda.mem_get_info()[0] // 4 if device.device.type == "cuda" else 256 << 20
+    room = torch.cuda.mem_get_info()[0] // 4 if device.device.type == "cuda" else 192 << 20
     numbers = model.num_hidden_layers * (8 * model.hidden_size + 3 * model.intermediate_size)
     at_once = room // (device.dtype.itemsize * numbers * model.max_position_embeddings)
     return max(d for d in range(1, windows + 1) if windows % d == 0 and d <= max(at_once, 1))
@@ -4111,8 +4285,10 @@ def _packed_entries(model: BitLM, embedding: str) -> list[TensorEntry]:
     """Our smallest form: trits five a byte, the embedding in `embedding`, the rest in float32."""
     entries = []
     for name, linear in model.bit_linears().items():
-        size = -(-linear.trits.numel() // 5)
-        entries.append(TensorEntry(f"{name}.trits", "U8", (size,), partial(_pack5, linear.trits)))
+        size = -(-linear.shape.numel() // 5)
+        entries.append(
+            TensorEntry(f"{name}.trits", "U8", (size,), partial(lambda x: _pack5(x.trits), linear))
+        )
         scale = linear.weight_scale
         entries.append(TensorEntry(f"{name}.weight_scale", "F32", (), lambda s=scale: s))
     for name, value in model.named_parameters():
@@ -4132,12 +4308,12 @@ def _hf_entries(model: BitLM, dense: bool) -> list[TensorEntry]:
     """Hugging Face's tensors, all floats in float32: transformers refuses a mixture."""
     entries = []
     for name, linear in model.bit_linears().items():
-        rows, columns = linear.trits.shape
+        rows, columns = linear.shape
         if dense:
             weight = linear.effective_weight
             entries.append(TensorEntry(f"{name}.weight", "F32", (rows, columns), weight))
             continue
-        packed = partial(_pack4, linear.trits)
+        packed = partial(lambda layer: _pack4(layer.trits), linear)
         entries.append(TensorEntry(f"{name}.weight", "U8", (rows // 4, columns), packed))
         scale = linear.weight_scale.view(1)  # it multiplies: autobitlinear, not bitlinear
         entries.append(TensorEntry(f"{name}.weight_scale", "F32", (1,), lambda s=scale: s))
@@ -4180,8 +4356,7 @@ def _fill(skeleton: BitLM, trits_of: Callable[[str, BitLinear], Any], read: Any)
         trits, scale = trits_of(name, linear)
         if trits.abs().max() > 1 or not scale.isfinite().all():
             raise ValueError(f"tensor {name} is not ternary, or its scale not finite")
-        linear.trits.copy_(trits)
-        linear.weight_scale.copy_(scale.view(()))
+        linear.set_ternary(trits, scale.float().view(()))
     for name, value in model.named_parameters():
         value.copy_(read(name))
     return model
@@ -4224,7 +4399,7 @@ def _read_packed(path: Path, metadata: dict[str, str]) -> _Source:
             packed = file.get_tensor(f"{name}.trits")
             if packed.max() > 242:
                 raise ValueError(f"{path}: {name}.trits holds bytes that are not five trits")
-            return _unpack5(packed, linear.trits.shape), file.get_tensor(f"{name}.weight_scale")
+            return _unpack5(packed, linear.shape), file.get_tensor(f"{name}.weight_scale")
 
         def read(name: str) -> Tensor:
             value = file.get_tensor(name).float()
@@ -4396,7 +4571,7 @@ def _remove(path: Path) -> None:
 
 def _result(path: Path, ternary_bytes: int, model: BitLM, usage: str) -> Exported:
     files = path.iterdir() if path.is_dir() else [path]
-    weights = sum(linear.trits.numel() for linear in model.bit_linears().values())
+    weights = sum(linear.shape.numel() for linear in model.bit_linears().values())
     size = sum(file.stat().st_size for file in files)
     return Exported(path, size, 8 * ternary_bytes / weights, usage)
 
@@ -4555,7 +4730,7 @@ def _hf_usage(folder: str, dense: bool) -> str:
 
 def _model_card(source: _Source, size: int, dense: bool) -> str:
     config, facts = source.model.config, source.facts
-    trits = sum(linear.trits.numel() for linear in source.model.bit_linears().values())
+    trits = sum(linear.shape.numel() for linear in source.model.bit_linears().values())
     known = KNOWN_DATA.get(facts.get("data") or "")
     rows = {
         "author": facts.get("author"),
@@ -4752,8 +4927,8 @@ def _gguf_tensors(writer: Any, model: BitLM, kind: str) -> int:
     made: list[tuple[str, tuple[int, ...], Any, Callable[[], np.ndarray]]] = []
     for name, linear in model.bit_linears().items():
         # blocks of scale 1 hold the trits; the scale stays exact in float32 beside them
-        trits = partial(lambda t: gguf.quantize(t.numpy().astype("f4"), quantized), linear.trits)
-        name, shape = _gguf_name(name), tuple(linear.trits.shape)
+        trits = partial(lambda x: gguf.quantize(x.trits.numpy().astype("f4"), quantized), linear)
+        name, shape = _gguf_name(name), tuple(linear.shape)
         made.append((f"{name}.weight", shape, quantized, trits))
         scale = linear.weight_scale
         made.append((f"{name}.scale", (1,), F32, lambda s=scale: s.view(1).numpy()))
@@ -5795,31 +5970,49 @@ def _export_command(flags: argparse.Namespace) -> int:
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def _time_training(model: ModelConfig, device: Device, windows: int, steps: int) -> float:
-    """Tokens a second of full optimizer steps on random tokens, compiled where that works."""
+def bench_step(
+    model: ModelConfig, device: Device, windows: int, train: TrainConfig | None = None
+) -> Callable[[], float]:
+    """A function that makes one optimizer step on random tokens and returns its seconds."""
+    tokens = windows * model.max_position_embeddings
+    config = dataclasses.replace(train or TrainConfig(), batch_tokens=tokens)
     net = BitLM(model).to(device.device)
-    optimizers, scaler = make_optimizers(net, TrainConfig()), device.scaler()
+    optimizers, scaler = make_optimizers(net, config), device.scaler()
     loss = net.loss if why_not_compile(device) else compiled_loss(net)
     shape = (windows, model.max_position_embeddings)
     ids = torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    ids = ids.to(device.device)
+    ids, at_once = ids.to(device.device), _micro_batch(model, config, device)
 
-    def step() -> None:
+    def step() -> float:
+        start = time.perf_counter()
         with net.hold_weights(device.dtype):
-            for part in ids.split(4):
+            for part in ids.split(at_once):
                 with device.autocast():
                     value = loss(part, part) / ids.numel()
                 scaler.scale(value).backward()
         apply_gradients(optimizers, scaler, 1.0, 1.0)
+        return time.perf_counter() - start
 
-    step()
-    start = time.perf_counter()
-    for _ in range(steps):
-        step()
-    return steps * ids.numel() / (time.perf_counter() - start)
+    return step
+
+
+def bench_generation(model: BitLM, tokens: int, rounds: int = 3) -> float:
+    """Tokens a second of one greedy text of `tokens` tokens, the best of some rounds."""
+    best = math.inf
+    for _ in range(rounds):
+        written = generate_tokens(
+            model, [[1]], SamplingConfig(max_new_tokens=tokens, temperature=0, seed=0)
+        )
+        next(written)
+        start = time.perf_counter()
+        for _ in written:
+            pass
+        best = min(best, time.perf_counter() - start)
+    return (tokens - 1) / best
 
 
 def _bench_command(flags: argparse.Namespace) -> int:
+    """Ternary and dense steps in turn, so that a busy machine slows both."""
     device = choose_device()
     model = ModelConfig(
         vocab_size=512 if flags.quick else 30_000,
@@ -5829,26 +6022,37 @@ def _bench_command(flags: argparse.Namespace) -> int:
         num_attention_heads=2 if flags.quick else 8,
         max_position_embeddings=64 if flags.quick else 512,
     )
-    steps = 20 if flags.quick else 3
-    ternary = _time_training(model, device, 16, steps)
-    dense = _time_training(dataclasses.replace(model, linear="dense"), device, 16, steps)
+    windows, rounds = 16, 10 if flags.quick else 4
+    ternary = bench_step(model, device, windows)
+    first = ternary()
+    ternary()
+    peak, state = memory_in_use(device), estimate_memory(model, TrainConfig())
+    dense = bench_step(dataclasses.replace(model, linear="dense"), device, windows)
+    dense()
+    seconds = [(ternary(), dense(), product_rate(device)) for _ in range(rounds)]
+    t, d, rate = (np.array(column) for column in zip(*seconds, strict=True))
+    tokens = windows * model.max_position_embeddings
     net = BitLM(model).to(device.device).freeze()
-    tokens = min(128, model.max_position_embeddings - 1)
-    start = time.perf_counter()
-    for _ in generate_tokens(net, [[1]], SamplingConfig(max_new_tokens=tokens, seed=0)):
-        pass
-    generation = tokens / (time.perf_counter() - start)
-    flops = 6 * model.num_parameters * ternary
+    trits = sum(layer.shape.numel() for layer in net.bit_linears().values())
+    packed = sum(layer.packed.numel() for layer in net.bit_linears().values())
     result = {
         "train": {
-            "ternary_tokens_per_s": ternary,
-            "dense_tokens_per_s": dense,
-            "flop_utilization": flops / product_rate(device),
+            "ternary_tokens_per_s": tokens / np.median(t),
+            "dense_tokens_per_s": tokens / np.median(d),
+            "ternary_to_dense": np.median(d / t),
+            "flop_utilization": 6 * model.num_parameters * tokens / np.median(t) / rate.max(),
+            "product_flop_per_s": rate.max(),
+            "first_step_s": first,
+            "steps_in_turn": rounds,
         },
-        "generate": {"tokens_per_s": generation},
+        "generate": {
+            "tokens_per_s": bench_generation(net, min(256, model.max_position_embeddings - 1)),
+            "bits_per_ternary_weight": 8 * packed / trits,
+        },
         "memory": {
-            "peak_bytes": memory_in_use(device),
-            "weights_and_optimizer_bytes": estimate_memory(model, TrainConfig()),
+            "peak_bytes": peak,
+            "weights_and_optimizer_bytes": state,
+            "ratio": peak / state,
         },
         "machine": {**machine(), "device": str(device), "parameters": model.num_parameters},
     }
