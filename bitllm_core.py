@@ -19,7 +19,7 @@ Contents
     7 Optimization    Muon and AdamW, their groups and the schedule
     8 Checkpoints     written whole or not at all, and loaded as data only
     9 Training        evaluation and the loop
-    10 Export         to transformers, llama.cpp and one small file, and back
+    10 Export         to transformers, llama.cpp, one small file and a web page, and back
     11 Notebook       settings form, live display with buttons, Drive, prompt box
     12 Command line   train, generate, evaluate, bench, info
 
@@ -47,6 +47,7 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
+import gzip
 import hashlib
 import html
 import importlib
@@ -66,9 +67,11 @@ import signal
 import stat
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
+import urllib.request
 import uuid
 import warnings
 import zipfile
@@ -106,6 +109,7 @@ __all__ = [
     "evaluate",
     "export_gguf",
     "export_hf",
+    "export_html",
     "export_packed",
     "generate",
     "import_seed_checkpoint",
@@ -4196,7 +4200,7 @@ def train(
 # One recipe that both transformers and llama.cpp accept; docs/export.md tells what each client
 # needs, what the wrong ways cost, and how close the clients come to this program.
 
-EXPORT_FORMATS = ("hf", "gguf", "packed")
+EXPORT_FORMATS = ("hf", "gguf", "packed", "html")
 GGUF_KINDS = {"TQ2_0": 37, "TQ1_0": 36, "F16": 1}  # and llama.cpp's number for general.file_type
 _EMBEDDINGS = {"float32": "F32", "float16": "F16", "int8": "I8"}
 _PACKED_FORMAT = "bitllm-packed"
@@ -4499,6 +4503,7 @@ def _facts(run: Path, told: dict[str, Any]) -> dict[str, Any]:
     if data is not None and data not in _DATA_LICENCES and not data.startswith("hf:"):
         data = Path(data).name  # where it lay on this machine is nobody's business
     facts = {"data": data, "data_licence": _DATA_LICENCES.get(data or "")}
+    facts["prompt"] = saved.get("train", {}).get("sample_prompt")
     if step is None:
         return facts
     lines = MetricsLog.read(run / "metrics.jsonl") if run.is_dir() else told["metrics"] or []
@@ -4559,7 +4564,9 @@ def _replacing(out: Path, overwrite: bool, folder: bool) -> Iterator[Path]:
 
 
 def _may_replace(folder: Path) -> bool:
-    return not any(folder.iterdir()) or "bitllm" in (read_json(folder / "config.json") or {})
+    names = {path.name for path in folder.iterdir()}
+    ours = "bitllm" in (read_json(folder / "config.json") or {})
+    return not names or ours or names == _PAGE_FILES
 
 
 def _remove(path: Path) -> None:
@@ -4845,19 +4852,25 @@ def export_gguf(
     out = Path(out)
     require(kind in GGUF_KINDS, "kind", kind, f"one of {', '.join(GGUF_KINDS)}")
     require(out.suffix == ".gguf", "out", str(out), "a name that ends in .gguf")
-    gguf = _library("gguf", "a GGUF export")
+    _library("gguf", "a GGUF export")
     with _replacing(out, overwrite, folder=False) as beside:
         opened = _open_source(Path(source), checkpoint, credits)
-        _check_exportable(opened.model.config, kind)
-        vocabulary = _gguf_vocabulary(opened.tokenizer, opened.model.config.vocab_size)
-        writer = gguf.GGUFWriter(beside, "bitnet")
-        try:
-            _gguf_metadata(writer, opened, kind)
-            _gguf_tokenizer(writer, vocabulary, _end_id(opened.tokenizer))
-            ternary = _gguf_tensors(writer, opened.model, kind)
-        finally:
-            writer.close()
+        ternary = _write_gguf(beside, opened, kind)
     return _result(out, ternary, opened.model, _gguf_usage(out.as_posix(), opened.model.config))
+
+
+def _write_gguf(path: Path, source: _Source, kind: str) -> int:
+    """Returns the bytes of the ternary tensors."""
+    gguf = _library("gguf", "a GGUF export")
+    _check_exportable(source.model.config, kind)
+    vocabulary = _gguf_vocabulary(source.tokenizer, source.model.config.vocab_size)
+    writer = gguf.GGUFWriter(path, "bitnet")
+    try:
+        _gguf_metadata(writer, source, kind)
+        _gguf_tokenizer(writer, vocabulary, _end_id(source.tokenizer))
+        return _gguf_tensors(writer, source.model, kind)
+    finally:
+        writer.close()
 
 
 def _gguf_metadata(writer: Any, source: _Source, kind: str) -> None:
@@ -4972,6 +4985,268 @@ def _gguf_usage(path: str, config: ModelConfig) -> str:
                  PARAMETER top_p {s.top_p}
                  PARAMETER min_p 0.0
                  PARAMETER repeat_penalty {penalty}"""
+
+
+PAGE_TEMPLATE = "web/page.html"
+_WLLAMA = "3.8.1"  # llama.cpp as WebAssembly (MIT); newer: new hashes, and run tests/test_page.py
+_WLLAMA_CDN = "https://cdn.jsdelivr.net/npm/@wllama"
+_WLLAMA_FILES = {  # part of the page -> package/file, sha256
+    "library": (
+        "wllama/esm/index.cjs",
+        "762520f305a85b290d5cd979aa287b3c4b768a5f483e21339ef70a052ae8dea4",
+    ),
+    "licence": (
+        "wllama/LICENCE",
+        "5866e3bd7e3cbd3f7c8bea6efd8a1e7fa7cc8de68c30f428aff7c6584a0fb720",
+    ),
+    "glue": (
+        "wllama-compat/wasm/wllama.js",
+        "2649eeb408988841c372e54805adfa25aed5d02f850c09add78c2f3ac0f3fce1",
+    ),
+    "engine": (
+        "wllama-compat/wasm/wllama.wasm",
+        "2db3f67d0bcc19cdf8f14f129e46cab691bff898954808f8a2dc4c586eb5bb68",
+    ),
+}
+_PAGE_FILES = {"README.md", "index.html", "model.gguf", "runtime.bin"}
+
+
+def export_html(
+    source: str | Path,
+    out: str | Path,
+    *,
+    checkpoint: str | int = "last",
+    runtime: str | Path | None = None,
+    overwrite: bool = False,
+    **credits: str | None,
+) -> Exported:
+    """Write a web page in which the model runs, in any browser, without a server behind it.
+
+    Args:
+        source, checkpoint, overwrite: as `export_packed`.
+        out: *.html: one file with everything inside, which also opens from disk. Else a folder
+            with the parts side by side, for GitHub Pages or a static Hugging Face Space.
+        runtime: folder with llama.cpp for browsers, as npm lays it out (node_modules/@wllama);
+            default: fetched once with npm, or from a CDN where there is none, and kept.
+        credits: as `export_packed`; they appear on the page.
+
+    Raises:
+        ValueError, FileNotFoundError: no such model, one that llama.cpp has no counterpart of
+            (the message says why), `out` exists, or a file of `runtime` is not the expected one.
+        ImportError: the package gguf is not installed.
+        OSError: llama.cpp for browsers cannot be fetched.
+    """
+    out, template = Path(out), _page_template()
+    folder = out.suffix != ".html"
+    _library("gguf", "an html export")
+    with _replacing(out, overwrite, folder) as beside, tempfile.TemporaryDirectory() as scratch:
+        opened = _open_source(Path(source), checkpoint, credits)
+        gguf = Path(scratch) / "model.gguf"
+        ternary = _write_gguf(gguf, opened, "TQ2_0")
+        parts = {**_page_runtime(runtime), "model": gguf.read_bytes()}
+        files = _page_files(template, parts, _page_told(opened, ternary), folder)
+        say(f"{out}: a page of {sum(map(len, files.values())) / 1e6:.1f} MB")
+        for name, data in files.items():
+            (beside / name if folder else beside).write_bytes(data)
+    return _result(out, ternary, opened.model, _page_usage(out.as_posix(), folder))
+
+
+def _page_template() -> str:
+    path = Path(__file__).resolve().parent / PAGE_TEMPLATE
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path}: not there. An html export fills in this template, a file of its own: get "
+            f"{PAGE_TEMPLATE} from the repository that bitllm_core.py is from and put it there"
+        ) from None
+
+
+def _page_told(source: _Source, ternary_bytes: int) -> dict[str, Any]:
+    """All that the page's script is told. A fact may come from a stranger's file."""
+    config, sampling = source.model.config, SamplingConfig()
+    weights = sum(linear.trits.numel() for linear in source.model.bit_linears().values())
+    facts = {
+        "name": "A ternary language model",
+        **source.facts,
+        "parameters": config.num_parameters,
+        "context": config.max_position_embeddings,
+        "bits_per_weight": 8 * ternary_bytes / weights,
+        "exported": time.strftime("%Y-%m-%d"),
+    }
+    for key, value in facts.items():
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            facts[key] = None if value is None else str(value)
+    return {
+        "facts": facts,
+        "prompt": str(source.facts.get("prompt") or ""),
+        "context": config.max_position_embeddings,
+        "end": END_OF_TEXT,
+        "sampling": {
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "length": sampling.max_new_tokens,
+        },
+    }
+
+
+def _page_files(
+    template: str, parts: dict[str, bytes], told: dict[str, Any], folder: bool
+) -> dict[str, bytes]:
+    """File name -> contents; one file unless `folder`."""
+    name, files = str(told["facts"]["name"]), {}
+    holes = {
+        "policy": "{{policy}}",
+        "title": html.escape(name),
+        "licence": html.escape(parts["licence"].decode()),
+        "library": parts["library"].decode(),
+        # "<" alone could end the script element that the JSON stands in
+        "facts": json.dumps(told).replace("<", "\\u003c"),
+    }
+    beside = {"engine": "runtime.bin", "model": "model.gguf"} if folder else {}
+    for part in ("glue", "engine", "model"):
+        data, packed = parts[part], part not in beside or part != "model"
+        if packed:
+            data = gzip.compress(data, 9, mtime=0)
+        holes[f"{part}_source"] = f'data-bytes="{len(data)}"'
+        holes[part] = base64.b64encode(data).decode() if part not in beside else ""
+        if part in beside:
+            packing = "" if packed else ' data-packed="no"'
+            holes[f"{part}_source"] += f' data-file="{beside[part]}"{packing}'
+            files[beside[part]] = data
+    page = re.sub(r"\{\{(\w+)\}\}", lambda hole: holes[hole[1]], template)
+    page = page.replace("{{policy}}", _page_policy(page, folder), 1)
+    if folder:
+        files["README.md"] = _page_readme(name).encode(errors="replace")
+    return {"index.html": page.encode(errors="replace"), **files}
+
+
+def _page_policy(page: str, folder: bool) -> str:
+    """What the page may do: run its own scripts, known by hash, and nothing else."""
+
+    def hashes(tag: str) -> str:
+        found = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digests = (hashlib.sha256(text.encode()).digest() for text in found)
+        return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+
+    return (
+        f"default-src 'none'; script-src {hashes('script')} 'wasm-unsafe-eval'; "
+        f"style-src {hashes('style')}; worker-src blob:; img-src data:; "
+        + ("connect-src 'self'; " if folder else "")
+        + "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _page_usage(path: str, folder: bool) -> str:
+    if not folder:
+        return "  any browser    open the file, from disk or anywhere; it may be sent as it is"
+    return f"""\
+  here           python -m http.server --directory "{path}"     (from disk it does not open)
+  GitHub Pages, Hugging Face   see "{path}/README.md\""""
+
+
+def _page_readme(name: str) -> str:
+    title = json.dumps(name)  # YAML reads it as it is
+    return f"""\
+---
+title: {title}
+sdk: static
+---
+
+A small language model that runs in the visitor's browser. All files of this folder belong together.
+
+- **GitHub Pages**: commit the files to a repository, then Settings > Pages > Deploy from a branch.
+- **Hugging Face**: make a Space with the SDK "Static" and upload the files (the lines at the top of
+  this one are for it), or `hf upload OWNER/NAME . --repo-type space` in this folder.
+- **Here**: `python -m http.server`, then open the address it prints.
+"""
+
+
+def _page_runtime(runtime: str | Path | None) -> dict[str, bytes]:
+    """Part of the page -> its bytes, which are those that this program was tested with."""
+    folder = Path(runtime) if runtime else _cache_folder() / f"wllama-{_WLLAMA}"
+    if runtime is None:
+        try:
+            return _read_runtime(folder)
+        except (ValueError, FileNotFoundError):  # not fetched yet, or spoilt
+            _fetch_runtime(folder)
+    return _read_runtime(folder)
+
+
+def _cache_folder() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    return (Path(cache) if cache else Path.home() / ".cache") / "bitllm"
+
+
+def _read_runtime(folder: Path) -> dict[str, bytes]:
+    parts = {}
+    for part, (file, expected) in _WLLAMA_FILES.items():
+        try:
+            data = (folder / file).read_bytes()
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{folder / file}: no such file; expected wllama {_WLLAMA} as npm lays it out "
+                f"(npm install @wllama/wllama@{_WLLAMA} @wllama/wllama-compat@{_WLLAMA}, then "
+                "node_modules/@wllama)"
+            ) from None
+        found = hashlib.sha256(data).hexdigest()
+        if found != expected:
+            raise ValueError(
+                f"{folder / file}: refused, its sha256 is {found} instead of {expected}; "
+                f"expected the file of wllama {_WLLAMA}, unchanged"
+            )
+        parts[part] = data
+    return parts
+
+
+def _fetch_runtime(folder: Path) -> None:
+    """Put llama.cpp for browsers into `folder`, with npm or else from the CDN."""
+    say(f"fetching llama.cpp for browsers (wllama {_WLLAMA}), once, into {folder}")
+    reasons = []
+    for fetch in (_fetch_with_npm, _fetch_from_cdn):
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                fetch(Path(scratch))
+            except (OSError, subprocess.SubprocessError) as error:
+                reasons.append(first_line(error))
+                continue
+            _read_runtime(Path(scratch))  # a wrong hash ends it here
+            for file, _ in _WLLAMA_FILES.values():
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(folder / file, (Path(scratch) / file).read_bytes())
+            return
+    raise OSError(
+        f"llama.cpp for browsers could not be fetched ({'; '.join(reasons)}). Where there is a "
+        f"network: npm install @wllama/wllama@{_WLLAMA} @wllama/wllama-compat@{_WLLAMA}; then "
+        "give the folder node_modules/@wllama as runtime"
+    )
+
+
+def _fetch_with_npm(folder: Path) -> None:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise FileNotFoundError("no npm on the path")
+    packages = ("wllama", "wllama-compat")
+    command = [npm, "pack", "--silent", *(f"@wllama/{name}@{_WLLAMA}" for name in packages)]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=600)
+    for name in packages:
+        with tarfile.open(folder / f"wllama-{name}-{_WLLAMA}.tgz") as archive:
+            for file, _ in _WLLAMA_FILES.values():
+                package, _, inside = file.partition("/")
+                member = archive.extractfile(f"package/{inside}") if package == name else None
+                if member is not None:
+                    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                    (folder / file).write_bytes(member.read())
+
+
+def _fetch_from_cdn(folder: Path) -> None:
+    for file, _ in _WLLAMA_FILES.values():
+        package, _, inside = file.partition("/")
+        address = f"{_WLLAMA_CDN}/{package}@{_WLLAMA}/{inside}"
+        with urllib.request.urlopen(address, timeout=60) as answer:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_bytes(answer.read())
 
 
 def llama_cpp_stream(
@@ -5839,6 +6114,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--gguf-type", choices=GGUF_KINDS, help="of gguf (default: TQ2_0)")
     command.add_argument("--embedding", help="of packed: float16 (default), int8 or float32")
     command.add_argument("--dense", action="store_true", help="of hf: unpacked float32 weights")
+    command.add_argument("--runtime", metavar="DIR", help="of html: llama.cpp for browsers")
     command.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     for name in CREDITS:
         command.add_argument("--" + name.replace("_", "-"), help="noted in what is written")
@@ -5940,13 +6216,15 @@ def _evaluate_command(flags: argparse.Namespace) -> int:
 
 
 def _export_command(flags: argparse.Namespace) -> int:
-    formats = {"hf": export_hf, "gguf": export_gguf, "packed": export_packed}
+    formats = {"hf": export_hf, "gguf": export_gguf, "packed": export_packed, "html": export_html}
     options = {
         "gguf": {"kind": flags.gguf_type or "TQ2_0"},
         "packed": {"embedding": flags.embedding or "float16"},
         "hf": {"dense": flags.dense},
+        "html": {"runtime": flags.runtime},
     }
     strange = {"gguf": flags.gguf_type, "packed": flags.embedding, "hf": flags.dense}
+    strange["html"] = flags.runtime
     for to, value in strange.items():
         require(not value or to == flags.to, "to", flags.to, f"{to}, whose flag is given")
     exported = formats[flags.to](

@@ -197,11 +197,11 @@ def generation(tokens=248):
     import bitllm_core as bit
     from tests.seed_model import MiLLM
 
-    model, data, train = bit.PRESETS["t4-1h"]
+    model, _, train = bit.PRESETS["t4-1h"]
     model = replace(model, max_position_embeddings=256, vocab_size=4096)
     train = replace(train, max_steps=1, batch_tokens=1024, eval_every_steps=0, compile="off")
     with tempfile.TemporaryDirectory() as folder:
-        bit.train(model, replace(data, data="pydocs"), train, Path(folder, "run"))
+        bit.train(model, bit.DataConfig(data="pydocs"), train, Path(folder, "run"))
         net, _ = bit.load_model(Path(folder, "run"))
         exported = bit.export_hf(Path(folder, "run"), Path(folder, "hf"))
         theirs = AutoModelForCausalLM.from_pretrained(exported.path).eval()
