@@ -2926,12 +2926,38 @@ def total_loss(
     return total
 
 
+@torch.no_grad()
+def sliding_loss(
+    model: BitLM, tokens: np.ndarray, first: int, device: Device, stride: int, batch_size: int = 16
+) -> float:
+    """`total_loss`, but each token sees at least context - `stride` tokens before it.
+
+    Windows of the context length end every `stride` tokens, and of all but the first only what the
+    window before did not count is counted: context / stride times the work.
+    """
+    context, count, total = model.config.max_position_embeddings, len(tokens), 0.0
+    inputs = torch.from_numpy(np.concatenate([[first], tokens[:-1]]).astype(np.int64))
+    targets = torch.from_numpy(tokens.astype(np.int64))
+    ends = [*range(min(context, count), count, stride), count]
+    spans = zip([0, *ends], ends, strict=False)  # of the tokens that each window counts
+    with model.hold_weights(), device.autocast():
+        for counted, same in itertools.groupby(spans, key=lambda span: span[1] - span[0]):
+            for part in torch.tensor(list(same)).split(batch_size):
+                rows = [inputs[max(end - context, 0) : end] for end in part[:, 1].tolist()]
+                hidden = model.hidden(torch.stack(rows).to(device.device))[:, -counted:]
+                y = torch.stack([targets[a:b] for a, b in part.tolist()]).to(device.device)
+                logits = model.head(hidden).flatten(0, 1).float()
+                total += F.cross_entropy(logits, y.flatten(), reduction="sum").item()
+    return total
+
+
 def evaluate(
     model: BitLM,
     tokenizer: Any,
     data: str | Path,
     *,
     text_column: str | None = None,
+    stride: int | None = None,
     batch_size: int = 16,
     device: Device | None = None,
 ) -> dict[str, float]:
@@ -2939,6 +2965,8 @@ def evaluate(
 
     Args:
         data: a source as `DataConfig.data`; of a folder, the training files.
+        stride: move the context along by this many tokens, so that each token is predicted from
+            at least context - stride tokens; default: by the whole context, which is fastest.
 
     Returns:
         loss: nats per token. perplexity: exp(loss). bits_per_byte: bits per byte of UTF-8 text.
@@ -2949,6 +2977,9 @@ def evaluate(
         ValueError, FileNotFoundError, ConnectionError: as `read_pieces`; or no text in it.
     """
     device = device or choose_device()
+    context = model.config.max_position_embeddings
+    fits = stride is None or 1 <= stride <= context
+    require(fits, "stride", stride, f"1 to {context} tokens, the context of this model")
     model.to(device.device)
     eot = end_of_text_id(tokenizer)
     ids: list[int] = []
@@ -2965,7 +2996,10 @@ def evaluate(
     if not ids:
         raise ValueError(f"data={str(data)!r}: no text in it to evaluate on")
     first = eot if eot is not None else 0
-    nats = total_loss(model, np.asarray(ids), first, device, batch_size)
+    if stride is None:
+        nats = total_loss(model, np.asarray(ids), first, device, batch_size)
+    else:
+        nats = sliding_loss(model, np.asarray(ids), first, device, stride, batch_size)
     return {
         "loss": nats / len(ids),
         "perplexity": safe_exp(nats / len(ids)),
@@ -5562,6 +5596,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_flags(command)
     command.add_argument("--data", required=True, metavar="SOURCE", help="file, folder or name")
     command.add_argument("--text-column", help="column of .jsonl, .parquet or hub rows")
+    command.add_argument("--stride", type=int, help="tokens the context moves; default: all of it")
     command.add_argument("--dtype", default="float32", help="auto, float32, bfloat16, float16")
     command.set_defaults(run=_evaluate_command)
 
@@ -5667,8 +5702,8 @@ def _evaluate_command(flags: argparse.Namespace) -> int:
     require(flags.dtype in _DTYPES, "dtype", flags.dtype, f"one of {', '.join(_DTYPES)}")
     model, tokenizer = load_model(flags.model, _checkpoint_flag(flags))
     device = choose_device("auto", flags.dtype)
-    result = evaluate(model, tokenizer, flags.data, text_column=flags.text_column, device=device)
-    print(json.dumps(result))
+    options = {"text_column": flags.text_column, "stride": flags.stride, "device": device}
+    print(json.dumps(evaluate(model, tokenizer, flags.data, **options)))
     return 0
 
 

@@ -325,6 +325,34 @@ def test_evaluate_against_a_hand_computed_case(tmp_path, tiny_config, tokenizer)
     assert result["word_perplexity"] == pytest.approx(math.exp(nats / 40), rel=1e-3)
 
 
+@pytest.mark.parametrize("length", [1, 9, 16, 17, 50])
+@pytest.mark.parametrize("stride", [1, 5, 16])
+def test_a_sliding_context_predicts_each_token_once(tiny_config, length, stride):
+    tokens = np.random.default_rng(0).integers(0, 300, length)
+    model = bit.BitLM(tiny_config).eval()
+    sequence, nats = [7, *tokens], 0.0
+    for i in range(length):  # token i from those before it in the first window it is in
+        end = min(16 + max(0, -(-(i - 15) // stride)) * stride, length)
+        seen = sequence[max(end - 16, 0) : i + 1]
+        assert len(seen) >= min(i + 1, 16 - stride + 1)
+        nats -= model(torch.tensor([seen]))[0, -1].log_softmax(-1)[tokens[i]].item()
+    device = bit.choose_device("cpu", "float32")
+    for size in (1, 3, 64):
+        total = bit.sliding_loss(model, tokens, 7, device, stride, size)
+        assert total == pytest.approx(nats, rel=1e-4)
+
+
+def test_evaluate_slides_where_asked(tmp_path, tiny_config, tokenizer):
+    (tmp_path / "a.txt").write_text("3 cats sat on 4 mats.\n" * 9, encoding="utf-8", newline="\n")
+    model, options = bit.BitLM(tiny_config).eval(), {"device": bit.choose_device("cpu", "float32")}
+    plain = bit.evaluate(model, tokenizer, tmp_path / "a.txt", **options)
+    slid = bit.evaluate(model, tokenizer, tmp_path / "a.txt", stride=1, **options)
+    assert plain["tokens"] == slid["tokens"]
+    assert plain["loss"] != slid["loss"]
+    with pytest.raises(ValueError, match="stride=17: expected 1 to 16 tokens"):
+        bit.evaluate(model, tokenizer, tmp_path / "a.txt", stride=17, **options)
+
+
 @pytest.mark.parametrize(("optimizer", "golden"), [("adamw", 5.67501), ("muon", 5.55295)])
 def test_three_golden_steps(run, tmp_path, optimizer, golden):
     run(tmp_path, optimizer=optimizer, max_steps=3, log_every_steps=1)
