@@ -351,6 +351,8 @@ class TrainConfig:
     """optimizer steps between evaluations; 0: only at the end"""
     eval_tokens: int = 65_536
     """validation tokens of an evaluation during training; at the end: all"""
+    patience: int = 0
+    """evaluations in a row without a better validation loss that end the run; 0: none do"""
     sample_prompt: str = ""
     """beginning of the text written at each evaluation"""
     save_every_steps: int = 0
@@ -367,7 +369,7 @@ class TrainConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         batch = self.batch_tokens
         require(batch <= 1 << 27, "batch_tokens", batch, f"at most {1 << 27:,}")
-        for name in ("eval_every_steps", "save_every_steps", "warmup_steps", "seed"):
+        for name in ("eval_every_steps", "patience", "save_every_steps", "warmup_steps", "seed"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("weight_decay", "max_grad_norm", "save_every_minutes"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
@@ -3034,6 +3036,7 @@ class TrainState:
     """of the last evaluation"""
     best_val_loss: float = math.inf
     best_step: int = 0
+    evals_since_best: int = 0
     train_seconds: float = 0.0
     """of training, all sessions"""
     trits: dict[str, Tensor] = field(default_factory=dict)
@@ -3061,6 +3064,7 @@ class TrainState:
         "val_loss",
         "best_val_loss",
         "best_step",
+        "evals_since_best",
         "train_seconds",
     )
 
@@ -3068,6 +3072,16 @@ class TrainState:
     def tokens(self) -> int:
         """training tokens read so far"""
         return self.step * self.config.batch_tokens
+
+    @property
+    def out_of_patience(self) -> bool:
+        """whether the last `patience` evaluations were all no better than one before them"""
+        return 0 < self.config.patience <= self.evals_since_best
+
+    @property
+    def finished(self) -> bool:
+        """whether there is no step left to do: all are done, or more would only overfit"""
+        return self.step >= self.config.max_steps or self.out_of_patience
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors, enough to go on as if never stopped."""
@@ -3087,6 +3101,7 @@ class TrainState:
         Raises:
             ValueError, KeyError, TypeError, RuntimeError: it is not of this model and optimizer.
         """
+        saved = {"evals_since_best": 0, **saved}  # a run of before there was patience
         for name in self._SAVED:
             if not isinstance(saved[name], (int, float)):
                 raise TypeError(f"{name} is {saved[name]!r:.80}")
@@ -3269,6 +3284,7 @@ MAX_SKIPPED_STEPS = 25
 """Non-finite steps in a row that end a run. float16's first loss scale takes some to settle."""
 
 _MAY_CHANGE = ("micro_batch_size", "device", "dtype", "compile", "deterministic", "max_steps")
+_MAY_CHANGE += ("patience",)
 _MAY_CHANGE += ("log_every_steps", "eval_every_steps", "eval_tokens", "sample_prompt")
 _MAY_CHANGE += ("save_every_steps", "save_every_minutes", "save_every_epoch", "keep_checkpoints")
 
@@ -3709,8 +3725,10 @@ class _Trainer:
             state.val_loss = metrics["val_loss"]
             self.tell("on_eval", metrics)
             self.tell("on_sample", self.sample())
+            state.evals_since_best += 1
             if state.val_loss < state.best_val_loss:
                 state.best_val_loss, state.best_step = state.val_loss, state.step
+                state.evals_since_best = 0
                 self.save("best")
         if config.save_every_epoch and self.epoch_ended():
             self.save("epoch")
@@ -3723,7 +3741,7 @@ class _Trainer:
         """Steps until all are done, a signal came, or the loss stays non-finite."""
         state, config = self.state, self.config
         steps_logged, started = 0, time.perf_counter()
-        while state.step < config.max_steps and not state.stop_signal:
+        while not state.finished and not state.stop_signal:
             start = time.perf_counter()
             norm = self.train_step()
             state.train_seconds += time.perf_counter() - start
@@ -3760,6 +3778,14 @@ class _Trainer:
 
     def finish(self) -> None:
         """Save and evaluate on everything, once."""
+        state = self.state
+        if state.step < self.config.max_steps:
+            say(
+                f"ended early at step {state.step} of {self.config.max_steps}: no better "
+                f"validation loss in {self.config.patience} evaluations. The best, "
+                f"{state.best_val_loss:.4f} at step {state.best_step}, is kept (--checkpoint "
+                "best); --patience 0 goes on all the same"
+            )
         self.save_to_the_end()
         metrics = self.evaluate(whole=True)
         self.log.write(metrics)
@@ -3895,14 +3921,14 @@ def _train(
     final = _final_metrics(trainer.log.lines, state.step)
     if copier:
         copier.offer_newest()
-    if state.step >= train_config.max_steps and final:
+    if state.finished and final:
         state.val_loss = final["val_loss"]
         trainer.close_mirror()
         return state
     trainer.announce()
     if state.step:
         say(f"going on from step {state.step} of {train_config.max_steps}")
-    if state.step < train_config.max_steps:
+    if not state.finished:
         trainer.compile()
     trainer.session()
     return state
@@ -5668,7 +5694,7 @@ def _train_command(flags: argparse.Namespace) -> int:
     if state.stop_signal:
         say(f"stopped at step {state.step} of {state.config.max_steps}; saved in {out}")
         return 128 + state.stop_signal
-    model, tokenizer = load_model(out)
+    model, tokenizer = load_model(out, "best" if state.out_of_patience else "last")
     prompt = state.config.sample_prompt
     text = generate(model, tokenizer, prompt, SamplingConfig(max_new_tokens=120, seed=0))
     speed = state.tokens / state.train_seconds if state.train_seconds else 0
@@ -5681,6 +5707,12 @@ def _train_command(flags: argparse.Namespace) -> int:
     )
     print(f" (a uniform guess: {math.log(size):.4f}, {size})")
     print(f"checkpoint: {list_checkpoints(out / 'checkpoints')[-1]}")
+    if state.out_of_patience:
+        print(
+            f"ended early: {state.config.patience} evaluations without a better validation loss; "
+            f"the text above is of the best, {state.best_val_loss:.4f} at step {state.best_step} "
+            "(--checkpoint best)"
+        )
     return 0
 
 

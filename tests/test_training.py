@@ -248,6 +248,41 @@ def test_a_save_asked_for_comes_after_the_running_step(run, tmp_path):
     assert callback.saved == (5, 12)
 
 
+def overfitting(changes):
+    """So fast a rate on so short a text that the validation loss soon rises."""
+    options = {"max_steps": 60, "eval_every_steps": 3, "patience": 3, "save_every_steps": 4}
+    return {**options, "learning_rate": 0.1, "adamw_learning_rate": 0.05, **changes}
+
+
+def test_a_run_that_only_overfits_ends_early_and_keeps_its_best(run, tmp_path, capsys):
+    state = run(tmp_path, **overfitting({}))
+    losses = [x["val_loss"] for x in without_times(tmp_path) if "val_loss" in x]
+    evaluations, final = losses[:-1], losses[-1]
+    best = min(range(len(evaluations)), key=evaluations.__getitem__)
+    assert len(evaluations) == best + 1 + 3
+    assert state.step == 3 * len(evaluations) < 60
+    assert state.val_loss == final
+    assert state.best_step == 3 * (best + 1)
+    said = f"ended early at step {state.step} of 60: no better validation loss in 3 evaluations"
+    assert said in capsys.readouterr().err
+    model, _ = bit.load_model(tmp_path, "best")
+    tokens = np.fromfile(tmp_path / "data" / "validation.bin", "uint16")
+    loss = bit.total_loss(model, tokens, 0, bit.choose_device("cpu", "float32"))
+    assert loss / len(tokens) == pytest.approx(evaluations[best], rel=1e-5)
+    assert run(tmp_path, **overfitting({})).step == state.step  # complete: nothing to do
+    assert run(tmp_path, **overfitting({"patience": 0, "max_steps": 50})).step == 50
+
+
+@pytest.mark.parametrize("back", [1, 5])
+def test_patience_survives_a_death(run, tmp_path, back):
+    last = run(tmp_path / "whole", **overfitting({})).step
+    with pytest.raises(RuntimeError, match="machine"):
+        run(tmp_path / "parts", callbacks=[DieAt(last - back)], **overfitting({}))
+    assert run(tmp_path / "parts", **overfitting({})).step == last
+    assert_same_bits(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
+    assert without_times(tmp_path / "whole") == without_times(tmp_path / "parts")
+
+
 class PauseAt(StopAt):
     """Pauses for a second, asks for a checkpoint meanwhile, then goes on or stops."""
 
