@@ -1,7 +1,8 @@
 """Train lists of configurations, several seeds each, and make the tables of docs/results.md.
 
     python tools/experiments.py run rates --train train.txt --valid valid.txt
-    python tools/experiments.py report rates          # its table, in Markdown, and its figure
+    python tools/experiments.py report rates          # its table, in Markdown
+    python tools/experiments.py draw rates --out a.png  # loss against tokens and against time
     python tools/experiments.py list
 
 Texts are local files: the figures in the docs are WikiText-2's, made with `gzip -dk`. A row is
@@ -30,6 +31,7 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 from unittest import mock  # noqa: E402
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
@@ -196,6 +198,8 @@ def callback(make: Callable[[], bit.Callback]) -> Iterator[bit.Callback]:
     yield make()
 
 
+SEED_SCRIPT = "the seed guide's script"  # not a patch but another program
+
 PATCHES: dict[str, Callable[[], Any]] = {
     "zero-init projections": lambda: initialized(zero_projections),
     "full-size projections": lambda: initialized(full_projections),
@@ -277,13 +281,15 @@ TABLES: dict[str, Table] = {
             Variant("defaults"),
             named(learning_rate=0.01),
             named(learning_rate=0.04),
+            named(learning_rate=0.08),
+            named(learning_rate=0.16),
+            named(linear="dense"),
+            named(linear="dense", learning_rate=0.04),
             *patched("zero-init projections", "embedding std 0.1"),
             named(adamw_learning_rate=0.015),
             named(adamw_learning_rate=0.0017),
             named(batch_tokens=4096),
             *patched("3 Newton-Schulz steps", "momentum 0.85 to 0.95", "full-size projections"),
-            named(linear="dense"),
-            named(linear="dense", learning_rate=0.01),
             named(linear="weight_only"),
             *patched("median scale", "no sub-norms", "z-loss 1e-4"),
             named(cooldown_fraction=0.7),
@@ -310,25 +316,34 @@ def split_fields(changes: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 class Recorder(bit.Callback):
-    """The curve: tokens, seconds since the process began, validation loss on a fixed slice."""
+    """The curve: tokens, seconds since the process began, validation loss on a fixed slice.
 
-    def __init__(self, deadline: float | None = None) -> None:
+    With a deadline it evaluates by the clock, ten times in all, and stops when the time is over.
+    """
+
+    def __init__(self, out: Path, deadline: float = 0.0) -> None:
+        self.out, self.deadline = out, deadline
         self.curve: list[list[float]] = []
-        self.deadline = deadline
         self.trained_at = 0.0
-        self.losses: list[list[float]] = []
 
     def on_step(self, state, metrics):
         self.trained_at = time.monotonic() - BORN
-        if metrics:
-            self.losses.append([state.tokens, round(self.trained_at, 1), round(state.loss, 4)])
-        if self.deadline and self.trained_at >= self.deadline:
+        if not self.deadline:
+            return
+        if self.trained_at > self.deadline * (len(self.curve) + 1) / 10:
+            tokens = np.fromfile(self.out / "data" / "validation.bin", "uint16")[:8192]
+            device = bit.choose_device()
+            loss = bit.total_loss(state.model, tokens, 0, device) / len(tokens)
+            self.add(state, loss)
+        if time.monotonic() - BORN >= self.deadline:
             state.stop_signal = 2
 
     def on_eval(self, state, metrics):
         if not metrics.get("final"):
-            seconds = time.monotonic() - BORN
-            self.curve.append([state.tokens, round(seconds, 1), round(metrics["val_loss"], 4)])
+            self.add(state, metrics["val_loss"])
+
+    def add(self, state, loss):
+        self.curve.append([state.tokens, round(time.monotonic() - BORN, 1), round(loss, 4)])
 
 
 @contextlib.contextmanager
@@ -368,6 +383,8 @@ def run_one(table: Table, variant: Variant, seed: int, texts: tuple[Path, Path],
     """Train one variant with one seed and measure it; a dictionary for the results file."""
     torch.set_num_threads(table.threads)
     train_text, valid_text = texts
+    if variant.patch == SEED_SCRIPT:
+        return run_seed_script(table, seed, texts, work)
     changes = {
         "data": str(train_text),
         "validation_data": str(cut_text(valid_text, 30_000, work)),
@@ -394,7 +411,7 @@ def run_one(table: Table, variant: Variant, seed: int, texts: tuple[Path, Path],
     if table.tokens:  # tokenised once for all runs; with a clock, it is part of the run
         bit.prepare_data(data, model.vocab_size, model.max_position_embeddings, shared)
         link_data(shared, out)
-    recorder = Recorder(table.minutes * 60 if table.minutes else None)
+    recorder = Recorder(out, table.minutes * 60)
     with contextlib.ExitStack() as stack:
         callbacks: list[bit.Callback] = [recorder]
         if variant.patch:
@@ -415,7 +432,49 @@ def run_one(table: Table, variant: Variant, seed: int, texts: tuple[Path, Path],
         "seconds": round(recorder.trained_at, 1),
         "train_seconds": round(state.train_seconds, 1),
         "curve": recorder.curve,
-        "losses": recorder.losses,
+    }
+
+
+def run_seed_script(table: Table, seed: int, texts: tuple[Path, Path], work: Path) -> Any:
+    """The seed guide's script in its time: its model, its windows in their order, its AdamW.
+
+    Its classes are those of tests/seed_model.py. What it prints and saves on its way is left out,
+    its data loader's processes too: neither costs it anything that could be measured.
+    """
+    from tests import seed_model
+
+    torch.manual_seed(seed)
+    deadline, out = table.minutes * 60, work / "runs" / f"{os.getpid()}"
+    out.mkdir(parents=True)
+    lines = [x for x in texts[0].read_text("utf-8").splitlines(keepends=True) if x.strip()]
+    tokenizer = bit.train_tokenizer(lines, 30_000, kind="wordpiece")
+    tokenizer.save(str(out / "tokenizer.json"))
+    encoded = tokenizer.encode_batch_fast(lines, add_special_tokens=False)
+    ids = torch.tensor([i for line in encoded for i in line.ids])
+    windows = ids.unfold(0, 513, 1)  # they overlap with stride one and are read in order
+    model = seed_model.MiLLM(30_000, 512, 8, 2048, 6, 512)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    step, now = 0, 0.0
+    while now < deadline:
+        batch = windows[step * 16 : step * 16 + 16]
+        optimizer.zero_grad()
+        logits = model(batch[:, :-1])
+        F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
+        optimizer.step()
+        step, now = step + 1, time.monotonic() - BORN
+        print(f"seed script: step {step}, {now:.0f} s", file=sys.stderr)
+    path = out / "mi_llm_checkpoint.pth"
+    torch.save({"epoch": 0, "batch": step, "model_state_dict": model.state_dict()}, path)
+    result = bit.evaluate(*bit.load_model(path), cut_text(texts[1], table.valid_bytes, work))
+    remove_folder(out)
+    return {
+        **{key: round(value, 5) for key, value in result.items()},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": step,
+        "trained_tokens": step * 16 * 512,
+        "seconds": round(now, 1),
+        "train_seconds": round(now, 1),
+        "curve": [],
     }
 
 
@@ -506,9 +565,36 @@ def report(name: str, rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Validation loss against tokens and against wall-clock: mean over the seeds, and their range.
+
+    The points of several seeds meet at the same tokens; at a clock's points, only nearly.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, places = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    for variant in dict.fromkeys(row["variant"] for row in rows if row["curve"]):
+        curves = [row["curve"] for row in rows if row["variant"] == variant]
+        shared = min(map(len, curves))
+        points = np.array([curve[:shared] for curve in curves])  # (seeds, points, 3)
+        for axes, column in zip(places, (0, 1), strict=True):
+            x, y = points[:, :, column].mean(0), points[:, :, 2]
+            (line,) = axes.plot(x, y.mean(0), ".-", label=variant)
+            axes.fill_between(x, y.min(0), y.max(0), alpha=0.25, color=line.get_color())
+    for axes, name in zip(places, ("training tokens", "seconds of wall-clock"), strict=True):
+        axes.set_xlabel(name)
+        axes.grid(alpha=0.3)
+    places[0].set_ylabel("validation loss, nats per token")
+    places[1].legend(fontsize=8)
+    figure.savefig(path, dpi=90)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Make the tables of docs/results.md.")
-    parser.add_argument("command", choices=("run", "one", "report", "list"))
+    parser.add_argument("command", choices=("run", "one", "report", "draw", "list"))
     parser.add_argument("table", nargs="*", help=", ".join(TABLES))
     parser.add_argument("--train", type=Path, default=Path("train.txt"), help="training text")
     parser.add_argument("--valid", type=Path, default=Path("valid.txt"), help="validation text")
@@ -516,6 +602,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, help="default: results.jsonl in --work")
     parser.add_argument("--seeds", type=int, help="how many; default: the table's")
     parser.add_argument("--only", default="", help="variants whose name holds this")
+    parser.add_argument("--out", type=Path, help="of draw: a .png file")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     flags = parser.parse_args()
@@ -531,6 +618,9 @@ def main() -> int:
         variant = next(v for v in table.variants if v.name == flags.variant)
         row = run_one(table, variant, flags.seed, (flags.train, flags.valid), flags.work)
         print(json.dumps({**row, "machine": bit.machine()}))
+    elif flags.command == "draw":
+        rows = [r for name in flags.table for r in read_rows(flags.results, name)]
+        draw([r for r in rows if flags.only in r["variant"]], flags.out)
     elif flags.command == "run":
         for name in flags.table or TABLES:
             run_table(name, flags)
