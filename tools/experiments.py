@@ -25,7 +25,7 @@ import time
 
 BORN = time.monotonic()
 
-from collections.abc import Callable, Iterator  # noqa: E402
+from collections.abc import Callable, Iterator, Sequence  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -592,7 +592,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=90)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Make the tables of docs/results.md.")
     parser.add_argument("command", choices=("run", "one", "report", "draw", "list"))
     parser.add_argument("table", nargs="*", help=", ".join(TABLES))
@@ -605,7 +605,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="of draw: a .png file")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
-    flags = parser.parse_args()
+    flags = parser.parse_args(arguments)
     flags.results = flags.results or flags.work / "results.jsonl"
     flags.work.mkdir(parents=True, exist_ok=True)
     for name in flags.table:
