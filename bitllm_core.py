@@ -318,7 +318,7 @@ class TrainConfig:
     optimizer: str = "muon"
     """muon (matrices; AdamW for the rest) or adamw"""
     learning_rate: float | None = None
-    """peak rate of the matrices; default: 0.02 with muon, 0.0015 with adamw"""
+    """peak rate of the matrices; default: as tuned, 0.04 with muon (0.02 where linear=dense)"""
     adamw_learning_rate: float | None = None
     """peak rate of embedding, norms, head; default: 0.005 with muon, learning_rate with adamw"""
     weight_decay: float = 0.0
@@ -387,15 +387,6 @@ class TrainConfig:
             value = getattr(self, name)
             require(value in allowed, name, value, f"one of {', '.join(allowed)}")
 
-    @property
-    def matrix_rate(self) -> float:
-        return self.learning_rate or (0.02 if self.optimizer == "muon" else 1.5e-3)
-
-    @property
-    def other_rate(self) -> float:
-        default = 5e-3 if self.optimizer == "muon" else self.matrix_rate
-        return self.adamw_learning_rate or default
-
 
 _CHOICES = {
     "optimizer": ("muon", "adamw"),
@@ -431,6 +422,25 @@ class SamplingConfig:
         penalty = self.repetition_penalty
         require(penalty > 0, "repetition_penalty", penalty, "a positive number")
         require(self.seed is None or self.seed >= 0, "seed", self.seed, "0 or more")
+
+
+_TUNED_RATES = {  # tools/experiments.py, recipe: of the matrices, of the rest
+    ("muon", "ternary"): (0.04, 5e-3),
+    ("muon", "dense"): (0.02, 5e-3),
+    ("adamw", "ternary"): (1.5e-3, 1.5e-3),
+    ("adamw", "dense"): (1.5e-3, 1.5e-3),
+}
+
+
+def peak_rates(model: ModelConfig, train: TrainConfig) -> tuple[float, float]:
+    """Peak rates of the matrices and of embedding, norms and head; tuned where nothing is set.
+
+    A ternary weight moves only when its master crosses a threshold, so it wants the faster rate.
+    """
+    tuned = _TUNED_RATES[train.optimizer, "dense" if model.linear == "dense" else "ternary"]
+    matrices = train.learning_rate or tuned[0]
+    rest = matrices if train.optimizer == "adamw" else tuned[1]
+    return matrices, train.adamw_learning_rate or rest
 
 
 def check_configs(model: ModelConfig, training: TrainConfig) -> None:
@@ -1849,14 +1859,15 @@ def make_optimizers(model: BitLM, config: TrainConfig) -> list[torch.optim.Optim
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
     betas = (config.adam_beta1, config.adam_beta2)
-    rest = {"params": others, "lr": config.other_rate, "weight_decay": 0.0}
+    matrix_rate, other_rate = peak_rates(model.config, config)
+    rest = {"params": others, "lr": other_rate, "weight_decay": 0.0}
     optimizers: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon":
         muon = torch.optim.Muon if has_bfloat16(matrices[0].device) else Float32Muon
         optimizers.append(
             muon(
                 matrices,
-                lr=config.matrix_rate,
+                lr=matrix_rate,
                 momentum=config.momentum,
                 weight_decay=config.weight_decay,
             )
@@ -1865,7 +1876,7 @@ def make_optimizers(model: BitLM, config: TrainConfig) -> list[torch.optim.Optim
     else:
         decayed = {
             "params": matrices,
-            "lr": config.matrix_rate,
+            "lr": matrix_rate,
             "weight_decay": config.weight_decay,
         }
         optimizers.append(torch.optim.AdamW([decayed, rest], betas=betas))
@@ -3560,7 +3571,7 @@ class _Trainer:
         return {
             "step": state.step,
             "loss": state.loss,
-            "learning_rate": self.config.matrix_rate * factor,
+            "learning_rate": peak_rates(self.model_config, self.config)[0] * factor,
             "grad_norm": norm,
             "tokens": state.tokens,
             "tokens_per_s": round(tokens_per_s, 1),
@@ -5086,7 +5097,7 @@ class Settings:
             f"layers of width {model.hidden_size}, context {model.max_position_embeddings}",
             "data": data.data,
             "training": f"{config.max_steps:,} steps of {config.batch_tokens:,} tokens, peak "
-            f"learning rate {config.matrix_rate:g}",
+            f"learning rate {peak_rates(model, config)[0]:g}",
             "memory": f"{memory:,.0f} MB for weights, gradients and optimizer; activations besides",
             "time": f"about {minutes:.1f} minutes on {device.device}, a guess before training",
             "run folder": f"{self.run_folder.as_posix()}: {self._what_is_there(model, data)}",

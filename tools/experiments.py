@@ -273,29 +273,41 @@ def patched(*names: str) -> list[Variant]:
     return [Variant(name, {}, name) for name in names]
 
 
+def rates(linear: str, optimizer: str, *values: float) -> list[Variant]:
+    return [
+        Variant(
+            f"{linear}, {optimizer} {value:g}",
+            {"linear": linear, "optimizer": optimizer, "learning_rate": value},
+        )
+        for value in values
+    ]
+
+
 TABLES: dict[str, Table] = {
-    "recipe": Table(
-        "one change at a time, 2.56M parameters, equal tokens",
+    "rates": Table(
+        "peak rate of the matrices, 2.56M parameters, equal tokens",
         SMALL,
         [
+            *rates("ternary", "muon", 0.01, 0.02, 0.04, 0.08),
+            *rates("dense", "muon", 0.02, 0.04),
+            *rates("dense", "adamw", 0.003, 0.006),
+            *rates("ternary", "adamw", 0.003),
+        ],
+        tokens=262_144,
+    ),
+    "recipe": Table(
+        "one change at a time, 2.56M parameters, equal tokens",
+        {**SMALL, "learning_rate": 0.04},
+        [
             Variant("defaults"),
-            named(learning_rate=0.01),
-            named(learning_rate=0.04),
-            named(learning_rate=0.08),
-            named(learning_rate=0.16),
-            named(linear="dense"),
-            named(linear="dense", learning_rate=0.04),
             *patched("zero-init projections", "embedding std 0.1"),
-            named(adamw_learning_rate=0.015),
-            named(adamw_learning_rate=0.0017),
             named(batch_tokens=4096),
+            named(adamw_learning_rate=0.015),
             *patched("3 Newton-Schulz steps", "momentum 0.85 to 0.95", "full-size projections"),
             named(linear="weight_only"),
             *patched("median scale", "no sub-norms", "z-loss 1e-4"),
             named(cooldown_fraction=0.7),
             named(weight_decay=0.1),
-            named(optimizer="adamw"),
-            named(optimizer="adamw", learning_rate=0.005),
         ],
         tokens=262_144,
     ),
