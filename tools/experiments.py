@@ -8,9 +8,10 @@
 Texts are local files: the figures in the docs are WikiText-2's, made with `gzip -dk`. A row is
 added to the results file when its run has ended; rows that are there are not run again, so a list
 may be stopped at any time, and a variant or a seed be added later. Every run is a process of its
-own. A budget is in tokens (equal work), or in minutes of wall-clock, counted from the start of the
-process to the last step: import, tokenizer, compiling and all. What is tried only here is a patch
-of the core (see PATCHES), not one of its settings.
+own. A budget is in tokens (equal work), or in minutes, counted from the start of the process to the
+last step: import, tokenizer, compiling and all. Minutes are of wall-clock, or with --clock cpu of
+processor time (one thread then), which other work on the machine does not take away. What is tried
+only here is a patch of the core (see PATCHES), not one of its settings.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import time
 
-BORN = time.monotonic()
+BORN = time.time()
 
 from collections.abc import Callable, Iterator, Sequence  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
@@ -39,6 +40,14 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import bitllm_core as bit  # noqa: E402
+
+CLOCK = os.environ.get("BITLLM_EXPERIMENTS_CLOCK", "wall")
+
+
+def seconds() -> float:
+    """Since this process began: of the wall's clock, or of processor time with its compilers'."""
+    return time.time() - BORN if CLOCK == "wall" else sum(os.times()[:4])
+
 
 # -----------------------------------------------------------------------------
 # Patches: what is tried. Each is a context around one run; it may return a callback.
@@ -262,6 +271,35 @@ SMALL: dict[str, Any] = {
 """2.56M parameters; for the rest the core's defaults"""
 
 
+SHORT: dict[str, Any] = {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "batch_tokens": 2048,
+    "micro_batch_size": 16,
+}
+"""2.24M parameters: what ten minutes of two slow cores can teach something, in any client"""
+
+FIRST: dict[str, Any] = {
+    "vocab_size": 8192,
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 256,
+    "batch_tokens": 8192,
+    "learning_rate": 0.02,
+    "adamw_learning_rate": 0.005,
+    "warmup_steps": 20,
+    "cooldown_fraction": 0.4,
+}
+"""the first WikiText-2 figure of docs/log.md; what the core has won in speed since, it has too"""
+
+
 def named(**changes: Any) -> Variant:
     return Variant(
         ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in changes.items()),
@@ -294,6 +332,22 @@ TABLES: dict[str, Table] = {
             *rates("ternary", "adamw", 0.003),
         ],
         tokens=262_144,
+    ),
+    "ten-minutes": Table(
+        "ten minutes, everything counted",
+        {"compile": "on"},
+        [
+            Variant("ternary, 2.2M", SHORT),
+            Variant("first defaults, ternary, 13.8M", FIRST),
+            Variant(
+                "dense twin of 2.2M, AdamW",
+                {**SHORT, "linear": "dense", "optimizer": "adamw", "learning_rate": 0.003},
+            ),
+            Variant(SEED_SCRIPT, {}, SEED_SCRIPT),
+            Variant("dense twin of 2.2M, Muon", {**SHORT, "linear": "dense"}),
+        ],
+        minutes=10,
+        threads=2,
     ),
     "recipe": Table(
         "one change at a time, 2.56M parameters, equal tokens",
@@ -339,7 +393,7 @@ class Recorder(bit.Callback):
         self.trained_at = 0.0
 
     def on_step(self, state, metrics):
-        self.trained_at = time.monotonic() - BORN
+        self.trained_at = seconds()
         if not self.deadline:
             return
         if self.trained_at > self.deadline * (len(self.curve) + 1) / 10:
@@ -347,7 +401,7 @@ class Recorder(bit.Callback):
             device = bit.choose_device()
             loss = bit.total_loss(state.model, tokens, 0, device) / len(tokens)
             self.add(state, loss)
-        if time.monotonic() - BORN >= self.deadline:
+        if seconds() >= self.deadline:
             state.stop_signal = 2
 
     def on_eval(self, state, metrics):
@@ -355,7 +409,7 @@ class Recorder(bit.Callback):
             self.add(state, metrics["val_loss"])
 
     def add(self, state, loss):
-        self.curve.append([state.tokens, round(time.monotonic() - BORN, 1), round(loss, 4)])
+        self.curve.append([state.tokens, round(seconds(), 1), round(loss, 4)])
 
 
 @contextlib.contextmanager
@@ -368,7 +422,7 @@ def rate_by_the_clock(minutes: float) -> Iterator[None]:
         def by_clock(config, step):
             if step < config.warmup_steps:
                 return factor(config, step)
-            now = time.monotonic() - BORN
+            now = seconds()
             start.append(now)
             share = (now - start[0]) / max(minutes * 60 - start[0], 1)
             timed = dataclasses.replace(config, max_steps=scale, warmup_steps=0)
@@ -393,7 +447,6 @@ def cut_text(source: Path, size: int, folder: Path) -> Path:
 
 def run_one(table: Table, variant: Variant, seed: int, texts: tuple[Path, Path], work: Path) -> Any:
     """Train one variant with one seed and measure it; a dictionary for the results file."""
-    torch.set_num_threads(table.threads)
     train_text, valid_text = texts
     if variant.patch == SEED_SCRIPT:
         return run_seed_script(table, seed, texts, work)
@@ -444,6 +497,7 @@ def run_one(table: Table, variant: Variant, seed: int, texts: tuple[Path, Path],
         "seconds": round(recorder.trained_at, 1),
         "train_seconds": round(state.train_seconds, 1),
         "curve": recorder.curve,
+        "clock": CLOCK,
     }
 
 
@@ -473,7 +527,7 @@ def run_seed_script(table: Table, seed: int, texts: tuple[Path, Path], work: Pat
         logits = model(batch[:, :-1])
         F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
         optimizer.step()
-        step, now = step + 1, time.monotonic() - BORN
+        step, now = step + 1, seconds()
         print(f"seed script: step {step}, {now:.0f} s", file=sys.stderr)
     path = out / "mi_llm_checkpoint.pth"
     torch.save({"epoch": 0, "batch": step, "model_state_dict": model.state_dict()}, path)
@@ -487,6 +541,7 @@ def run_seed_script(table: Table, seed: int, texts: tuple[Path, Path], work: Pat
         "seconds": round(now, 1),
         "train_seconds": round(now, 1),
         "curve": [],
+        "clock": CLOCK,
     }
 
 
@@ -532,7 +587,9 @@ def run_table(name: str, flags: argparse.Namespace) -> int:
             command = [sys.executable, __file__, "one", name, "--variant", variant.name]
             command += ["--seed", str(seed), "--train", str(flags.train)]
             command += ["--valid", str(flags.valid), "--work", str(flags.work)]
-            environment = {**os.environ, "OMP_NUM_THREADS": str(table.threads)}
+            threads = 1 if flags.clock == "cpu" else table.threads
+            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            environment["BITLLM_EXPERIMENTS_CLOCK"] = flags.clock
             done = subprocess.run(
                 command, env=environment, stdout=subprocess.PIPE, text=True, check=False
             )
@@ -613,6 +670,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/experiments"), help="for its files")
     parser.add_argument("--results", type=Path, help="default: results.jsonl in --work")
     parser.add_argument("--seeds", type=int, help="how many; default: the table's")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="of minutes")
     parser.add_argument("--only", default="", help="variants whose name holds this")
     parser.add_argument("--out", type=Path, help="of draw: a .png file")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
