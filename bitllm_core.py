@@ -483,7 +483,11 @@ PRESETS: dict[str, tuple[ModelConfig, DataConfig, TrainConfig]] = {
             log_every_steps=5,
         ),
     ),
-    "demo": (ModelConfig(), DataConfig(), TrainConfig(save_every_steps=50)),
+    "demo": (
+        ModelConfig(),
+        DataConfig(),
+        TrainConfig(save_every_steps=50, eval_every_steps=50, patience=3),
+    ),
     "laptop": (
         ModelConfig(
             vocab_size=8192,
@@ -495,7 +499,7 @@ PRESETS: dict[str, tuple[ModelConfig, DataConfig, TrainConfig]] = {
             max_position_embeddings=256,
         ),
         DataConfig(data="wikitext-2"),
-        TrainConfig(max_steps=750, batch_tokens=8192, eval_every_steps=125),
+        TrainConfig(max_steps=750, batch_tokens=8192, eval_every_steps=75, patience=3),
     ),
     "t4-1h": (
         ModelConfig(
