@@ -432,15 +432,15 @@ _TUNED_RATES = {  # tools/experiments.py, recipe: of the matrices, of the rest
 }
 
 
-def peak_rates(model: ModelConfig, train: TrainConfig) -> tuple[float, float]:
+def peak_rates(model: ModelConfig, training: TrainConfig) -> tuple[float, float]:
     """Peak rates of the matrices and of embedding, norms and head; tuned where nothing is set.
 
     A ternary weight moves only when its master crosses a threshold, so it wants the faster rate.
     """
-    tuned = _TUNED_RATES[train.optimizer, "dense" if model.linear == "dense" else "ternary"]
-    matrices = train.learning_rate or tuned[0]
-    rest = matrices if train.optimizer == "adamw" else tuned[1]
-    return matrices, train.adamw_learning_rate or rest
+    tuned = _TUNED_RATES[training.optimizer, "dense" if model.linear == "dense" else "ternary"]
+    matrices = training.learning_rate or tuned[0]
+    rest = matrices if training.optimizer == "adamw" else tuned[1]
+    return matrices, training.adamw_learning_rate or rest
 
 
 def check_configs(model: ModelConfig, training: TrainConfig) -> None:
