@@ -74,17 +74,15 @@ def initialized(change: Callable[[bit.BitLM], None]) -> Any:
     return replaced(bit, "initialize", make)
 
 
-def zero_projections(model: bit.BitLM) -> None:
-    for name, weight in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            weight.zero_()
+def projections(gain: Callable[[int], float]) -> Callable[[bit.BitLM], None]:
+    """What writes to the stream, times `gain` of the number of layers."""
 
+    def change(model):
+        for name, weight in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.mul_(gain(model.config.num_hidden_layers))
 
-def full_projections(model: bit.BitLM) -> None:
-    """No 1/sqrt(2 layers) in what writes to the stream."""
-    for name, weight in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            weight.mul_((2 * model.config.num_hidden_layers) ** 0.5)
+    return change
 
 
 def embedding_std(std: float) -> Callable[[bit.BitLM], None]:
@@ -210,8 +208,9 @@ def callback(make: Callable[[], bit.Callback]) -> Iterator[bit.Callback]:
 SEED_SCRIPT = "the seed guide's script"  # not a patch but another program
 
 PATCHES: dict[str, Callable[[], Any]] = {
-    "zero-init projections": lambda: initialized(zero_projections),
-    "full-size projections": lambda: initialized(full_projections),
+    "zero-init projections": lambda: initialized(projections(lambda layers: 0.0)),
+    "projections / 10": lambda: initialized(projections(lambda layers: 0.1)),
+    "full-size projections": lambda: initialized(projections(lambda layers: (2 * layers) ** 0.5)),
     "embedding std 0.1": lambda: initialized(embedding_std(0.1)),
     "embedding std 0.5": lambda: initialized(embedding_std(0.5)),
     "z-loss 1e-4": lambda: z_loss(1e-4),
@@ -354,7 +353,7 @@ TABLES: dict[str, Table] = {
         {**SMALL, "learning_rate": 0.04},
         [
             Variant("defaults"),
-            *patched("zero-init projections", "embedding std 0.1"),
+            *patched("zero-init projections", "projections / 10", "embedding std 0.1"),
             named(batch_tokens=4096),
             named(adamw_learning_rate=0.015),
             *patched("3 Newton-Schulz steps", "momentum 0.85 to 0.95", "full-size projections"),
