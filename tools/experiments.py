@@ -3,6 +3,7 @@
     python tools/experiments.py run rates --train train.txt --valid valid.txt
     python tools/experiments.py report rates          # its table, in Markdown
     python tools/experiments.py draw rates --out a.png  # loss against tokens and against time
+    python tools/experiments.py costs                 # bytes and generation speed
     python tools/experiments.py list
 
 Texts are local files: the figures in the docs are WikiText-2's, made with `gzip -dk`. A row is
@@ -660,9 +661,44 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=90)
 
 
+def costs(train_text: Path, work: Path) -> str:
+    """Bytes and generation speed of ternary models and their dense twins, in Markdown.
+
+    Neither depends on how long a model was trained: one step, of one window.
+    """
+    lines = [
+        "| model | linear | parameters | bytes | tokens/s |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, shape in {"ten minutes": SHORT, "first defaults": FIRST}.items():
+        for linear in ("ternary", "dense"):
+            model_part, _, _ = split_fields({**shape, "linear": linear})
+            model = bit.ModelConfig(**model_part)
+            out = work / "runs" / f"{os.getpid()}-{linear}"
+            window = model.max_position_embeddings
+            train = bit.TrainConfig(max_steps=1, batch_tokens=window, eval_tokens=window)
+            bit.train(model, bit.DataConfig(data=str(train_text)), train, out, callbacks=[])
+            size = 2 * model.num_parameters  # float16
+            if linear == "ternary":
+                size = bit.export_packed(out, out / "packed.safetensors").size
+            net, _ = bit.load_model(out)
+            sampling = bit.SamplingConfig(max_new_tokens=100, seed=0)
+            taken = []
+            for _ in range(3):
+                start = time.perf_counter()
+                count = len(list(bit.generate_tokens(net, [[0]], sampling)))
+                taken.append((time.perf_counter() - start) / count)
+            remove_folder(out)
+            lines.append(
+                f"| {name} | {linear} | {model.num_parameters / 1e6:.2f}M | {size:,} "
+                f"| {1 / min(taken):.0f} |"
+            )
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Make the tables of docs/results.md.")
-    parser.add_argument("command", choices=("run", "one", "report", "draw", "list"))
+    parser.add_argument("command", choices=("run", "one", "report", "draw", "costs", "list"))
     parser.add_argument("table", nargs="*", help=", ".join(TABLES))
     parser.add_argument("--train", type=Path, default=Path("train.txt"), help="training text")
     parser.add_argument("--valid", type=Path, default=Path("valid.txt"), help="validation text")
@@ -687,6 +723,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         variant = next(v for v in table.variants if v.name == flags.variant)
         row = run_one(table, variant, flags.seed, (flags.train, flags.valid), flags.work)
         print(json.dumps({**row, "machine": bit.machine()}))
+    elif flags.command == "costs":
+        print(costs(flags.valid, flags.work))
     elif flags.command == "draw":
         rows = [r for name in flags.table for r in read_rows(flags.results, name)]
         draw([r for r in rows if flags.only in r["variant"]], flags.out)
