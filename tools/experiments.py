@@ -327,11 +327,25 @@ TABLES: dict[str, Table] = {
         SMALL,
         [
             *rates("ternary", "muon", 0.01, 0.02, 0.04, 0.08),
-            *rates("dense", "muon", 0.02, 0.04),
+            *rates("dense", "muon", 0.01, 0.02, 0.04),
             *rates("dense", "adamw", 0.003, 0.006),
             *rates("ternary", "adamw", 0.003),
         ],
         tokens=262_144,
+    ),
+    "gap": Table(
+        "ternary against its dense twin at equal steps, each with its own rate, 2.56M",
+        SMALL,
+        [Variant("ternary"), Variant("dense", {"linear": "dense"})],
+        tokens=262_144,
+        seeds=3,
+    ),
+    "gap-14M": Table(
+        "the same at 13.8M parameters, with half the tokens",
+        {**FIRST, "learning_rate": None, "batch_tokens": 2048, "compile": "on"},
+        [Variant("ternary"), Variant("dense", {"linear": "dense"})],
+        tokens=131_072,
+        seeds=3,
     ),
     "ten-minutes": Table(
         "ten minutes, everything counted",
