@@ -955,13 +955,15 @@ def initialize(model: BitLM, generator: torch.Generator) -> None:
         parameter                            distribution
         embed_tokens, embed_positions        normal, std 0.02 (the tied head starts near uniform)
         q, k, v, gate, up, untied head       uniform, std 1/sqrt(in_features): unit gain
-        o_proj, down_proj                    the same / sqrt(2 num_hidden_layers)
+        o_proj, down_proj                    the same / sqrt(2 num_hidden_layers), and / 10 in bitnet
         norms                                weight 1, bias 0
 
-    A ternary layer's output does not shrink to zero with its weights' common factor until the
-    scale does, so the last two rows of matrices differ in gain exactly as dense ones would.
+    A ternary layer's output shrinks with its weights' common factor through its scale, so the last
+    two rows of matrices differ in gain exactly as dense ones would. Blocks that begin by adding
+    little learn faster; zeros do the same to 0.01 nats, but begin without trits (docs/log.md).
     """
     depth = (2 * model.config.num_hidden_layers) ** -0.5
+    depth *= 0.1 if model.config.block == "bitnet" else 1.0
     for name, parameter in sorted(model.named_parameters()):
         if "norm" in name:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
