@@ -955,7 +955,7 @@ def initialize(model: BitLM, generator: torch.Generator) -> None:
         parameter                            distribution
         embed_tokens, embed_positions        normal, std 0.02 (the tied head starts near uniform)
         q, k, v, gate, up, untied head       uniform, std 1/sqrt(in_features): unit gain
-        o_proj, down_proj                    the same / sqrt(2 num_hidden_layers), and / 10 in bitnet
+        o_proj, down_proj                    the same / sqrt(2 num_hidden_layers); bitnet: / 10 more
         norms                                weight 1, bias 0
 
     A ternary layer's output shrinks with its weights' common factor through its scale, so the last
