@@ -352,7 +352,7 @@ TABLES: dict[str, Table] = {
         {"compile": "on"},
         [
             Variant("ternary, 2.2M", SHORT),
-            Variant("first defaults, ternary, 13.8M", FIRST),
+            Variant("first defaults, ternary, 13.8M", FIRST, "projections x 10"),
             Variant(
                 "dense twin of 2.2M, AdamW",
                 {**SHORT, "linear": "dense", "optimizer": "adamw", "learning_rate": 0.003},
@@ -377,7 +377,8 @@ TABLES: dict[str, Table] = {
             named(linear="weight_only"),
             named(weight_decay=0.1),
             named(adamw_learning_rate=0.0017),
-            *patched("dropout 0.1", "embedding std 0.1", "weight decay to 0"),
+            *patched("dropout 0.1", "embedding std 0.1"),
+            Variant("weight decay 0.1 to 0", {"weight_decay": 0.1}, "weight decay to 0"),
         ],
         tokens=262_144,
     ),
