@@ -462,6 +462,9 @@ def cut_text(source: Path, size: int, folder: Path) -> Path:
     return path
 
 
+SAMPLE = bit.SamplingConfig(max_new_tokens=80, seed=0)  # what a row keeps of a model's writing
+
+
 def run_one(table: Table, variant: Variant, seed: int, texts: tuple[Path, Path], work: Path) -> Any:
     """Train one variant with one seed and measure it; a dictionary for the results file."""
     train_text, valid_text = texts
@@ -505,6 +508,7 @@ def run_one(table: Table, variant: Variant, seed: int, texts: tuple[Path, Path],
         whole = cut_text(valid_text, table.valid_bytes, work)
         tokenizer = bit.load_tokenizer(out / "tokenizer.json")
         result = bit.evaluate(state.model, tokenizer, whole)
+        text = bit.generate(state.model, tokenizer, "", SAMPLE)
     remove_folder(out)
     return {
         **{key: round(value, 5) for key, value in result.items()},
@@ -515,6 +519,7 @@ def run_one(table: Table, variant: Variant, seed: int, texts: tuple[Path, Path],
         "train_seconds": round(state.train_seconds, 1),
         "curve": recorder.curve,
         "clock": CLOCK,
+        "text": text,
     }
 
 
@@ -548,7 +553,9 @@ def run_seed_script(table: Table, seed: int, texts: tuple[Path, Path], work: Pat
         print(f"seed script: step {step}, {now:.0f} s", file=sys.stderr)
     path = out / "mi_llm_checkpoint.pth"
     torch.save({"epoch": 0, "batch": step, "model_state_dict": model.state_dict()}, path)
-    result = bit.evaluate(*bit.load_model(path), cut_text(texts[1], table.valid_bytes, work))
+    loaded = bit.load_model(path)
+    result = bit.evaluate(*loaded, cut_text(texts[1], table.valid_bytes, work))
+    text = bit.generate(*loaded, "", SAMPLE)
     remove_folder(out)
     return {
         **{key: round(value, 5) for key, value in result.items()},
@@ -559,6 +566,7 @@ def run_seed_script(table: Table, seed: int, texts: tuple[Path, Path], work: Pat
         "train_seconds": round(now, 1),
         "curve": [],
         "clock": CLOCK,
+        "text": text,
     }
 
 
