@@ -960,7 +960,7 @@ def initialize(model: BitLM, generator: torch.Generator) -> None:
 
     A ternary layer's output shrinks with its weights' common factor through its scale, so the last
     two rows of matrices differ in gain exactly as dense ones would. Blocks that begin by adding
-    little learn faster; zeros do the same to 0.01 nats, but begin without trits (docs/log.md).
+    little learn a little faster; zeros do as well, but begin without trits (docs/log.md).
     """
     depth = (2 * model.config.num_hidden_layers) ** -0.5
     depth *= 0.1 if model.config.block == "bitnet" else 1.0
