@@ -3050,7 +3050,7 @@ def sliding_loss(
     targets = torch.from_numpy(tokens.astype(np.int64))
     ends = [*range(min(context, count), count, stride), count]
     spans = zip([0, *ends], ends, strict=False)  # of the tokens that each window counts
-    with model.hold_weights(), device.autocast():
+    with model.hold_weights(device.dtype), device.autocast():
         for counted, same in itertools.groupby(spans, key=lambda span: span[1] - span[0]):
             for part in torch.tensor(list(same)).split(batch_size):
                 rows = [inputs[max(end - context, 0) : end] for end in part[:, 1].tolist()]

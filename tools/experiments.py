@@ -92,9 +92,10 @@ def embedding_std(std: float) -> Callable[[bit.BitLM], None]:
 
 def z_loss(weight: float) -> Any:
     def make(_):
-        def loss(self, x, targets):
-            at = torch.arange(x.shape[1], device=x.device)
-            logits = self.head(self._blocks(x, at)).flatten(0, 1).float()
+        def loss(self, input_ids, targets, blocks=None):
+            at = torch.arange(input_ids.shape[1], device=input_ids.device)
+            hidden = self._blocks(self.embed(input_ids), at, blocks=blocks)
+            logits = self.head(hidden).flatten(0, 1).float()
             nats = F.cross_entropy(logits, targets.flatten(), reduction="sum")
             if torch.is_grad_enabled():
                 nats = nats + weight * logits.logsumexp(-1).square().sum()
@@ -102,7 +103,7 @@ def z_loss(weight: float) -> Any:
 
         return loss
 
-    return replaced(bit.BitLM, "loss_of_embedded", make)
+    return replaced(bit.BitLM, "loss", make)
 
 
 def median_scale() -> Any:
