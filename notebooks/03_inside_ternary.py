@@ -186,9 +186,9 @@ plt.show()
 # %% [markdown]
 # ## What it costs
 #
-# Validation loss of both networks, each trained at the learning rate that was tuned for its form: at
-# one rate for both, most of the gap would be the rate's. In so short a training they end close to
-# each other; `docs/results.md` has the gap of longer ones, over several seeds.
+# Validation loss of both networks, each trained at the learning rate that was tuned for its form:
+# at one rate for both, most of the gap would be the rate's. In so short a training they end close
+# to each other; `docs/results.md` has the gap of longer ones, over several seeds.
 
 # %%
 _, axes = plt.subplots(figsize=(9, 3), layout="constrained")
