@@ -326,7 +326,7 @@ class TrainConfig:
     optimizer: str = "muon"
     """muon (matrices; AdamW for the rest) or adamw"""
     learning_rate: float | None = None
-    """peak rate of the matrices; default: 0.02 with muon, 0.0015 with adamw"""
+    """peak rate of the matrices; default: as tuned, 0.04 with muon (0.02 where linear=dense)"""
     adamw_learning_rate: float | None = None
     """peak rate of embedding, norms, head; default: 0.005 with muon, learning_rate with adamw"""
     weight_decay: float = 0.0
@@ -359,6 +359,8 @@ class TrainConfig:
     """optimizer steps between evaluations; 0: only at the end"""
     eval_tokens: int = 65_536
     """validation tokens of an evaluation during training; at the end: all"""
+    patience: int = 0
+    """evaluations in a row without a better validation loss that end the run; 0: none do"""
     sample_prompt: str = ""
     """beginning of the text written at each evaluation"""
     save_every_steps: int = 0
@@ -375,7 +377,7 @@ class TrainConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         batch = self.batch_tokens
         require(batch <= 1 << 27, "batch_tokens", batch, f"at most {1 << 27:,}")
-        for name in ("eval_every_steps", "save_every_steps", "warmup_steps", "seed"):
+        for name in ("eval_every_steps", "patience", "save_every_steps", "warmup_steps", "seed"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("weight_decay", "max_grad_norm", "save_every_minutes"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
@@ -392,15 +394,6 @@ class TrainConfig:
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             require(value in allowed, name, value, f"one of {', '.join(allowed)}")
-
-    @property
-    def matrix_rate(self) -> float:
-        return self.learning_rate or (0.02 if self.optimizer == "muon" else 1.5e-3)
-
-    @property
-    def other_rate(self) -> float:
-        default = 5e-3 if self.optimizer == "muon" else self.matrix_rate
-        return self.adamw_learning_rate or default
 
 
 _CHOICES = {
@@ -437,6 +430,25 @@ class SamplingConfig:
         penalty = self.repetition_penalty
         require(penalty > 0, "repetition_penalty", penalty, "a positive number")
         require(self.seed is None or self.seed >= 0, "seed", self.seed, "0 or more")
+
+
+_TUNED_RATES = {  # tools/experiments.py, recipe: of the matrices, of the rest
+    ("muon", "ternary"): (0.04, 5e-3),
+    ("muon", "dense"): (0.02, 5e-3),
+    ("adamw", "ternary"): (1.5e-3, 1.5e-3),
+    ("adamw", "dense"): (1.5e-3, 1.5e-3),
+}
+
+
+def peak_rates(model: ModelConfig, training: TrainConfig) -> tuple[float, float]:
+    """Peak rates of the matrices and of embedding, norms and head; tuned where nothing is set.
+
+    A ternary weight moves only when its master crosses a threshold, so it wants the faster rate.
+    """
+    tuned = _TUNED_RATES[training.optimizer, "dense" if model.linear == "dense" else "ternary"]
+    matrices = training.learning_rate or tuned[0]
+    rest = matrices if training.optimizer == "adamw" else tuned[1]
+    return matrices, training.adamw_learning_rate or rest
 
 
 def check_configs(model: ModelConfig, training: TrainConfig) -> None:
@@ -479,7 +491,11 @@ PRESETS: dict[str, tuple[ModelConfig, DataConfig, TrainConfig]] = {
             log_every_steps=5,
         ),
     ),
-    "demo": (ModelConfig(), DataConfig(), TrainConfig(save_every_steps=50)),
+    "demo": (
+        ModelConfig(),
+        DataConfig(),
+        TrainConfig(save_every_steps=50, eval_every_steps=50, patience=3),
+    ),
     "laptop": (
         ModelConfig(
             vocab_size=8192,
@@ -491,7 +507,7 @@ PRESETS: dict[str, tuple[ModelConfig, DataConfig, TrainConfig]] = {
             max_position_embeddings=256,
         ),
         DataConfig(data="wikitext-2"),
-        TrainConfig(max_steps=750, batch_tokens=8192, eval_every_steps=125),
+        TrainConfig(max_steps=750, batch_tokens=8192, eval_every_steps=75, patience=3),
     ),
     "t4-1h": (
         ModelConfig(
@@ -1195,13 +1211,15 @@ def initialize(model: BitLM, generator: torch.Generator) -> None:
         parameter                            distribution
         embed_tokens, embed_positions        normal, std 0.02 (the tied head starts near uniform)
         q, k, v, gate, up, untied head       uniform, std 1/sqrt(in_features): unit gain
-        o_proj, down_proj                    the same / sqrt(2 num_hidden_layers)
+        o_proj, down_proj                    the same / sqrt(2 num_hidden_layers); bitnet: / 10 more
         norms                                weight 1, bias 0
 
-    A ternary layer's output does not shrink to zero with its weights' common factor until the
-    scale does, so the last two rows of matrices differ in gain exactly as dense ones would.
+    A ternary layer's output shrinks with its weights' common factor through its scale, so the last
+    two rows of matrices differ in gain exactly as dense ones would. Blocks that begin by adding
+    little learn a little faster; zeros do as well, but begin without trits (docs/log.md).
     """
     depth = (2 * model.config.num_hidden_layers) ** -0.5
+    depth *= 0.1 if model.config.block == "bitnet" else 1.0
     for name, parameter in sorted(model.named_parameters()):
         if "norm" in name:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -2113,14 +2131,15 @@ def make_optimizers(model: BitLM, config: TrainConfig) -> list[torch.optim.Optim
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
     betas = (config.adam_beta1, config.adam_beta2)
-    rest = {"params": others, "lr": config.other_rate, "weight_decay": 0.0}
+    matrix_rate, other_rate = peak_rates(model.config, config)
+    rest = {"params": others, "lr": other_rate, "weight_decay": 0.0}
     optimizers: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon":
         muon = torch.optim.Muon if has_bfloat16(matrices[0].device) else Float32Muon
         optimizers.append(
             muon(
                 matrices,
-                lr=config.matrix_rate,
+                lr=matrix_rate,
                 momentum=config.momentum,
                 weight_decay=config.weight_decay,
             )
@@ -2129,7 +2148,7 @@ def make_optimizers(model: BitLM, config: TrainConfig) -> list[torch.optim.Optim
     else:
         decayed = {
             "params": matrices,
-            "lr": config.matrix_rate,
+            "lr": matrix_rate,
             "weight_decay": config.weight_decay,
         }
         optimizers.append(torch.optim.AdamW([decayed, rest], betas=betas, fused=True))
@@ -3195,12 +3214,38 @@ def total_loss(
     return total
 
 
+@torch.no_grad()
+def sliding_loss(
+    model: BitLM, tokens: np.ndarray, first: int, device: Device, stride: int, batch_size: int = 16
+) -> float:
+    """`total_loss`, but each token sees at least context - `stride` tokens before it.
+
+    Windows of the context length end every `stride` tokens, and of all but the first only what the
+    window before did not count is counted: context / stride times the work.
+    """
+    context, count, total = model.config.max_position_embeddings, len(tokens), 0.0
+    inputs = torch.from_numpy(np.concatenate([[first], tokens[:-1]]).astype(np.int64))
+    targets = torch.from_numpy(tokens.astype(np.int64))
+    ends = [*range(min(context, count), count, stride), count]
+    spans = zip([0, *ends], ends, strict=False)  # of the tokens that each window counts
+    with model.hold_weights(device.dtype), device.autocast():
+        for counted, same in itertools.groupby(spans, key=lambda span: span[1] - span[0]):
+            for part in torch.tensor(list(same)).split(batch_size):
+                rows = [inputs[max(end - context, 0) : end] for end in part[:, 1].tolist()]
+                hidden = model.hidden(torch.stack(rows).to(device.device))[:, -counted:]
+                y = torch.stack([targets[a:b] for a, b in part.tolist()]).to(device.device)
+                logits = model.head(hidden).flatten(0, 1).float()
+                total += F.cross_entropy(logits, y.flatten(), reduction="sum").item()
+    return total
+
+
 def evaluate(
     model: BitLM,
     tokenizer: Any,
     data: str | Path,
     *,
     text_column: str | None = None,
+    stride: int | None = None,
     batch_size: int = 16,
     device: Device | None = None,
 ) -> dict[str, float]:
@@ -3208,6 +3253,8 @@ def evaluate(
 
     Args:
         data: a source as `DataConfig.data`; of a folder, the training files.
+        stride: move the context along by this many tokens, so that each token is predicted from
+            at least context - stride tokens; default: by the whole context, which is fastest.
 
     Returns:
         loss: nats per token. perplexity: exp(loss). bits_per_byte: bits per byte of UTF-8 text.
@@ -3218,6 +3265,9 @@ def evaluate(
         ValueError, FileNotFoundError, ConnectionError: as `read_pieces`; or no text in it.
     """
     device = device or choose_device()
+    context = model.config.max_position_embeddings
+    fits = stride is None or 1 <= stride <= context
+    require(fits, "stride", stride, f"1 to {context} tokens, the context of this model")
     model.to(device.device)
     eot = end_of_text_id(tokenizer)
     ids: list[int] = []
@@ -3234,7 +3284,10 @@ def evaluate(
     if not ids:
         raise ValueError(f"data={str(data)!r}: no text in it to evaluate on")
     first = eot if eot is not None else 0
-    nats = total_loss(model, np.asarray(ids), first, device, batch_size)
+    if stride is None:
+        nats = total_loss(model, np.asarray(ids), first, device, batch_size)
+    else:
+        nats = sliding_loss(model, np.asarray(ids), first, device, stride, batch_size)
     return {
         "loss": nats / len(ids),
         "perplexity": safe_exp(nats / len(ids)),
@@ -3269,6 +3322,7 @@ class TrainState:
     """of the last evaluation"""
     best_val_loss: float = math.inf
     best_step: int = 0
+    evals_since_best: int = 0
     train_seconds: float = 0.0
     """of training, all sessions"""
     trits: dict[str, Tensor] = field(default_factory=dict)
@@ -3296,6 +3350,7 @@ class TrainState:
         "val_loss",
         "best_val_loss",
         "best_step",
+        "evals_since_best",
         "train_seconds",
     )
 
@@ -3303,6 +3358,16 @@ class TrainState:
     def tokens(self) -> int:
         """training tokens read so far"""
         return self.step * self.config.batch_tokens
+
+    @property
+    def out_of_patience(self) -> bool:
+        """whether the last `patience` evaluations were all no better than one before them"""
+        return 0 < self.config.patience <= self.evals_since_best
+
+    @property
+    def finished(self) -> bool:
+        """whether there is no step left to do: all are done, or more would only overfit"""
+        return self.step >= self.config.max_steps or self.out_of_patience
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors, enough to go on as if never stopped."""
@@ -3322,6 +3387,7 @@ class TrainState:
         Raises:
             ValueError, KeyError, TypeError, RuntimeError: it is not of this model and optimizer.
         """
+        saved = {"evals_since_best": 0, **saved}  # a run of before there was patience
         for name in self._SAVED:
             if not isinstance(saved[name], (int, float)):
                 raise TypeError(f"{name} is {saved[name]!r:.80}")
@@ -3504,6 +3570,7 @@ MAX_SKIPPED_STEPS = 25
 """Non-finite steps in a row that end a run. float16's first loss scale takes some to settle."""
 
 _MAY_CHANGE = ("micro_batch_size", "device", "dtype", "compile", "deterministic", "max_steps")
+_MAY_CHANGE += ("patience",)
 _MAY_CHANGE += ("log_every_steps", "eval_every_steps", "eval_tokens", "sample_prompt")
 _MAY_CHANGE += ("save_every_steps", "save_every_minutes", "save_every_epoch", "keep_checkpoints")
 
@@ -3780,7 +3847,7 @@ class _Trainer:
         return {
             "step": state.step,
             "loss": state.loss,
-            "learning_rate": self.config.matrix_rate * factor,
+            "learning_rate": peak_rates(self.model_config, self.config)[0] * factor,
             "grad_norm": norm,
             "tokens": state.tokens,
             "tokens_per_s": round(tokens_per_s, 1),
@@ -3945,8 +4012,10 @@ class _Trainer:
             state.val_loss = metrics["val_loss"]
             self.tell("on_eval", metrics)
             self.tell("on_sample", self.sample())
+            state.evals_since_best += 1
             if state.val_loss < state.best_val_loss:
                 state.best_val_loss, state.best_step = state.val_loss, state.step
+                state.evals_since_best = 0
                 self.save("best")
         if config.save_every_epoch and self.epoch_ended():
             self.save("epoch")
@@ -3959,7 +4028,7 @@ class _Trainer:
         """Steps until all are done, a signal came, or the loss stays non-finite."""
         state, config = self.state, self.config
         steps_logged, started = 0, time.perf_counter()
-        while state.step < config.max_steps and not state.stop_signal:
+        while not state.finished and not state.stop_signal:
             start = time.perf_counter()
             norm = self.train_step()
             state.train_seconds += time.perf_counter() - start
@@ -3996,6 +4065,14 @@ class _Trainer:
 
     def finish(self) -> None:
         """Save and evaluate on everything, once."""
+        state = self.state
+        if state.step < self.config.max_steps:
+            say(
+                f"ended early at step {state.step} of {self.config.max_steps}: no better "
+                f"validation loss in {self.config.patience} evaluations. The best, "
+                f"{state.best_val_loss:.4f} at step {state.best_step}, is kept (--checkpoint "
+                "best); --patience 0 goes on all the same"
+            )
         self.save_to_the_end()
         metrics = self.evaluate(whole=True)
         self.log.write(metrics)
@@ -4131,14 +4208,14 @@ def _train(
     final = _final_metrics(trainer.log.lines, state.step)
     if copier:
         copier.offer_newest()
-    if state.step >= train_config.max_steps and final:
+    if state.finished and final:
         state.val_loss = final["val_loss"]
         trainer.close_mirror()
         return state
     trainer.announce()
     if state.step:
         say(f"going on from step {state.step} of {train_config.max_steps}")
-    if state.step < train_config.max_steps:
+    if not state.finished:
         trainer.compile()
     trainer.session()
     return state
@@ -5568,7 +5645,7 @@ class Settings:
             f"layers of width {model.hidden_size}, context {model.max_position_embeddings}",
             "data": data.data,
             "training": f"{config.max_steps:,} steps of {config.batch_tokens:,} tokens, peak "
-            f"learning rate {config.matrix_rate:g}",
+            f"learning rate {peak_rates(model, config)[0]:g}",
             "memory": f"{memory:,.0f} MB for weights, gradients and optimizer; activations besides",
             "time": f"about {minutes:.1f} minutes on {device.device}, a guess before training",
             "run folder": f"{self.run_folder.as_posix()}: {self._what_is_there(model, data)}",
@@ -6104,6 +6181,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_flags(command)
     command.add_argument("--data", required=True, metavar="SOURCE", help="file, folder or name")
     command.add_argument("--text-column", help="column of .jsonl, .parquet or hub rows")
+    command.add_argument("--stride", type=int, help="tokens the context moves; default: all of it")
     command.add_argument("--dtype", default="float32", help="auto, float32, bfloat16, float16")
     command.set_defaults(run=_evaluate_command)
 
@@ -6176,7 +6254,7 @@ def _train_command(flags: argparse.Namespace) -> int:
     if state.stop_signal:
         say(f"stopped at step {state.step} of {state.config.max_steps}; saved in {out}")
         return 128 + state.stop_signal
-    model, tokenizer = load_model(out)
+    model, tokenizer = load_model(out, "best" if state.out_of_patience else "last")
     prompt = state.config.sample_prompt
     text = generate(model, tokenizer, prompt, SamplingConfig(max_new_tokens=120, seed=0))
     speed = state.tokens / state.train_seconds if state.train_seconds else 0
@@ -6189,6 +6267,12 @@ def _train_command(flags: argparse.Namespace) -> int:
     )
     print(f" (a uniform guess: {math.log(size):.4f}, {size})")
     print(f"checkpoint: {list_checkpoints(out / 'checkpoints')[-1]}")
+    if state.out_of_patience:
+        print(
+            f"ended early: {state.config.patience} evaluations without a better validation loss; "
+            f"the text above is of the best, {state.best_val_loss:.4f} at step {state.best_step} "
+            "(--checkpoint best)"
+        )
     return 0
 
 
@@ -6210,8 +6294,8 @@ def _evaluate_command(flags: argparse.Namespace) -> int:
     require(flags.dtype in _DTYPES, "dtype", flags.dtype, f"one of {', '.join(_DTYPES)}")
     model, tokenizer = load_model(flags.model, _checkpoint_flag(flags))
     device = choose_device("auto", flags.dtype)
-    result = evaluate(model, tokenizer, flags.data, text_column=flags.text_column, device=device)
-    print(json.dumps(result))
+    options = {"text_column": flags.text_column, "stride": flags.stride, "device": device}
+    print(json.dumps(evaluate(model, tokenizer, flags.data, **options)))
     return 0
 
 
