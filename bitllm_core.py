@@ -3148,7 +3148,7 @@ def _pays_to_compile(model: ModelConfig, train: TrainConfig, device: Device) -> 
     return 6 * model.num_parameters * train.batch_tokens * train.max_steps > worth
 
 
-def _micro_batch(model: ModelConfig, train: TrainConfig, device: Device) -> int:
+def windows_at_once(model: ModelConfig, train: TrainConfig, device: Device) -> int:
     """Windows at once, a divisor of the windows of a step.
 
     On a CPU as many as keep what the blocks hold for the backward pass below 192 MB, near its
@@ -3715,7 +3715,7 @@ class _Trainer:
         self.data, self.tokenizer = prepare_data(
             data_config, model_config.vocab_size, self.context, out
         )
-        self.micro_batch = _micro_batch(model_config, config, self.device)
+        self.micro_batch = windows_at_once(model_config, config, self.device)
         torch.manual_seed(config.seed)  # nothing draws from it yet; a checkpoint holds its state
         model = BitLM(model_config, config.seed).to(self.device.device)
         self.state = TrainState(model, make_optimizers(model, config), self.device.scaler(), config)
@@ -5142,7 +5142,7 @@ def _page_template() -> str:
 def _page_told(source: _Source, ternary_bytes: int) -> dict[str, Any]:
     """All that the page's script is told. A fact may come from a stranger's file."""
     config, sampling = source.model.config, SamplingConfig()
-    weights = sum(linear.trits.numel() for linear in source.model.bit_linears().values())
+    weights = sum(linear.shape.numel() for linear in source.model.bit_linears().values())
     facts = {
         "name": "A ternary language model",
         **source.facts,
@@ -6343,7 +6343,7 @@ def bench_step(
     loss = net.loss if why_not_compile(device) else compiled_loss(net)
     shape = (windows, model.max_position_embeddings)
     ids = torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    ids, at_once = ids.to(device.device), _micro_batch(model, config, device)
+    ids, at_once = ids.to(device.device), windows_at_once(model, config, device)
 
     def step() -> float:
         start = time.perf_counter()

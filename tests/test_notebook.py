@@ -110,7 +110,7 @@ def test_settings_are_described_with_what_the_folder_holds(tiny_corpus):
     settings = bit.Settings("ci", data=str(tiny_corpus), out="run")
     text = settings.describe()
     assert "0.13M parameters: 2 layers of width 64" in text
-    assert "40 steps of 1,024 tokens, peak learning rate 0.02" in text
+    assert "40 steps of 1,024 tokens, peak learning rate 0.04" in text
     assert "run: new" in text
     model, data, train = settings.configs()
     bit.train(model, data, dataclasses.replace(train, max_steps=2), "run", callbacks=[])
