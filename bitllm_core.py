@@ -71,12 +71,14 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -1632,8 +1634,9 @@ def _check_unchanged(config: DataConfig, manifest: dict[str, Any]) -> None:
 
 
 def say(line: str) -> None:
-    """One line to stderr; results alone go to stdout."""
-    print(line, file=sys.stderr, flush=True)
+    """One line to stderr, from the first process alone; results alone go to stdout."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -1780,6 +1783,193 @@ def generate(
 
 # -----------------------------------------------------------------------------
 # 7 Optimization
+# Also the processes that share the work. One alone takes the same way: its share is all of it.
+
+
+def parameters_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[Tensor]:
+    """All parameters, in the optimizers' order."""
+    return [p for o in optimizers for group in o.param_groups for p in group["params"]]
+
+
+PROCESS_TIMEOUT_S = 600.0
+"""Seconds without an answer from the other processes after which one gives up."""
+_BUCKET_NUMBERS = 1 << 23  # gradients sent at once: 32 MB
+
+
+class World:
+    """The processes that train one model together; this one alone unless torchrun started it.
+
+    Each holds the whole model, takes its share of a step's windows, and updates its share of the
+    parameters, which the others receive. All methods but `part` and `owners` are for all processes
+    to call in the same order.
+    """
+
+    rank, size = 0, 1
+
+    @classmethod
+    def of_environment(cls, device: torch.device) -> World:
+        """Meet the others that torchrun's environment tells of, once in the life of a process.
+
+        Raises:
+            ValueError: this machine has fewer GPUs than processes.
+        """
+        world = cls()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+            if not dist.is_initialized():
+                world._meet(device)
+            world.rank, world.size = dist.get_rank(), dist.get_world_size()
+        return world
+
+    def _meet(self, device: torch.device) -> None:
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
+
+        backend, wait = "gloo", timedelta(seconds=PROCESS_TIMEOUT_S)
+        if device.type == "cuda":
+            backend, local = "cpu:gloo,cuda:nccl", int(os.environ.get("LOCAL_RANK", "0"))
+            there = torch.cuda.device_count()
+            require(local < there, "LOCAL_RANK", local, f"one of this machine's {there} GPUs")
+            torch.cuda.set_device(local)
+        with self._told():
+            store, rank, size = next(rendezvous("env://", timeout=wait))
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                # torchrun's own store outlives a restart, with the addresses of the dead in it
+                store = PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+            options = {"store": store, "rank": rank, "world_size": size}
+            dist.init_process_group(backend, timeout=wait, **options)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # of gloo, NCCL and the rendezvous alike
+            raise ConnectionError(
+                f"another process has ended or has not answered for {PROCESS_TIMEOUT_S:.0f} s "
+                f"({first_line(error)}). The same command goes on from the last checkpoint"
+            ) from error
+
+    def part(self, count: int) -> slice:
+        """Which of `count` things in a row are for this process."""
+        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def most(self, value: float) -> float:
+        """The largest of the values that the processes give."""
+        return self._reduced(value, "MAX")
+
+    def total(self, value: float) -> float:
+        """The sum of the values that the processes give."""
+        return self._reduced(value, "SUM")
+
+    def _reduced(self, value: float, operation: str) -> float:
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(float(value), dtype=torch.float64)
+        with self._told():
+            dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
+        return tensor.item()
+
+    def first(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns where the first process calls it; None on the others.
+
+        They wait as long as it takes, and end where it fails.
+        """
+        if self.size == 1:
+            return work()
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
+        if self.rank == 0:
+            threading.Thread(target=run, name="first", daemon=True).start()
+        while self.most(self.rank == 0 and not future.done()):
+            time.sleep(0.05)
+        failed = self.most(self.rank == 0 and future.exception() is not None)
+        if self.rank == 0:
+            return future.result()
+        if failed:
+            raise ChildProcessError("the first process could not begin; its message says why")
+        return None
+
+    def add_up(self, tensors: Iterable[Tensor]) -> None:
+        """Put the sum over all processes into each tensor, in few large messages."""
+        if self.size == 1:
+            return
+        sent = []
+        with self._told():
+            for bucket in _buckets(tensors):
+                flat = torch.cat([tensor.flatten() for tensor in bucket])
+                sent.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+            _receive(sent)
+
+    def owners(self, optimizers: Iterable[torch.optim.Optimizer]) -> list[int]:
+        """Which process updates each of `parameters_of`, so that all have about as much to do.
+
+        Muon's Newton-Schulz multiplies a matrix by its square, which costs its size times its
+        shorter side; AdamW passes over its numbers once.
+        """
+        cost = []
+        for optimizer in optimizers:
+            once = isinstance(optimizer, torch.optim.AdamW)
+            cost += [p.numel() * (1 if once else min(p.shape)) for p in parameters_of([optimizer])]
+        load, owner = [0] * self.size, [0] * len(cost)
+        for i in sorted(range(len(cost)), key=lambda i: (-cost[i], i)):
+            owner[i] = min(range(self.size), key=load.__getitem__)
+            load[owner[i]] += cost[i]
+        return owner
+
+    @torch.no_grad()
+    def spread(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
+        """Give every process the owner's values of each tensor."""
+        if self.size == 1:
+            return
+        sent = []
+        with self._told():
+            for rank in range(self.size):
+                of_rank = (t for t, owner in zip(tensors, owners, strict=True) if owner == rank)
+                for bucket in _buckets(of_rank):
+                    flat = torch.cat([tensor.flatten() for tensor in bucket])
+                    sent.append((bucket, flat, dist.broadcast(flat, rank, async_op=True)))
+            _receive(sent)
+
+    def gathered(self, tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """On the first process: what all have, by two names, that of the others on the CPU."""
+        if self.size == 1:
+            return tensors
+        shapes: list[Any] = [None] * self.size
+        own = [(a, b, t.shape, t.dtype) for a, inner in tensors.items() for b, t in inner.items()]
+        with self._told():
+            dist.all_gather_object(shapes, own)
+            for rank in range(1, self.size):
+                for a, b, shape, dtype in shapes[rank]:
+                    if self.rank == 0:
+                        tensors.setdefault(a, {})[b] = torch.empty(shape, dtype=dtype)
+                        dist.recv(tensors[a][b], rank)
+                    elif self.rank == rank:
+                        dist.send(tensors[a][b].cpu(), 0)
+        return tensors
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    bucket, size = [], 0
+    for tensor in tensors:
+        if bucket and size + tensor.numel() > _BUCKET_NUMBERS:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.numel()
+    if bucket:
+        yield bucket
+
+
+def _receive(sent: Iterable[tuple[list[Tensor], Tensor, Any]]) -> None:
+    for bucket, flat, message in sent:
+        message.wait()
+        for tensor, values in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+            tensor.copy_(values.view_as(tensor))
 
 
 def learning_rate_factor(config: TrainConfig, step: int) -> float:
@@ -1887,9 +2077,13 @@ def _clip(optimizers: list[torch.optim.Optimizer], limit: float) -> Tensor:
 
 
 def apply_gradients(
-    optimizers: list[torch.optim.Optimizer], scaler: Any, factor: float, max_grad_norm: float
+    optimizers: list[torch.optim.Optimizer],
+    scaler: Any,
+    factor: float,
+    max_grad_norm: float,
+    world: World | None = None,
 ) -> float:
-    """One optimizer step on the gradients there are, with the rates times `factor`.
+    """One optimizer step on the gradients of all processes, with the rates times `factor`.
 
     Nothing is changed where a gradient is not finite: with two optimizers, GradScaler.step would
     let one step and skip the other.
@@ -1897,14 +2091,21 @@ def apply_gradients(
     Returns:
         the norm of all gradients; not finite where the step was skipped.
     """
+    world, parameters = world or World(), parameters_of(optimizers)
+    world.add_up(p.grad for p in parameters if p.grad is not None)
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
     norm = _clip(optimizers, max_grad_norm).item()  # waits for the device
     if math.isfinite(norm):
+        owners = world.owners(optimizers)
+        for parameter, owner in zip(parameters, owners, strict=True):
+            if owner != world.rank:
+                parameter.grad = None  # the optimizer passes over it
         for optimizer in optimizers:
             optimizer.step()
+        world.spread(parameters, owners)
     if scaler.is_enabled():
         scaler.update()
     for optimizer in optimizers:
@@ -2989,6 +3190,8 @@ class TrainState:
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     config: TrainConfig
+    world: World = field(default_factory=World)
+    """the processes that train together; callbacks hear of the first one's state"""
     step: int = 0
     """optimizer steps done"""
     skipped: int = 0
@@ -3041,7 +3244,7 @@ class TrainState:
         return {
             **{name: getattr(self, name) for name in self._SAVED},
             "model": self.model.state_dict(),
-            "optimizers": [_optimizer_state(self.model, o) for o in self.optimizers],
+            "optimizers": [_optimizer_state(self.model, o, self.world) for o in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
             "trits": self.trits,
@@ -3058,8 +3261,11 @@ class TrainState:
                 raise TypeError(f"{name} is {saved[name]!r:.80}")
             setattr(self, name, saved[name])
         self.model.load_state_dict(saved["model"])
+        owners = self.world.owners(self.optimizers)
+        shared = zip(parameters_of(self.optimizers), owners, strict=True)
+        mine = {id(p) for p, owner in shared if owner == self.world.rank}
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-            _load_optimizer_state(self.model, optimizer, state["state"])
+            _load_optimizer_state(self.model, optimizer, state["state"], mine)
         if saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"]["torch"])
@@ -3072,24 +3278,27 @@ class TrainState:
         self.trits = dict(saved["trits"])
 
 
-def _optimizer_state(model: BitLM, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _optimizer_state(
+    model: BitLM, optimizer: torch.optim.Optimizer, world: World
+) -> dict[str, Any]:
     """An optimizer's tensors by parameter name; its rates are the configuration's."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {"state": {names[id(p)]: dict(state) for p, state in optimizer.state.items()}}
+    own = {names[id(p)]: dict(state) for p, state in optimizer.state.items()}
+    return {"state": world.gathered(own)}
 
 
 def _load_optimizer_state(
-    model: BitLM, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    model: BitLM, optimizer: torch.optim.Optimizer, state: dict[str, Any], mine: set[int]
 ) -> None:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = parameters_of([optimizer])
     by_number = {}
     for number, parameter in enumerate(parameters):  # as the optimizer itself numbers them
         tensors = state.get(names[id(parameter)], {})
         for key, tensor in tensors.items():
             if tensor.shape not in (parameter.shape, torch.Size([])):
                 raise ValueError(f"{key} of {names[id(parameter)]} has shape {tuple(tensor.shape)}")
-        if tensors:
+        if tensors and id(parameter) in mine:
             by_number[number] = tensors
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": by_number, "param_groups": groups})
@@ -3168,12 +3377,13 @@ class MetricsLog:
     Args:
         saved: the lines that the checkpoint holds; they count where the file lacks one of them.
 
-    A line that the disk does not take is kept, and written with the next one.
+    A line that the disk does not take is kept, and written with the next one. Without a path, as in
+    all processes but the first, all are only kept.
     """
 
-    def __init__(self, path: Path, step: int, saved: Sequence[dict[str, Any]] = ()) -> None:
+    def __init__(self, path: Path | None, step: int, saved: Sequence[dict[str, Any]] = ()) -> None:
         self.path = path
-        there = [line for line in self.read(path) if line["step"] <= step]
+        there = [line for line in (self.read(path) if path else ()) if line["step"] <= step]
         self.lines = there if there[: len(saved)] == list(saved) else list(saved)
         self.behind = True
         self._catch_up()
@@ -3190,6 +3400,8 @@ class MetricsLog:
 
     def write(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
+        if not self.path:
+            return
         try:
             if self.behind or not self.path.is_file():
                 self._catch_up()
@@ -3202,8 +3414,9 @@ class MetricsLog:
             self.behind = True
 
     def _catch_up(self) -> None:
-        text = "".join(json.dumps(line) + "\n" for line in self.lines)
-        write_atomically(self.path, text.encode())
+        if self.path:
+            text = "".join(json.dumps(line) + "\n" for line in self.lines)
+            write_atomically(self.path, text.encode())
         self.behind = False
 
 
@@ -3363,11 +3576,12 @@ class _Trainer:
         data_config: DataConfig,
         config: TrainConfig,
         out: Path,
-        lock: FolderLock,
+        world: World,
+        lock: FolderLock | None,
         callbacks: Sequence[Callback],
     ) -> None:
         self.model_config, self.config, self.out = model_config, config, out
-        self.lock, self.callbacks = lock, callbacks
+        self.world, self.lock, self.callbacks = world, lock, callbacks
         self.settings = {
             "model": asdict(model_config),
             "data": asdict(data_config),
@@ -3376,13 +3590,19 @@ class _Trainer:
         self.context = model_config.max_position_embeddings
         self.device = choose_device(config.device, config.dtype)
         check_memory(model_config, config, self.device)
-        self.data, self.tokenizer = prepare_data(
-            data_config, model_config.vocab_size, self.context, out
-        )
-        self.micro_batch = _micro_batch(model_config, config, self.device)
+        prepare = partial(prepare_data, data_config, model_config.vocab_size, self.context, out)
+        prepared = world.first(prepare)
+        if not prepared and not same_data(out, data_config, model_config.vocab_size):
+            raise FileNotFoundError(
+                f"{out}: the tokens that the first process left there are not to be seen from here "
+                f"({platform.node()}). Processes on several machines need a folder that all share"
+            )
+        self.data, self.tokenizer = prepared or prepare()
+        self.micro_batch = _micro_batch(model_config, self.of_largest_share(), self.device)
         torch.manual_seed(config.seed)  # nothing draws from it yet; a checkpoint holds its state
         model = BitLM(model_config, config.seed).to(self.device.device)
-        self.state = TrainState(model, make_optimizers(model, config), self.device.scaler(), config)
+        optimizers = make_optimizers(model, config)
+        self.state = TrainState(model, optimizers, self.device.scaler(), config, world)
         self.loss: Callable[[Tensor, Tensor], Tensor] = model.loss
         self.unproven = False  # compiled, but no step has shown yet that it works
         self.log: MetricsLog  # from when it is known which step a run goes on from
@@ -3391,6 +3611,11 @@ class _Trainer:
         self.begun_step = -1  # of the newest checkpoint begun
         self.retry_at = math.inf  # when a failed save is tried again
         self.mirror_status = ""
+
+    def of_largest_share(self) -> TrainConfig:
+        """The configuration of one process' share of a step, the largest of them."""
+        windows = -(-self.config.batch_tokens // self.context // self.world.size)
+        return dataclasses.replace(self.config, batch_tokens=windows * self.context)
 
     def tell(self, event: str, *values: Any) -> None:
         for callback in self.callbacks:
@@ -3411,6 +3636,7 @@ class _Trainer:
         say(
             f"steps: {config.max_steps} of {config.batch_tokens:,} tokens, "
             f"{self.micro_batch} windows of {self.context} at once"
+            + (f" on each of {self.world.size} processes" if self.world.size > 1 else "")
         )
         for limit in model.export_limits:
             say(f"note: this model trains, but not every client will load it: {limit}")
@@ -3436,8 +3662,11 @@ class _Trainer:
         self.loss, self.unproven = self.state.model.loss, False
 
     def backward(self, batch: Tensor) -> float:
-        """Mean loss of the windows in `batch`, (windows, T + 1), its gradient accumulated."""
-        tokens = batch[:, 1:].numel()
+        """Loss of the windows in `batch`, (windows, T + 1), its gradient accumulated.
+
+        It is the share of these windows in the mean over all tokens of the step.
+        """
+        tokens = self.config.batch_tokens
         total = torch.zeros((), device=self.device.device)
         for part in batch.split(self.micro_batch):
             part = part.to(self.device.device, non_blocking=True)
@@ -3472,11 +3701,17 @@ class _Trainer:
     def train_step(self) -> float:
         """One optimizer step; returns the norm of its gradient."""
         state = self.state
-        batch = torch.from_numpy(self.data.batch(self.config, self.context, state.step))
-        state.loss = self.backward_or_less(batch)
+        windows = self.data.batch(self.config, self.context, state.step)
+        batch = torch.from_numpy(windows[self.world.part(len(windows))])
+        state.loss = self.world.total(self.backward_or_less(batch))
+        smallest = -int(self.world.most(-self.micro_batch))
+        if smallest < self.micro_batch:
+            say(f"another process is out of memory: {smallest} windows at once from here on")
+            self.micro_batch = smallest
         self.unproven = False
         factor = learning_rate_factor(self.config, state.step)
-        norm = apply_gradients(state.optimizers, state.scaler, factor, self.config.max_grad_norm)
+        limit = self.config.max_grad_norm
+        norm = apply_gradients(state.optimizers, state.scaler, factor, limit, self.world)
         state.step += 1
         if math.isfinite(norm):
             state.skipped_in_a_row = 0
@@ -3522,8 +3757,12 @@ class _Trainer:
     def evaluate(self, whole: bool) -> dict[str, Any]:
         """Loss on a fixed slice of the validation tokens, or on all of them."""
         tokens = self.data.validation if whole else self.data.validation[: self.config.eval_tokens]
-        first = end_of_text_id(self.tokenizer) or 0
-        loss = total_loss(self.state.model, tokens, first, self.device) / len(tokens)
+        first, part = end_of_text_id(self.tokenizer) or 0, self.world.part(len(tokens))
+        begin, end = (at // self.context * self.context for at in (part.start, part.stop))
+        end = len(tokens) if self.world.rank == self.world.size - 1 else end
+        first = int(tokens[begin - 1]) if begin else first
+        nats = total_loss(self.state.model, tokens[begin:end], first, self.device)
+        loss = self.world.total(nats) / len(tokens)
         return {
             "step": self.state.step,
             "val_loss": loss,
@@ -3541,16 +3780,18 @@ class _Trainer:
 
     def checkpoint_contents(self, kind: str) -> dict[str, Any]:
         """All of a run but its tokens; of the best, what generating needs."""
-        contents = self.state.state_dict()
+        state = self.state
         if kind == "best":
-            contents = {name: contents[name] for name in ("step", "model", "val_loss")}
+            contents = {"step": state.step, "val_loss": state.val_loss}
+            contents["model"] = state.model.state_dict()
         else:
-            contents |= {
+            contents = state.state_dict() | {
                 "metrics": self.log.lines,
                 "tokenizer_sha256": self.data.manifest["tokenizer_sha256"],
                 "data_sha256": self.data.manifest["train"]["sha256"],
                 "device": str(self.device),
                 "micro_batch": self.micro_batch,
+                "processes": self.world.size,
             }
         text = self.tokenizer.to_str()
         return {**contents, "config": self.settings, "tokenizer": text, "versions": versions()}
@@ -3569,23 +3810,28 @@ class _Trainer:
         """Begin a checkpoint; a disk that refuses does not end the training."""
         if kind == "step":
             self.state.save_requested = False
-            if self.begun_step == self.state.step:  # asked for twice
+            if not self.world.most(self.begun_step != self.state.step):  # asked for twice
                 return
-        if self.lock.taken():
+        start = time.perf_counter()
+        contents = self.checkpoint_contents(kind)  # every process gives its part
+        if self.lock:
+            self.write(contents, kind, self.lock)
+        self.state.save_seconds += time.perf_counter() - start
+        if kind == "step":
+            self.last_save, self.begun_step = time.monotonic(), self.state.step
+
+    def write(self, contents: dict[str, Any], kind: str, lock: FolderLock) -> None:
+        if lock.taken():
             raise ValueError(
                 f"{self.out}: another process has taken this run over; stopped at step "
                 f"{self.state.step}, the last checkpoint of this one is of step "
                 f"{self.state.last_saved_step}"
             )
-        start = time.perf_counter()
         try:
             self.write_settings()
-            self.writer.save(self.checkpoint_contents(kind), kind)
+            self.writer.save(contents, kind)
         except OSError as error:
             self.save_failed(f"{kind}_{self.state.step:08d}", error)
-        self.state.save_seconds += time.perf_counter() - start
-        if kind == "step":
-            self.last_save, self.begun_step = time.monotonic(), self.state.step
 
     def save_failed(self, name: str, error: OSError) -> None:
         last = self.state.last_saved_step
@@ -3607,9 +3853,10 @@ class _Trainer:
     def save_to_the_end(self) -> None:
         """Save this step and wait until it is safe; OSError where it cannot be."""
         self.collect_saves(wait=True)
-        if self.begun_step != self.state.step:
+        if self.world.most(self.begun_step != self.state.step):
             self.save()
             self.collect_saves(wait=True)
+        self.state.last_saved_step = int(self.world.most(self.state.last_saved_step))
         if self.state.last_saved_step != self.state.step:
             raise OSError(
                 f"step {self.state.step} could not be saved in {self.out} (see above); the last "
@@ -3642,12 +3889,13 @@ class _Trainer:
                     f"it was trained on other tokens: {name} differs; put tokenizer.json and data/ "
                     "back"
                 )
-        now = {**versions(), "device": str(self.device)}
+        now = {**versions(), "device": str(self.device), "processes": self.world.size}
         before = {**checkpoint["versions"], "device": checkpoint["device"]}
+        before["processes"] = checkpoint.get("processes", 1)
         changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
         if changed:
             say(f"note: not bit for bit as before, for these changed: {', '.join(changed)}")
-        if not self.config.micro_batch_size:
+        if not self.config.micro_batch_size and before["processes"] == self.world.size:
             self.micro_batch = int(checkpoint["micro_batch"])
         check_weights(self.model_config, checkpoint["model"], self.out / "checkpoints")
         self.state.load_state_dict(checkpoint)
@@ -3680,16 +3928,22 @@ class _Trainer:
                 self.save("best")
         if config.save_every_epoch and self.epoch_ended():
             self.save("epoch")
-        if self.save_is_due():
+        if self.world.most(self.save_is_due()):
             self.save()
         self.collect_saves()
         self.watch_mirror()
+
+    def stop_asked(self) -> bool:
+        """Whether any process has been told to stop; the same answer in all."""
+        number = int(self.world.most(self.state.stop_signal))
+        self.state.stop_signal = number or self.state.stop_signal  # one may have come just now
+        return number != 0
 
     def run(self) -> None:
         """Steps until all are done, a signal came, or the loss stays non-finite."""
         state, config = self.state, self.config
         steps_logged, started = 0, time.perf_counter()
-        while state.step < config.max_steps and not state.stop_signal:
+        while state.step < config.max_steps and not self.stop_asked():
             start = time.perf_counter()
             norm = self.train_step()
             state.train_seconds += time.perf_counter() - start
@@ -3715,9 +3969,9 @@ class _Trainer:
     def wait_while_paused(self) -> float:
         """Seconds spent here, which belong to no step; stopping and saving work meanwhile."""
         start = time.perf_counter()
-        while self.state.paused and not self.state.stop_signal:
+        while self.world.most(self.state.paused) and not self.stop_asked():
             self.tell("on_pause")
-            if self.state.save_requested:
+            if self.world.most(self.state.save_requested):
                 self.save()
             self.collect_saves()
             self.watch_mirror()
@@ -3738,7 +3992,7 @@ class _Trainer:
             self.tell("on_start")
             try:
                 self.run()
-                if self.state.stop_signal:
+                if self.stop_asked():
                     self.save_to_the_end()
                 else:
                     self.finish()
@@ -3833,36 +4087,47 @@ def _train(
     configs: tuple[ModelConfig, DataConfig, TrainConfig],
     out: Path,
     resume: str,
-    lock: FolderLock,
+    world: World,
+    lock: FolderLock | None,
     copier: Mirror | None,
     callbacks: Sequence[Callback],
 ) -> TrainState:
-    """`train`, alone in its folders."""
+    """`train`, alone in its folders; `lock` and `copier` are the first process' own."""
     model_config, data_config, train_config = configs
     mirror = copier.folder if copier else None
-    if resume == "never":
-        for place in (out, mirror):
-            if place:
-                set_aside(place, same_data(place, data_config, model_config.vocab_size))
-    names = ("model", "data", "train")
-    settings = {name: asdict(part) for name, part in zip(names, configs, strict=True)}
-    checkpoint = open_run(out, settings, resume, mirror)
-    if checkpoint:
-        _bring_back(out, mirror, data_config, checkpoint)
-    trainer = _Trainer(model_config, data_config, train_config, out, lock, callbacks)
+
+    def begin() -> dict[str, Any] | None:
+        if resume == "never":
+            for place in (out, mirror):
+                if place:
+                    set_aside(place, same_data(place, data_config, model_config.vocab_size))
+        names = ("model", "data", "train")
+        settings = {name: asdict(part) for name, part in zip(names, configs, strict=True)}
+        checkpoint = open_run(out, settings, resume, mirror)
+        if checkpoint:
+            _bring_back(out, mirror, data_config, checkpoint)
+        return checkpoint
+
+    checkpoint = world.first(begin)
+    step = int(world.most(checkpoint["step"] if checkpoint else -1))
+    if step >= 0 and not checkpoint:
+        checkpoint = load_checkpoint(out / "checkpoints" / f"step_{step:08d}.safetensors")
+    trainer = _Trainer(model_config, data_config, train_config, out, world, lock, callbacks)
     state = trainer.state
     state.mirror = trainer.writer.mirror = copier
     saved_metrics = checkpoint.get("metrics", []) if checkpoint else []
     if checkpoint:
         trainer.restore(checkpoint)
         del checkpoint
-    trainer.write_settings()
-    trainer.log = MetricsLog(out / "metrics.jsonl", state.step, saved_metrics)
+    if lock:
+        trainer.write_settings()
+    path = out / "metrics.jsonl" if lock else None
+    trainer.log = MetricsLog(path, state.step, saved_metrics)
     final = _final_metrics(trainer.log.lines, state.step)
     if copier:
         copier.offer_newest()
-    if state.step >= train_config.max_steps and final:
-        state.val_loss = final["val_loss"]
+    if state.step >= train_config.max_steps and world.most(bool(final)):
+        state.val_loss = final.get("val_loss", state.val_loss)
         trainer.close_mirror()
         return state
     trainer.announce()
@@ -3894,6 +4159,8 @@ def train(
             mounted drive; a run is also gone on with from there. Its parent must exist.
         callbacks: see `Callback`; default: a progress bar.
 
+    Under torchrun, the processes share the work; the first alone writes and calls back.
+
     Returns:
         the state after the last step; its `stop_signal` is set when it was interrupted, after a
         checkpoint. A finished run comes back at once.
@@ -3908,21 +4175,29 @@ def train(
     mirror = Path(mirror).expanduser() if mirror else None
     require(resume in ("auto", "never", "must"), "resume", resume, "auto, never or must")
     check_configs(model_config, train_config)
-    check_memory(model_config, train_config, choose_device(train_config.device))
-    check_run_folder(out)
-    if mirror:
-        check_mirror(out, mirror)
+    device = choose_device(train_config.device)
+    check_memory(model_config, train_config, device)
     callbacks = [ProgressBar()] if callbacks is None else callbacks
-    out.mkdir(parents=True, exist_ok=True)
+    configs = (model_config, data_config, train_config)
     with contextlib.ExitStack() as stack:
-        lock = stack.enter_context(FolderLock(out))
-        copier = Mirror(out, mirror, keep_of(train_config)) if mirror else None
-        if copier:
-            stack.callback(copier.close, 1.0)  # after an error; else it has been closed before
         stack.enter_context(_repeatable_kernels(train_config.deterministic))
-        return _train(
-            (model_config, data_config, train_config), out, resume, lock, copier, callbacks
-        )
+        world = World.of_environment(device.device)
+        windows = train_config.batch_tokens // model_config.max_position_embeddings
+        require(world.size <= windows, "WORLD_SIZE", world.size, f"at most the {windows} windows")
+
+        def enter() -> tuple[FolderLock, Mirror | None]:
+            check_run_folder(out)
+            if mirror:
+                check_mirror(out, mirror)
+            out.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(FolderLock(out))
+            copier = Mirror(out, mirror, keep_of(train_config)) if mirror else None
+            if copier:
+                stack.callback(copier.close, 1.0)  # after an error; else it has been closed before
+            return lock, copier
+
+        lock, copier = world.first(enter) or (None, None)
+        return _train(configs, out, resume, world, lock, copier, callbacks if lock else ())
 
 
 # -----------------------------------------------------------------------------
@@ -5629,7 +5904,11 @@ def _configs_from_flags(flags: argparse.Namespace) -> tuple[Any, Any, Any]:
 def _train_command(flags: argparse.Namespace) -> int:
     configs = _configs_from_flags(flags)
     state = train(*configs, flags.out, resume=flags.resume, mirror=flags.mirror)
+    if state.world.size > 1:
+        dist.destroy_process_group()
     out = Path(flags.out)
+    if state.world.rank != 0:
+        return 128 + state.stop_signal if state.stop_signal else 0
     if state.stop_signal:
         say(f"stopped at step {state.step} of {state.config.max_steps}; saved in {out}")
         return 128 + state.stop_signal
