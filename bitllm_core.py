@@ -291,7 +291,7 @@ class DataConfig:
     text_column: str | None = None
     """column of .jsonl, .parquet or hub rows; default: text, or the only column of strings"""
     max_train_tokens: int | None = None
-    """read no more than this many training tokens (hub sources are then streamed)"""
+    """train on no more than this many; hub sources and folders then come in while training runs"""
     tokenizer: str = "bpe"
     """bpe (byte-level, lossless) or wordpiece (the seed's)"""
 
@@ -1151,6 +1151,11 @@ _PIECE_CHARS = 1 << 16  # lines are joined to pieces of about this length
 _LONGEST_PIECE = 1 << 20  # a longer row is cut at white space
 _TOKENIZER_CHARS = 100_000_000  # text a tokenizer is trained on at most
 _STREAM_VALIDATION_CHARS = 2_000_000  # held out at the beginning of a source of unknown length
+_STREAM_TOKENIZER_CHARS = 20_000_000  # text a tokenizer is trained on where training waits for it
+_STREAM_ROWS = 64  # of a stream read at once
+_BLOCK_TOKENS = 1 << 22  # of a stream that come, and are shuffled, together
+STREAM_RETRY_S = (1.0, 60.0, 10)
+"""Seconds until a broken stream is opened again: at first, doubling, at most; and how often."""
 
 Piece = tuple[str, bool]  # text, and whether a document ends with it
 
@@ -1260,17 +1265,20 @@ def _cut_long(pieces: Iterable[Piece]) -> Iterator[Piece]:
         yield text, ends
 
 
-def _file_pieces(files: Sequence[Path], column: str | None) -> Iterator[Piece]:
+def _file_rows(path: Path) -> Any:
     import datasets
 
+    kind = _BUILDERS[path.suffix]
+    options = {"keep_linebreaks": True, "encoding": "utf-8-sig"} if kind == "text" else {}
+    files = {"train": [str(path)]}
+    return datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **options)
+
+
+def _file_pieces(files: Sequence[Path], column: str | None) -> Iterator[Piece]:
     for path in files:
-        kind = _BUILDERS[path.suffix]
-        options = {"keep_linebreaks": True, "encoding": "utf-8-sig"} if kind == "text" else {}
         try:
-            rows: Any = datasets.load_dataset(
-                kind, data_files={"train": [str(path)]}, split="train", streaming=True, **options
-            )
-            if kind == "text":
+            rows = _file_rows(path)
+            if path.suffix == ".txt":
                 yield from _one_document(_join_lines(_rows(rows, "text")))
             else:
                 for text in _rows(rows, _text_column(rows, column, str(path))):
@@ -1283,18 +1291,22 @@ def _file_pieces(files: Sequence[Path], column: str | None) -> Iterator[Piece]:
             raise ValueError(f"{path}: cannot be read as {path.suffix} ({error})") from error
 
 
-def _hub_pieces(hub: _Hub, split: str, column: str | None, streaming: bool) -> Iterator[Piece]:
+def _hub_rows(hub: _Hub, split: str, streaming: bool) -> Any:
     import datasets
     from datasets.exceptions import DatasetsError
 
     try:
-        rows: Any = datasets.load_dataset(hub.name, hub.config, split=split, streaming=streaming)
+        return datasets.load_dataset(hub.name, hub.config, split=split, streaming=streaming)
     except (OSError, DatasetsError) as error:
         raise ConnectionError(
             f"the data set {hub.name} could not be loaded from the Hugging Face hub "
             f"({' '.join(str(error).split())[:200]}). Without a connection, give a local file "
             "(--data FILE.txt) or the text that comes with Python (--data pydocs)"
         ) from error
+
+
+def _hub_pieces(hub: _Hub, split: str, column: str | None, streaming: bool) -> Iterator[Piece]:
+    rows = _hub_rows(hub, split, streaming)
     texts = _rows(rows, _text_column(rows, hub.column or column, hub.name))
     if hub.lines:
         return ((text, False) for text in _join_lines(texts))
@@ -1343,15 +1355,6 @@ def _split_tail(pieces: Iterable[Piece], train_chars: int) -> Iterator[tuple[str
             seen, train_chars = 1, 0
 
 
-def _split_head(pieces: Iterable[Piece], validation_chars: int) -> Iterator[tuple[str, str, bool]]:
-    """For a stream, whose end is unknown: its first documents validate, the rest trains."""
-    seen, validating = 0, True
-    for text, ends in pieces:
-        yield "validation" if validating else "train", text, ends
-        seen += len(text)
-        validating = validating and not (ends and seen >= validation_chars)
-
-
 def _splits(config: DataConfig) -> Callable[[], Iterator[tuple[str, str, bool]]]:
     """A function that reads the source from its beginning, each piece with its split."""
     held: str | None = config.validation_data
@@ -1366,13 +1369,42 @@ def _splits(config: DataConfig) -> Callable[[], Iterator[tuple[str, str, bool]]]
                 yield "validation", text, ends
 
         return read_own
-    if not _is_local(config.data) and config.max_train_tokens is not None:
-        return lambda: _split_head(
-            read_pieces(config.data, "train", config), _STREAM_VALIDATION_CHARS
-        )
     total = sum(len(text) for text, _ in read_pieces(config.data, "train", config))
     train_chars = round(total * (1 - config.validation_fraction))
     return lambda: _split_tail(read_pieces(config.data, "train", config), train_chars)
+
+
+def is_streamed(config: DataConfig) -> bool:
+    """Whether tokens are brought in while training runs: a budget of a hub's set or a folder."""
+    local = Path(config.data).expanduser()
+    small = config.data == "pydocs" or local.is_file()
+    return config.max_train_tokens is not None and not small
+
+
+def _stream(
+    config: DataConfig, state: dict[str, Any] | None = None
+) -> Iterator[tuple[list[Piece], dict[str, Any]]]:
+    """The training text some rows at once, with the `state` that goes on after them."""
+    state = state or {"source": 0, "column": None, "rows": None}
+    files = _local_files(Path(config.data).expanduser()) if _is_local(config.data) else []
+    hub = None if files else _hub_source(config.data)
+    for number in range(state["source"], len(files) or 1):
+        if hub:
+            rows, lines, wanted = _hub_rows(hub, "train", True), hub.lines, hub.column
+        else:
+            rows, lines, wanted = _file_rows(files[number]), files[number].suffix == ".txt", None
+        # looking for the column reads the first rows: once is enough
+        column = state["column"] or _text_column(rows, wanted or config.text_column, config.data)
+        if state["rows"]:
+            rows.load_state_dict(state["rows"])
+        for batch in rows.iter(batch_size=_STREAM_ROWS):
+            texts: Iterable[str] = filter(None, batch[column])
+            pieces = [(t, not lines) for t in (_join_lines(texts) if lines else texts)]
+            at = {"source": number, "column": column, "rows": rows.state_dict()}
+            yield list(_cut_long(pieces)), at
+        state = {"source": number + 1, "column": None, "rows": None}
+        if lines:
+            yield [("", True)], state
 
 
 def open_new(path: Path) -> Any:
@@ -1482,19 +1514,36 @@ def source_fingerprint(source: str) -> str | None:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass
 class TokenData:
     """Tokenised text of a run: two memory-mapped arrays and what is known of them."""
 
     training: np.ndarray
     validation: np.ndarray
     manifest: dict[str, Any]
+    streamed: bool = False
+    """whether tokens come while training runs; then ask whether a step is `ready`"""
+    error: Exception | None = None
+    """what ended a stream before its end"""
+
+    def ready(self, config: TrainConfig, context: int, step: int) -> bool:
+        """Whether the tokens of a step have come."""
+        return True
+
+    def coming(self, tokenizer: Any) -> Any:
+        """A block in which more tokens are brought in, where there are any."""
+        return contextlib.nullcontext()
 
     @property
     def bytes_per_token(self) -> float:
         """UTF-8 bytes of text a validation token stands for, on average."""
         counts = self.manifest["validation"]
         return counts["bytes"] / max(counts["tokens"], 1)
+
+    @property
+    def sha256(self) -> str:
+        """Of the tokens that tell these from any others."""
+        return self.manifest["train"]["sha256"]
 
     def batch(self, config: TrainConfig, context: int, step: int) -> np.ndarray:
         """The windows of optimizer step `step` (from 0), (windows, context + 1), int64.
@@ -1522,22 +1571,243 @@ def _epoch_order(seed: int, epoch: int, windows: int, tokens: int) -> tuple[int,
     return int(generator.integers(tokens)), generator.permutation(windows)
 
 
+class StreamedData(TokenData):
+    """Tokens of which a thread brings in more while training reads what is there.
+
+    Windows are shuffled inside blocks of `_BLOCK_TOKENS`, so that a step's are a function of (seed,
+    step) whenever they came. train.bin grows; progress.json beside it tells how far it is whole
+    and from where to go on.
+    """
+
+    def __init__(self, folder: Path, validation: np.ndarray, manifest: dict[str, Any]) -> None:
+        super().__init__(np.empty(0, dtype=manifest["dtype"]), validation, manifest)
+        self.streamed, self.folder, self.ended = True, folder, False
+        self.budget: int = manifest["asked"]["data"]["max_train_tokens"]
+
+    @property
+    def sha256(self) -> str:
+        return self.manifest["validation"]["sha256"]  # the beginning of the same source
+
+    def refresh(self) -> None:
+        """See what has come."""
+        progress = read_json(self.folder / "progress.json") or {"parts": [], "ended": False}
+        count = progress["parts"][-1]["tokens"] if progress["parts"] else 0
+        if count > len(self.training):
+            path, dtype = self.folder / "train.bin", self.manifest["dtype"]
+            self.training = np.memmap(path, dtype=dtype, mode="r", shape=(count,))
+        self.ended = progress["ended"]
+
+    def _in_all(self) -> int:
+        """Tokens an epoch: the budget, or as many as the source has."""
+        return len(self.training) if self.ended else self.budget
+
+    def ready(self, config: TrainConfig, context: int, step: int) -> bool:
+        """Whether the tokens of a step have come."""
+        last = (step + 1) * (config.batch_tokens // context) - 1
+        needed = (last // self._block(context) + 1) * self._block(context) * context + 1
+        for look in (lambda: None, self.refresh):
+            look()
+            if self.ended and len(self.training) <= context:
+                count = len(self.training)
+                self.error = ValueError(
+                    f"{count} tokens in the stream; expected more than a window"
+                )
+            elif self.ended or len(self.training) >= min(needed, self.budget):
+                return True
+        return False
+
+    def _block(self, context: int) -> int:
+        """Windows shuffled together: fewer where the budget is small, so that training begins."""
+        return max(min(_BLOCK_TOKENS, self.budget // 16) // context, 1)
+
+    def batch(self, config: TrainConfig, context: int, step: int) -> np.ndarray:
+        """The windows of a step that is `ready`, as `TokenData.batch`."""
+        windows, block, N = config.batch_tokens // context, self._block(context), self._in_all()
+        starts = np.empty(windows, dtype=np.int64)
+        for row, number in enumerate(range(step * windows, (step + 1) * windows)):
+            epoch, within = divmod(number, N // context)
+            first = within // block * block
+            size = min(block, N // context - first)
+            order = _block_order(config.seed, epoch, first, size)
+            starts[row] = (first + order[within - first]) * context
+        return self.training[(starts[:, None] + np.arange(context + 1)) % N].astype(np.int64)
+
+    def steps_per_epoch(self, config: TrainConfig, context: int) -> float:
+        return (self._in_all() // context) / (config.batch_tokens // context)
+
+    @contextlib.contextmanager
+    def coming(self, tokenizer: Any) -> Iterator[None]:
+        """Bring the rest in, in the background, until the end of the block."""
+        self.refresh()
+        closed = threading.Event()
+        work = partial(self._bring_all, tokenizer, closed)
+        thread = threading.Thread(target=work, name="stream", daemon=True)
+        if not self.ended:
+            thread.start()
+        try:
+            yield
+        finally:
+            closed.set()
+            if thread.is_alive():
+                thread.join(5)  # one that waits for the network finds out later, and writes nothing
+
+    def _bring_all(self, tokenizer: Any, closed: threading.Event) -> None:
+        wait, most, tries = STREAM_RETRY_S
+        failures, before = 0, -1
+        while not closed.is_set():
+            try:
+                self._bring(tokenizer, closed)
+                return
+            except Exception as error:  # each layer of the hub's clients has kinds of its own
+                self.refresh()
+                failures = failures + 1 if len(self.training) == before else 1
+                before = len(self.training)
+                if isinstance(error, ValueError) or failures > tries:
+                    self.error = error
+                    return
+                pause = min(wait * 2.0 ** (failures - 1), most)
+                if not closed.is_set():
+                    say(f"data: {first_line(error)}; trying again in {pause:.0f} s")
+                closed.wait(pause)
+
+    def _bring(self, tokenizer: Any, closed: threading.Event) -> None:
+        """Append what comes, from where the last part ended, until the budget is reached."""
+        config, eot = DataConfig(**self.manifest["asked"]["data"]), end_of_text_id(tokenizer)
+        parts = (read_json(self.folder / "progress.json") or {"parts": []})["parts"]
+        state = parts[-1]["state"] if parts else self.manifest["stream_state"]
+        dtype = np.dtype(self.manifest["dtype"])
+        done, new, size = (parts[-1]["tokens"] if parts else 0), bytearray(), 0
+
+        def write(ended: bool) -> None:
+            nonlocal done, new, size
+            if closed.is_set():
+                return
+            with path.open("r+b") as file:
+                file.seek(done * dtype.itemsize)  # what a kill left after it is overwritten
+                file.write(new)
+                file.flush()
+                os.fsync(file.fileno())
+            done += len(new) // dtype.itemsize
+            part = {"tokens": done, "bytes": size, "sha256": hashlib.sha256(new).hexdigest()}
+            parts.append({**part, "state": state})
+            text = json.dumps({"parts": parts, "ended": ended})
+            write_atomically(self.folder / "progress.json", text.encode())
+            new, size = bytearray(), 0
+
+        path = self.folder / "train.bin"
+        path.touch()
+        at_once = min(_BLOCK_TOKENS, self.budget // 16) * dtype.itemsize
+        room = (self.budget - done) * dtype.itemsize
+        try:
+            for pieces, after in _stream(config, state):
+                texts = [text for text, _ in pieces]
+                encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+                for (text, ends), tokens in zip(pieces, encoded, strict=True):
+                    ids = tokens.ids + ([eot] if ends and eot is not None else [])
+                    new += np.asarray(ids, dtype=dtype).tobytes()
+                    size += len(text.encode())
+                state = after
+                if closed.is_set():
+                    return
+                if len(new) >= room:
+                    break
+                if len(new) >= at_once:
+                    room -= len(new)
+                    write(ended=False)
+        except BaseException:
+            if new:
+                write(ended=False)  # it need not come again
+            raise
+        del new[room:]
+        write(ended=True)
+
+
+@lru_cache(maxsize=4)
+def _block_order(seed: int, epoch: int, first: int, size: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch, first]).permutation(size)
+
+
+def _read_split(folder: Path, manifest: dict[str, Any], split: str) -> np.ndarray | None:
+    """A token file, or None where it is missing or not what the manifest says."""
+    path, expected, dtype = folder / f"{split}.bin", manifest[split], manifest["dtype"]
+    if dtype not in ("uint16", "uint32") or not path.is_file() or not expected["tokens"]:
+        return None
+    if path.stat().st_size != expected["tokens"] * np.dtype(dtype).itemsize:
+        return None
+    tokens = np.memmap(path, dtype=dtype, mode="r")
+    if file_hash(path) != expected["sha256"]:
+        return None
+    if tokens.max() >= manifest["asked"]["vocab_size"]:  # it has no row in the embedding
+        return None
+    return tokens
+
+
 def _read_tokens(folder: Path, manifest: dict[str, Any]) -> TokenData | None:
-    """The token files, or None where one is missing or not what the manifest says."""
-    arrays = []
-    for split in ("train", "validation"):
-        path, expected, dtype = folder / f"{split}.bin", manifest[split], manifest["dtype"]
-        if dtype not in ("uint16", "uint32") or not path.is_file() or not expected["tokens"]:
-            return None
-        if path.stat().st_size != expected["tokens"] * np.dtype(dtype).itemsize:
-            return None
-        tokens = np.memmap(path, dtype=dtype, mode="r")
-        if file_hash(path) != expected["sha256"]:
-            return None
-        if tokens.max() >= manifest["asked"]["vocab_size"]:  # it has no row in the embedding
-            return None
-        arrays.append(tokens)
-    return TokenData(arrays[0], arrays[1], manifest)
+    """Whatever data a manifest tells of, or None where a file is not what it says."""
+    validation = _read_split(folder, manifest, "validation")
+    if validation is None:
+        return None
+    if "stream_state" in manifest:
+        _mend_stream(folder, manifest)
+        return StreamedData(folder, validation, manifest)
+    training = _read_split(folder, manifest, "train")
+    return None if training is None else TokenData(training, validation, manifest)
+
+
+def _mend_stream(folder: Path, manifest: dict[str, Any]) -> None:
+    """Take a stream back to where train.bin is what was written."""
+    progress = read_json(folder / "progress.json") or {"parts": []}
+    itemsize, good, end = np.dtype(manifest["dtype"]).itemsize, [], 0
+    with contextlib.suppress(FileNotFoundError), (folder / "train.bin").open("rb") as file:
+        for part in progress["parts"]:
+            data = file.read((part["tokens"] - end) * itemsize)
+            if hashlib.sha256(data).hexdigest() != part["sha256"]:
+                break
+            good, end = [*good, part], part["tokens"]
+    if len(good) < len(progress["parts"]):
+        say(f"data: train.bin is not what was written after token {end:,}; that is read again")
+        text = json.dumps({"parts": good, "ended": False})
+        write_atomically(folder / "progress.json", text.encode())
+
+
+def _begin_stream(config: DataConfig, tokenizer: Any, folder: Path) -> dict[str, Any]:
+    """Write validation.bin; return what the manifest says of a stream that begins after it."""
+    for name in ("train.bin", "progress.json"):
+        (folder / name).unlink(missing_ok=True)
+    state: dict[str, Any] = {}
+    held = config.validation_data
+    own = read_pieces(held or config.data, "train" if held else "validation", config)
+    first = next(own, None)
+
+    seen, limit = (
+        0.0,
+        min(
+            _STREAM_VALIDATION_CHARS,
+            4 * config.validation_fraction * (config.max_train_tokens or 0),
+        ),
+    )
+
+    def pieces() -> Iterator[tuple[str, str, bool]]:
+        nonlocal seen
+        if first is not None:
+            yield from (("validation", *piece) for piece in itertools.chain([first], own))
+            seen = limit
+            return
+        for batch, after in _stream(config):
+            yield from (("validation", *piece) for piece in batch)
+            seen += sum(len(text) for text, _ in batch)
+            state.update(after)
+            if seen >= limit:
+                return
+
+    counts = _tokenize(tokenizer, pieces(), folder, None)
+    if seen < limit:
+        raise ValueError(
+            f"data={config.data!r}: all of its {seen:,.0f} characters would validate, for a "
+            "stream's beginning does; leave max_train_tokens out for a text as short as this"
+        )
+    to_come = {"tokens": config.max_train_tokens, "bytes": 0, "sha256": ""}
+    return {**counts, "train": to_come, "stream_state": state or None}
 
 
 _JSON_BYTES = 16 << 20  # configurations and manifests have a few thousand
@@ -1592,8 +1862,9 @@ def prepare_data(
         _check_unchanged(config, found[0].manifest)
         return found
     folder.mkdir(parents=True, exist_ok=True)
-    fingerprint = source_fingerprint(config.data)
-    read = _splits(config)
+    streamed = is_streamed(config)
+    fingerprint = None if streamed else source_fingerprint(config.data)
+    read = (lambda: _stream_texts(config)) if streamed else _splits(config)
     path = out / "tokenizer.json"
     if path.is_file():
         tokenizer = load_tokenizer(path)
@@ -1601,7 +1872,10 @@ def prepare_data(
     else:
         start = time.perf_counter()
         texts = (text for split, text, _ in read() if split == "train")
-        tokenizer = train_tokenizer(_limited(texts, _TOKENIZER_CHARS), vocab_size, config.tokenizer)
+        chars = _TOKENIZER_CHARS
+        if streamed:
+            chars = min(_STREAM_TOKENIZER_CHARS, 8 * (config.max_train_tokens or 0))
+        tokenizer = train_tokenizer(_limited(texts, chars), vocab_size, config.tokenizer)
         say(f"tokenizer: {tokenizer.get_vocab_size()} tokens, {time.perf_counter() - start:.1f} s")
     check_tokenizer(tokenizer, vocab_size, path)
     manifest = {
@@ -1609,7 +1883,11 @@ def prepare_data(
         "asked": {"data": asdict(config), "vocab_size": vocab_size},
         "source_sha256": fingerprint,
         "tokenizer_sha256": tokenizer_hash(tokenizer),
-        **_tokenize(tokenizer, read(), folder, config.max_train_tokens),
+        **(
+            _begin_stream(config, tokenizer, folder)
+            if streamed
+            else _tokenize(tokenizer, read(), folder, config.max_train_tokens)
+        ),
     }
     for split, needed in (("train", context + 1), ("validation", 2)):
         if manifest[split]["tokens"] < needed:
@@ -1624,7 +1902,14 @@ def prepare_data(
     return tokens, tokenizer
 
 
+def _stream_texts(config: DataConfig) -> Iterator[tuple[str, str, bool]]:
+    for pieces, _ in _stream(config):
+        yield from (("train", *piece) for piece in pieces)
+
+
 def _check_unchanged(config: DataConfig, manifest: dict[str, Any]) -> None:
+    if is_streamed(config):  # reading all of it again is what a stream is there to avoid
+        return
     now = source_fingerprint(config.data)
     if now is not None and now != manifest["source_sha256"]:
         raise ValueError(
@@ -2838,7 +3123,10 @@ class Mirror:
         text = b"".join(source.read("manifest.json"))
         if "manifest.json" in target.names() and b"".join(target.read("manifest.json")) == text:
             return
+        counts = json.loads(text)
         for split in ("train", "validation"):
+            if not counts[split]["sha256"]:  # a stream's: they come from their source again
+                continue
             name = f"{split}.bin"
             self._bytes = [0, source.size(name)]
             if copy_file(source, name, target, self._progress) != target.digest(name):
@@ -3788,7 +4076,7 @@ class _Trainer:
             contents = state.state_dict() | {
                 "metrics": self.log.lines,
                 "tokenizer_sha256": self.data.manifest["tokenizer_sha256"],
-                "data_sha256": self.data.manifest["train"]["sha256"],
+                "data_sha256": self.data.sha256,
                 "device": str(self.device),
                 "micro_batch": self.micro_batch,
                 "processes": self.world.size,
@@ -3883,7 +4171,7 @@ class _Trainer:
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         for name in ("tokenizer_sha256", "data_sha256"):
-            there = {**self.data.manifest, "data_sha256": self.data.manifest["train"]["sha256"]}
+            there = {**self.data.manifest, "data_sha256": self.data.sha256}
             if checkpoint[name] != there[name]:
                 raise ValueError(
                     f"it was trained on other tokens: {name} differs; put tokenizer.json and data/ "
@@ -3939,11 +4227,29 @@ class _Trainer:
         self.state.stop_signal = number or self.state.stop_signal  # one may have come just now
         return number != 0
 
+    def tokens_came(self) -> bool:
+        """Whether the next step's tokens are there, after waiting for them; False: stop first."""
+        data, state, started = self.data, self.state, time.monotonic()
+        while data.streamed and self.world.most(
+            not data.ready(self.config, self.context, state.step)
+        ):
+            if self.world.most(data.error is not None):
+                state.stop_signal = state.stop_signal or signal.SIGTERM
+            if self.stop_asked():
+                return False
+            if started < time.monotonic() - 10:
+                say(f"waiting for more text to come in; {len(data.training):,} tokens are there")
+                started = time.monotonic() + 50
+            time.sleep(0.1)
+        return True
+
     def run(self) -> None:
         """Steps until all are done, a signal came, or the loss stays non-finite."""
         state, config = self.state, self.config
         steps_logged, started = 0, time.perf_counter()
         while state.step < config.max_steps and not self.stop_asked():
+            if not self.tokens_came():
+                continue
             start = time.perf_counter()
             norm = self.train_step()
             state.train_seconds += time.perf_counter() - start
@@ -3988,7 +4294,8 @@ class _Trainer:
 
     def session(self) -> None:
         """Train to the end or to a stop, and leave everything safe."""
-        with _stop_on_signals(self.state):
+        coming = self.data.coming(self.tokenizer) if self.lock else contextlib.nullcontext()
+        with _stop_on_signals(self.state), coming:
             self.tell("on_start")
             try:
                 self.run()
@@ -4001,6 +4308,12 @@ class _Trainer:
                 self.writer.worker.shutdown()
                 self.tell("on_end")
             self.close_mirror()
+            if self.data.error:
+                raise ConnectionError(
+                    f"data={self.settings['data']['data']!r} could not be read on "
+                    f"({first_line(self.data.error)}). Step {self.state.step} is saved; the same "
+                    "command goes on from there"
+                ) from self.data.error
 
     def close_mirror(self) -> None:
         if self.state.mirror:
@@ -4052,8 +4365,10 @@ def _fetch_data(mirror: Path, out: Path, config: DataConfig, vocab_size: int) ->
     if same_data(out, config, vocab_size) or not same_data(mirror, config, vocab_size):
         return
     (out / "data").mkdir(exist_ok=True)
+    there = Folder(mirror / "data")
     for name in ("train.bin", "validation.bin", "manifest.json"):
-        copy_file(Folder(mirror / "data"), name, Folder(out / "data"))
+        if name in there.names():  # of a stream, what trains comes from its source again
+            copy_file(there, name, Folder(out / "data"))
     say(f"fetched {mirror / 'data'}")
 
 
