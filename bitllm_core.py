@@ -35,6 +35,7 @@ References
     [4] Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, arXiv:2104.09864.
     [5] Hägele et al., Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations,
         2024, arXiv:2405.18392 (warm-up, constant, cooldown).
+    [6] Hsu et al., Liger Kernel: Efficient Triton Kernels for LLM Training, arXiv:2410.10989.
 """
 
 from __future__ import annotations
@@ -606,6 +607,22 @@ class _StraightThrough(torch.autograd.Function):
         return grad[0].to(ctx.dtype), None
 
 
+class _Held(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, held: Tensor) -> Tensor:
+        ctx.dtype = parameter.dtype
+        return held.view_as(held)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Any) -> Any:
+        return grad[0].to(ctx.dtype), None
+
+
+def held_for(parameter: Tensor, held: Tensor) -> Tensor:
+    """`held`, made from `parameter` beforehand; its gradient reaches the parameter unchanged."""
+    return _Held.apply(parameter, held) if torch.is_grad_enabled() else held
+
+
 def quantize_input(x: Tensor, linear: str) -> Tensor:
     """What BitLinears of form `linear` read: 8-bit where ternary. Once for all that share `x`."""
     return _StraightThrough.apply(x, "activation") if linear == "ternary" else x
@@ -641,7 +658,7 @@ class BitLinear(nn.Linear):
     def effective_weight(self) -> Tensor:
         """The weight that multiplies: t * s, or the dense weight. (O, I)"""
         if self.held is not None:
-            return self.held
+            return self.held if self.frozen else held_for(self.weight, self.held)
         if self.frozen:
             return self.trits * self.weight_scale
         if self.linear == "dense":
@@ -810,6 +827,51 @@ class _Trunk(nn.Module):
         self.norm = _norm(config, config.hidden_size)
 
 
+_CHUNK_BYTES = 64 << 20  # of logits in float32 at once; smaller is slower: docs/log.md
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Head and cross-entropy in one, a chunk of tokens at a time.
+
+    All logits of a step would be its largest tensor by far (half a gigabyte at a vocabulary of
+    30,000), written and read several times. Here a chunk's gradient is taken while its logits are
+    there, so nothing of their size outlives it: what is kept for the backward pass is the finished
+    gradient of hidden states and weight. The idea is that of Liger Kernel's fused linear cross
+    entropy [6], in plain torch.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        kind = hidden.device.type
+        reduced = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if reduced else hidden.dtype
+        learning = any(ctx.needs_input_grad[:2])
+        nats = torch.zeros((), device=hidden.device)
+        with torch.autocast(kind, enabled=False):
+            w = weight.to(dtype)
+            d_hidden, d_weight = (torch.zeros_like(t) if learning else t for t in (hidden, w))
+            ctx.save_for_backward(d_hidden, d_weight)
+            rows = max(1, _CHUNK_BYTES // (4 * len(w)))
+            for start in range(0, len(hidden), rows):
+                part = slice(start, start + rows)
+                x, wanted = hidden[part].to(dtype), targets[part, None]
+                log_p = (x @ w.T).log_softmax(dim=1, dtype=torch.float32)  # (rows, V)
+                log_p_wanted = log_p.gather(1, wanted)
+                nats -= log_p_wanted.sum()
+                if learning:  # the gradient of the logits is p, less 1 at what was wanted
+                    d_logits = log_p.exp_()
+                    d_logits.scatter_add_(1, wanted, torch.full_like(log_p_wanted, -1.0))
+                    d_logits = d_logits.to(dtype)
+                    d_hidden[part] = d_logits @ w
+                    d_weight.addmm_(d_logits.T, x)
+        return nats
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Any) -> Any:
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * grad[0], d_weight.mul_(grad[0]), None
+
+
 class BitLM(nn.Module):
     """The language model: token ids in, logits of each next token out.
 
@@ -825,6 +887,7 @@ class BitLM(nn.Module):
         self.config = config
         self.model = _Trunk(config)
         self.lm_head: BitLinear | None = None
+        self.held_head: Tensor | None = None  # the tied head's weight, see hold_weights
         if not config.tie_word_embeddings:
             self.lm_head = BitLinear(config.hidden_size, config.vocab_size, config.linear)
         table = _rope_table(config) if config.block == "bitnet" else torch.zeros(0)
@@ -843,15 +906,22 @@ class BitLM(nn.Module):
         return self.requires_grad_(False).eval()
 
     @contextlib.contextmanager
-    def hold_weights(self) -> Iterator[None]:
-        """Quantize each weight once for a whole evaluation or text instead of at every call."""
+    def hold_weights(self, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+        """Quantize each weight once, to `dtype`, for an optimizer step, an evaluation or a text.
+
+        Gradients pass through what is held. What a step of an optimizer changes in the meantime
+        has no effect before the end.
+        """
         layers = list(self.bit_linears().values())
         try:
             with torch.no_grad():
                 for layer in layers:
-                    layer.held = layer.effective_weight()
+                    layer.held = layer.effective_weight().detach().to(dtype)
+                if self.lm_head is None:
+                    self.held_head = self.model.embed_tokens.weight.detach().to(dtype)
             yield
         finally:
+            self.held_head = None
             for layer in layers:
                 layer.held = None
 
@@ -884,13 +954,18 @@ class BitLM(nn.Module):
         return x
 
     def _blocks(
-        self, x: Tensor, at: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        at: Tensor,
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
+        blocks: Sequence[Callable[..., Tensor]] | None = None,
     ) -> Tensor:
         rope = None
         if self.config.block == "bitnet":
             rope = self.rope[:, at].view(2, -1, x.shape[1], self.config.head_dim // 2)
-        for layer in self.model.layers:
-            x = layer(x, rope, cache, mask)
+        for block in blocks or self.model.layers:
+            x = block(x, rope, cache, mask)
         return self.model.norm(x)
 
     def _padded_mask(self, at: Tensor, left_pad: Tensor) -> Tensor:
@@ -899,11 +974,18 @@ class BitLM(nn.Module):
         own = keys == at[:, None]  # padding sees itself: a row without keys would be NaN
         return (seen | own)[:, None]
 
+    def head_weight(self) -> Tensor:
+        """What turns hidden states into logits, (V, D)."""
+        if self.lm_head is not None:
+            return self.lm_head.effective_weight()
+        weight = self.model.embed_tokens.weight
+        return weight if self.held_head is None else held_for(weight, self.held_head)
+
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states, (..., V)."""
-        if self.lm_head is None:
-            return F.linear(hidden, self.model.embed_tokens.weight)
-        return self.lm_head(quantize_input(hidden, self.config.linear))
+        if self.lm_head is not None:
+            hidden = quantize_input(hidden, self.config.linear)
+        return F.linear(hidden, self.head_weight())
 
     def forward(
         self, input_ids: Tensor, cache: KVCache | None = None, left_pad: Tensor | None = None
@@ -923,15 +1005,21 @@ class BitLM(nn.Module):
         """
         return self.head(self.hidden(input_ids, cache, left_pad))
 
-    def loss(self, input_ids: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy in nats, summed over all tokens of `targets`, (B, T), in float32."""
-        return self.loss_of_embedded(self.embed(input_ids), targets)
+    def loss(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        blocks: Sequence[Callable[..., Tensor]] | None = None,
+    ) -> Tensor:
+        """Cross-entropy in nats, summed over all tokens of `targets`, (B, T), in float32.
 
-    def loss_of_embedded(self, x: Tensor, targets: Tensor) -> Tensor:
-        """`loss` of what `embed` returned: the part that is worth compiling."""
-        at = torch.arange(x.shape[1], device=x.device)
-        logits = self.head(self._blocks(x, at)).flatten(0, 1)
-        return F.cross_entropy(logits.float(), targets.flatten(), reduction="sum")
+        `blocks` stands for `model.layers` where those are compiled.
+        """
+        at = torch.arange(input_ids.shape[1], device=input_ids.device)
+        hidden = self._blocks(self.embed(input_ids), at, blocks=blocks).flatten(0, 1)  # (N, D)
+        if self.lm_head is not None:
+            hidden = quantize_input(hidden, self.config.linear)
+        return _ChunkedLoss.apply(hidden, self.head_weight(), targets.flatten())
 
 
 @torch.no_grad()
@@ -3330,38 +3418,41 @@ def why_not_compile(device: Device) -> str:
 
 
 def compiled_loss(model: BitLM) -> Callable[[Tensor, Tensor], Tensor]:
-    """`model.loss`, compiled but for the embedding.
+    """`model.loss` with its blocks compiled: one compilation, since they are alike.
 
-    Compiled for a CPU, the embedding's gradient is added up by several threads in no fixed order,
-    so that two runs differ in their last bits; the eager one is as fast and always the same.
+    Head and loss are quick as they are. The embedding has to stay eager: its gradient, compiled
+    for a CPU, is added up by several threads in no fixed order, so that two runs differ in their
+    last bits.
     """
-    compiled = torch.compile(model.loss_of_embedded, dynamic=False)
+    blocks = [torch.compile(block, dynamic=False) for block in model.model.layers]
 
     def loss(input_ids: Tensor, targets: Tensor) -> Tensor:
         with warnings.catch_warnings():  # the compiler looks at the input's .grad; it has none
             warnings.filterwarnings("ignore", message="The .grad attribute")
-            return compiled(model.embed(input_ids), targets)
+            return model.loss(input_ids, targets, blocks)
 
     return loss
 
 
-def _pays_to_compile(model: ModelConfig, train: TrainConfig) -> bool:
-    """Compiling takes half a minute, and a step is then about twice as fast."""
-    return 6 * model.num_parameters * train.batch_tokens * train.max_steps > 2e13
+def _pays_to_compile(model: ModelConfig, train: TrainConfig, device: Device) -> bool:
+    """Compiling takes ten seconds on a CPU and more for a GPU; steps gain a quarter to a half."""
+    worth = 1e15 if device.device.type == "cuda" else 5e12  # a minute's work, guessed for a T4
+    return 6 * model.num_parameters * train.batch_tokens * train.max_steps > worth
 
 
 def _micro_batch(model: ModelConfig, train: TrainConfig, device: Device) -> int:
-    """Windows at once: as many as keep the logits small, a divisor of the windows of a step."""
+    """Windows at once, a divisor of the windows of a step.
+
+    On a CPU as many as keep what the blocks hold for the backward pass at about 256 MB, near its
+    caches: more is slower. On a GPU as many as a quarter of its free memory takes.
+    """
     windows = train.batch_tokens // model.max_position_embeddings
     if train.micro_batch_size:
         return train.micro_batch_size
-    room = 256 << 20 if device.device.type == "cpu" else _free_memory(device) // 16
-    at_once = room // (4 * model.vocab_size * model.max_position_embeddings)
+    room = torch.cuda.mem_get_info()[0] // 4 if device.device.type == "cuda" else 256 << 20
+    numbers = model.num_hidden_layers * (8 * model.hidden_size + 3 * model.intermediate_size)
+    at_once = room // (device.dtype.itemsize * numbers * model.max_position_embeddings)
     return max(d for d in range(1, windows + 1) if windows % d == 0 and d <= max(at_once, 1))
-
-
-def _free_memory(device: Device) -> int:
-    return torch.cuda.mem_get_info()[0] if device.device.type == "cuda" else 4 << 30
 
 
 def estimate_memory(model: ModelConfig, train: TrainConfig) -> int:
@@ -3400,7 +3491,7 @@ def total_loss(
     window only. The result does not depend on `batch_size`, but for rounding.
     """
     context, count, total = model.config.max_position_embeddings, len(tokens), 0.0
-    with model.hold_weights(), device.autocast():
+    with model.hold_weights(device.dtype), device.autocast():
         for start in range(0, count, context * batch_size):
             piece = tokens[start : start + context * batch_size].astype(np.int64)
             before = first if start == 0 else int(tokens[start - 1])
@@ -3933,12 +4024,12 @@ class _Trainer:
         """Wrap the loss in torch.compile where asked for, or where it pays."""
         asked, why_not = self.config.compile, why_not_compile(self.device)
         wanted = asked == "on" or (
-            asked == "auto" and _pays_to_compile(self.model_config, self.config)
+            asked == "auto" and _pays_to_compile(self.model_config, self.config, self.device)
         )
         if wanted and why_not:
             say(f"torch.compile: off ({why_not})")
         elif wanted:
-            say("torch.compile: on; the first step takes up to a minute")
+            say("torch.compile: on; the first step takes some ten seconds longer")
             try:  # it also imports the compiler
                 self.loss = compiled_loss(self.state.model)
                 self.unproven = True
@@ -3991,7 +4082,9 @@ class _Trainer:
         state = self.state
         windows = self.data.batch(self.config, self.context, state.step)
         batch = torch.from_numpy(windows[self.world.part(len(windows))])
-        state.loss = self.world.total(self.backward_or_less(batch))
+        with state.model.hold_weights(self.device.dtype):
+            share = self.backward_or_less(batch)
+        state.loss = self.world.total(share)
         smallest = -int(self.world.most(-self.micro_batch))
         if smallest < self.micro_batch:
             say(f"another process is out of memory: {smallest} windows at once from here on")
@@ -6307,10 +6400,11 @@ def _time_training(model: ModelConfig, device: Device, windows: int, steps: int)
     ids = ids.to(device.device)
 
     def step() -> None:
-        for part in ids.split(4):
-            with device.autocast():
-                value = loss(part, part) / ids.numel()
-            scaler.scale(value).backward()
+        with net.hold_weights(device.dtype):
+            for part in ids.split(4):
+                with device.autocast():
+                    value = loss(part, part) / ids.numel()
+                scaler.scale(value).backward()
         apply_gradients(optimizers, scaler, 1.0, 1.0)
 
     step()

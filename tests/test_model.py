@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import bitllm_core as bit
 from tests.conftest import Payload
@@ -131,3 +132,51 @@ def test_a_foreign_file_is_an_error_and_never_executed(tmp_path):
     assert not proof.exists()
     with pytest.raises(FileNotFoundError, match="no such file"):
         bit.import_seed_checkpoint(tmp_path / "none.pth")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_chunked_loss_is_the_whole_one(tiny_config, monkeypatch, tied, dtype):
+    """Value and gradients, whatever the chunks; and no chunk has more rows than it may."""
+    model = bit.BitLM(dataclasses.replace(tiny_config, tie_word_embeddings=tied), seed=3)
+    x = torch.randint(tiny_config.vocab_size, (3, 17))
+    inputs, targets = x[:, :-1], x[:, 1:]
+
+    def gradients(loss):
+        model.zero_grad()
+        loss.backward()
+        return [loss.detach()] + [p.grad.clone() for p in model.parameters()]
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        logits = model(inputs).flatten(0, 1).float()
+        whole = gradients(F.cross_entropy(logits, targets.flatten(), reduction="sum"))
+        heights = []
+        log_softmax = torch.Tensor.log_softmax
+        monkeypatch.setattr(
+            torch.Tensor,
+            "log_softmax",
+            lambda t, *a, **k: (heights.append(len(t)), log_softmax(t, *a, **k))[1],
+        )
+        monkeypatch.setattr(bit, "_CHUNK_BYTES", 4 * tiny_config.vocab_size * 7)
+        chunked = gradients(model.loss(inputs, targets))
+    assert heights == [7] * 6 + [6]
+    close = 1e-5 if dtype == torch.float32 else 2e-2  # bfloat16 has 8 bits
+    for a, b in zip(whole, chunked, strict=True):
+        assert (a - b).abs().max() <= close * b.abs().max()
+
+
+@pytest.mark.parametrize("linear", ["ternary", "weight_only", "dense"])
+def test_held_weights_learn_as_those_quantized_at_every_call(tiny_config, linear):
+    model = bit.BitLM(dataclasses.replace(tiny_config, linear=linear), seed=3)
+    x = torch.randint(tiny_config.vocab_size, (2, 9))
+
+    def gradients():
+        model.zero_grad()
+        model.loss(x[:, :-1], x[:, 1:]).backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    expected = gradients()
+    with model.hold_weights():
+        held = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(expected, held, strict=True))
+    assert all(a.abs().sum() > 0 for a in held)
