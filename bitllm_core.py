@@ -2166,7 +2166,21 @@ def parameters_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[Tensor]:
 
 PROCESS_TIMEOUT_S = 600.0
 """Seconds without an answer from the other processes after which one gives up."""
-_BUCKET_NUMBERS = 1 << 23  # gradients sent at once: 32 MB
+BUCKET_NUMBERS = 1 << 23
+"""Numbers of a message between processes, 32 MB; a larger tensor is one message."""
+MESSAGES_UNDER_WAY = 4
+
+
+@contextlib.contextmanager
+def told_of_the_dead() -> Iterator[None]:
+    """A block that talks to the other processes; ConnectionError where one is gone."""
+    try:
+        yield
+    except RuntimeError as error:  # of gloo, NCCL and the rendezvous alike
+        raise ConnectionError(
+            f"another process has ended or has not answered for {PROCESS_TIMEOUT_S:.0f} s "
+            f"({first_line(error)}). The same command goes on from the last checkpoint"
+        ) from error
 
 
 class World:
@@ -2203,23 +2217,13 @@ class World:
             there = torch.cuda.device_count()
             require(local < there, "LOCAL_RANK", local, f"one of this machine's {there} GPUs")
             torch.cuda.set_device(local)
-        with self._told():
+        with told_of_the_dead():
             store, rank, size = next(rendezvous("env://", timeout=wait))
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 # torchrun's own store outlives a restart, with the addresses of the dead in it
                 store = PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
             options = {"store": store, "rank": rank, "world_size": size}
             dist.init_process_group(backend, timeout=wait, **options)
-
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:  # of gloo, NCCL and the rendezvous alike
-            raise ConnectionError(
-                f"another process has ended or has not answered for {PROCESS_TIMEOUT_S:.0f} s "
-                f"({first_line(error)}). The same command goes on from the last checkpoint"
-            ) from error
 
     def part(self, count: int) -> slice:
         """Which of `count` things in a row are for this process."""
@@ -2237,7 +2241,7 @@ class World:
         if self.size == 1:
             return value
         tensor = torch.tensor(float(value), dtype=torch.float64)
-        with self._told():
+        with told_of_the_dead():
             dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
         return tensor.item()
 
@@ -2269,14 +2273,8 @@ class World:
 
     def add_up(self, tensors: Iterable[Tensor]) -> None:
         """Put the sum over all processes into each tensor, in few large messages."""
-        if self.size == 1:
-            return
-        sent = []
-        with self._told():
-            for bucket in _buckets(tensors):
-                flat = torch.cat([tensor.flatten() for tensor in bucket])
-                sent.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
-            _receive(sent)
+        if self.size > 1:
+            _exchange((b, dist.all_reduce) for b in _buckets(tensors))
 
     def owners(self, optimizers: Iterable[torch.optim.Optimizer]) -> list[int]:
         """Which process updates each of `parameters_of`, so that all have about as much to do.
@@ -2297,16 +2295,9 @@ class World:
     @torch.no_grad()
     def spread(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
         """Give every process the owner's values of each tensor."""
-        if self.size == 1:
-            return
-        sent = []
-        with self._told():
-            for rank in range(self.size):
-                of_rank = (t for t, owner in zip(tensors, owners, strict=True) if owner == rank)
-                for bucket in _buckets(of_rank):
-                    flat = torch.cat([tensor.flatten() for tensor in bucket])
-                    sent.append((bucket, flat, dist.broadcast(flat, rank, async_op=True)))
-            _receive(sent)
+        for rank in range(self.size if self.size > 1 else 0):
+            of_rank = (t for t, owner in zip(tensors, owners, strict=True) if owner == rank)
+            _exchange((b, partial(dist.broadcast, src=rank)) for b in _buckets(of_rank))
 
     def gathered(self, tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
         """On the first process: what all have, by two names, that of the others on the CPU."""
@@ -2314,7 +2305,7 @@ class World:
             return tensors
         shapes: list[Any] = [None] * self.size
         own = [(a, b, t.shape, t.dtype) for a, inner in tensors.items() for b, t in inner.items()]
-        with self._told():
+        with told_of_the_dead():
             dist.all_gather_object(shapes, own)
             for rank in range(1, self.size):
                 for a, b, shape, dtype in shapes[rank]:
@@ -2329,7 +2320,7 @@ class World:
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     bucket, size = [], 0
     for tensor in tensors:
-        if bucket and size + tensor.numel() > _BUCKET_NUMBERS:
+        if bucket and size + tensor.numel() > BUCKET_NUMBERS:
             yield bucket
             bucket, size = [], 0
         bucket.append(tensor)
@@ -2338,11 +2329,23 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def _receive(sent: Iterable[tuple[list[Tensor], Tensor, Any]]) -> None:
-    for bucket, flat, message in sent:
-        message.wait()
+def _exchange(messages: Iterable[tuple[list[Tensor], Callable[..., Any]]]) -> None:
+    """Send each bucket as one tensor and take over what comes back; a few are under way at once."""
+
+    def receive(bucket: list[Tensor], flat: Tensor, work: Any) -> None:
+        work.wait()
         for tensor, values in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
             tensor.copy_(values.view_as(tensor))
+
+    sent: list[tuple[list[Tensor], Tensor, Any]] = []
+    with told_of_the_dead():
+        for bucket, send in messages:
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            sent.append((bucket, flat, send(flat, async_op=True)))
+            if len(sent) == MESSAGES_UNDER_WAY:
+                receive(*sent.pop(0))
+        for message in sent:
+            receive(*message)
 
 
 def learning_rate_factor(config: TrainConfig, step: int) -> float:
@@ -3462,6 +3465,62 @@ def estimate_memory(model: ModelConfig, train: TrainConfig) -> int:
     return 4 * (
         2 * model.num_parameters + states * matrices + 2 * (model.num_parameters - matrices)
     )
+
+
+def activation_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes that a token's activations take in one block until the backward pass, uncompiled.
+
+    Measured on the processor: what autograd keeps of 16 tokens in two blocks, less that in one.
+    """
+
+    def kept(layers: int) -> int:
+        config = dataclasses.replace(
+            model, num_hidden_layers=layers, vocab_size=MIN_VOCAB_SIZE, tie_word_embeddings=True
+        )
+        net = BitLM(dataclasses.replace(config, max_position_embeddings=16), seed=None)
+        tensors: list[Tensor] = []  # kept alive, so that no address comes twice
+
+        def note(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
+            return tensor
+
+        ids = torch.zeros(1, 16, dtype=torch.int64)
+        with (
+            net.hold_weights(dtype),
+            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+            Device(torch.device("cpu"), dtype, "").autocast(),
+        ):
+            net.loss(ids, ids)
+            weights = [*net.parameters(), *(layer.held for layer in net.bit_linears().values())]
+        found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        for weight in weights:
+            found.pop(weight.untyped_storage().data_ptr() if weight is not None else 0, None)
+        return sum(found.values())
+
+    return (kept(2) - kept(1)) // 16
+
+
+def memory_parts(
+    model: ModelConfig, train: TrainConfig, dtype: torch.dtype, processes: int = 1
+) -> dict[str, int]:
+    """Bytes that training takes on each of so many devices, by part, whatever the micro-batch.
+
+    Activations come on top: `activation_bytes` for each token at once and each layer.
+    """
+    D, V, P = model.hidden_size, model.vocab_size, model.num_parameters
+    kv = model.num_kv_heads * model.head_dim
+    up = 2 if model.block == "seed" else 3
+    matrices = model.num_hidden_layers * (2 * D * D + 2 * D * kv + up * D * model.intermediate_size)
+    states = 4 * (matrices if train.optimizer == "muon" else 2 * matrices) + 8 * (P - matrices)
+    at_once = MESSAGES_UNDER_WAY * 4 * max(BUCKET_NUMBERS, V * D)
+    return {
+        "weights": 4 * P,
+        "gradients": 4 * P,
+        "optimizer": states // processes,
+        "quantized weights": dtype.itemsize * (matrices + V * D),
+        "gradient of the head": dtype.itemsize * V * D,
+        "messages": min(at_once, 4 * P) if processes > 1 else 0,
+    }
 
 
 def check_memory(model: ModelConfig, train: TrainConfig, device: Device) -> None:
@@ -6265,7 +6324,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--quick", action="store_true", help="a small shape, seconds")
     command.set_defaults(run=_bench_command)
 
-    command = commands.add_parser("info", help="device, versions and presets")
+    command = commands.add_parser("info", help="device, versions, presets; or plan a training")
+    command.add_argument("--preset", help="plan this, or what the flags change in it")
+    command.add_argument("--gpus", type=int, metavar="N", help="plan for so many GPUs")
+    for config in (ModelConfig, TrainConfig):
+        _add_fields(command, config, preset_gives=True)
     command.set_defaults(run=_info_command)
     return parser
 
@@ -6292,11 +6355,16 @@ def _settings_of_run(out: Path, mirror: str | None) -> dict[str, Any] | None:
     return None
 
 
+def _preset(name: str) -> str:
+    require(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
+    return name
+
+
 def _configs_from_flags(flags: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The preset's, or the run's own where no preset is named, with the flags laid over."""
     kinds = (ModelConfig, DataConfig, TrainConfig)
     if flags.preset is not None:
-        require(flags.preset in PRESETS, "preset", flags.preset, f"one of {', '.join(PRESETS)}")
+        _preset(flags.preset)
     saved = None if flags.preset else _settings_of_run(Path(flags.out), flags.mirror)
     if saved:
         parts = zip(kinds, ("model", "data", "train"), strict=True)
@@ -6458,7 +6526,61 @@ def machine() -> dict[str, Any]:
     return {**found, "threads": torch.get_num_threads(), **versions()}
 
 
+GPUS = {
+    "T4": (14.6, 65e12, 0.2, 5e9),
+    "A100": (40, 312e12, 0.35, 200e9),
+    "H100": (80, 989e12, 0.35, 300e9),
+}
+"""GiB, FLOP/s of 16-bit products, the assumed share of it, bytes/s assumed from one to another."""
+
+
+def _plan(model: ModelConfig, config: TrainConfig, gpus: int) -> Iterator[str]:
+    """Size, memory by part and time of a training on several GPUs of a kind, line by line."""
+    dtype = torch.float32 if config.dtype == "float32" else torch.float16
+    context, layers, P = (
+        model.max_position_embeddings,
+        model.num_hidden_layers,
+        model.num_parameters,
+    )
+    tokens = config.batch_tokens * config.max_steps
+    per_token = 6 * P + 6 * layers * context * model.hidden_size  # and causal attention's
+    parts = memory_parts(model, config, dtype, gpus)
+    window = activation_bytes(model, dtype) * layers * context
+    share = -(-config.batch_tokens // context // gpus)
+    yield f"parameters: {P:,}"
+    yield f"tokens: {tokens:,} in {config.max_steps:,} steps of {config.batch_tokens:,}"
+    yield f"FLOP: {per_token * tokens:.2e}, {per_token:.2e} a token"
+    yield f"memory on each of {gpus}, {str(dtype).removeprefix('torch.')} products:"
+    yield from (f"  {name:22} {size / 2**20:8,.0f} MB" for name, size in parts.items() if size)
+    yield f"  {'sum':22} {sum(parts.values()) / 2**20:8,.0f} MB"
+    yield f"  and for each window of {context} tokens at once {window / 2**20:,.0f} MB, uncompiled"
+    sent = 12 * P * (gpus - 1) / gpus if gpus > 1 else 0  # gradients there and back, and weights
+    for name, (gib, peak, used, between) in GPUS.items():
+        fit = int((0.7 * gib * 2**30 - sum(parts.values())) // window)  # temporaries besides
+        if fit < 1:
+            yield f"{gpus} x {name} ({gib} GiB): does not fit"
+            continue
+        seconds = per_token * tokens / (gpus * peak * used) + config.max_steps * sent / between
+        yield (
+            f"{gpus} x {name} ({gib} GiB): {min(fit, share)} of {share} windows at once, "
+            f"{seconds / 3600:,.1f} hours"
+        )
+    used = ", ".join(f"{n} {share:.0%} of {peak:.3g}" for n, (_, peak, share, _) in GPUS.items())
+    yield f"hours: a guess, nothing measured; assumed FLOP a second: {used}"
+
+
 def _info_command(flags: argparse.Namespace) -> int:
+    names = {item.name for kind in (ModelConfig, TrainConfig) for item in fields(kind)}
+    if flags.preset or flags.gpus is not None or names & vars(flags).keys():
+        model, _, config = PRESETS[_preset(flags.preset or "demo")]
+        model = _from_flags(ModelConfig, flags, model)
+        config = _from_flags(TrainConfig, flags, config)
+        check_configs(model, config)
+        gpus = 1 if flags.gpus is None else flags.gpus
+        require(gpus >= 1, "gpus", gpus, "at least 1")
+        for line in _plan(model, config, gpus):
+            print(line)
+        return 0
     device = choose_device()
     print(f"device: {device}")
     print(f"torch.compile: {why_not_compile(device) or 'available'}")

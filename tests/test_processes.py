@@ -1,5 +1,6 @@
 """Several processes that train one model: the same run, whatever their number and their fate."""
 
+import dataclasses
 import os
 import shutil
 import socket
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import bitllm_core as bit
 from tests import together
@@ -36,7 +38,7 @@ def run_together(processes, folder, *tasks, **more):
         variables = environment(**{k: str(v) for k, v in world.items()})
         started.append(subprocess.Popen(command, env=variables, encoding="utf-8", **pipes))
     try:
-        answers = [process.communicate(timeout=240) for process in started]
+        answers = [process.communicate(timeout=400) for process in started]
     finally:
         for process in started:  # those of which one hangs
             process.kill()
@@ -133,7 +135,7 @@ def test_torchrun_starts_it_again_by_itself(runs):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=400,
         check=False,
     )
     assert result.returncode == 0, result.stderr
@@ -185,3 +187,55 @@ def test_work_is_shared_evenly_and_completely():
     for owner, p in zip(world.owners(optimizers), bit.parameters_of(optimizers), strict=True):
         cost[owner] += p.numel() * min(p.shape) if p.dim() == 2 and len(p) != 512 else 0
     assert max(cost) / sum(cost) < 0.6
+
+
+def test_the_plan_counts_what_training_holds(tiny_config):
+    model, config = bit.BitLM(tiny_config), bit.TrainConfig()
+    optimizers = bit.make_optimizers(model, config)
+    ids = torch.randint(300, (4, 16))
+    with model.hold_weights(torch.float32):
+        model.loss(ids, ids).backward()
+        held = [layer.held for layer in model.bit_linears().values()]
+        held_bytes = sum(weight.nbytes for weight in held) + model.model.embed_tokens.weight.nbytes
+    gradients = sum(p.grad.nbytes for p in model.parameters())
+    bit.apply_gradients(optimizers, torch.amp.GradScaler("cpu", enabled=False), 1.0, 1.0)
+    states = [t for o in optimizers for state in o.state.values() for t in state.values()]
+    parts = bit.memory_parts(tiny_config, config, torch.float32)
+    assert parts["weights"] == parts["gradients"] == gradients
+    assert parts["quantized weights"] == held_bytes
+    assert parts["optimizer"] == sum(t.nbytes for t in states if t.dim())
+    three = bit.memory_parts(tiny_config, config, torch.float32, 3)
+    assert three["optimizer"] == parts["optimizer"] // 3
+
+
+def test_the_plan_of_activations_is_what_autograd_keeps(tiny_config):
+    config = dataclasses.replace(tiny_config, num_hidden_layers=5, max_position_embeddings=64)
+    model, kept = bit.BitLM(config), {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # and alive
+        return tensor
+
+    ids = torch.randint(300, (8, 64))
+    with (
+        model.hold_weights(),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+    ):
+        model.loss(ids, ids)
+        weights = [*model.parameters(), *(m.held for m in model.bit_linears().values())]
+    for weight in weights:
+        kept.pop(weight.untyped_storage().data_ptr(), None)
+    found = sum(t.untyped_storage().nbytes() for t in kept.values())
+    planned = bit.activation_bytes(config, torch.float32) * 5 * ids.numel()
+    assert planned == pytest.approx(found, rel=0.1)  # embedding, last norm and head besides
+
+
+def test_info_plans_for_several_gpus(capsys):
+    assert bit.main(["info", "--preset", "ci", "--hidden-size", "128", "--gpus", "2"]) == 0
+    told = capsys.readouterr().out
+    size = dataclasses.replace(bit.PRESETS["ci"][0], hidden_size=128).num_parameters
+    assert f"parameters: {size:,}" in told
+    assert "memory on each of 2" in told
+    assert "2 x T4" in told
+    assert bit.main(["info", "--gpus", "0"]) == 2
+    assert "gpus=0: expected at least 1" in capsys.readouterr().err

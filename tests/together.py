@@ -87,7 +87,7 @@ def train(folder: Path, task: str) -> bit.TrainState:
 
 def main() -> int:
     folder = Path(sys.argv[1])
-    bit.PROCESS_TIMEOUT_S = float(os.environ.get("TIMEOUT", "60"))
+    bit.PROCESS_TIMEOUT_S = float(os.environ.get("TIMEOUT", "300"))
     for task in sys.argv[2:]:
         try:
             state = train(folder, task)
