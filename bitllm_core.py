@@ -19,7 +19,7 @@ Contents
     7 Optimization    Muon and AdamW, their groups and the schedule
     8 Checkpoints     written whole or not at all, and loaded as data only
     9 Training        evaluation and the loop
-    10 Export         to transformers, llama.cpp and one small file, and back
+    10 Export         to transformers, llama.cpp, one small file and a web page, and back
     11 Notebook       settings form, live display with buttons, Drive, prompt box
     12 Command line   train, generate, evaluate, bench, info
 
@@ -44,8 +44,10 @@ import argparse
 import ast
 import base64
 import contextlib
+import ctypes
 import dataclasses
 import errno
+import gzip
 import hashlib
 import html
 import importlib
@@ -63,9 +65,13 @@ import re
 import shutil
 import signal
 import stat
+import subprocess
 import sys
+import tarfile
+import tempfile
 import threading
 import time
+import urllib.request
 import uuid
 import warnings
 import zipfile
@@ -73,7 +79,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +111,7 @@ __all__ = [
     "evaluate",
     "export_gguf",
     "export_hf",
+    "export_html",
     "export_packed",
     "generate",
     "import_seed_checkpoint",
@@ -321,7 +328,7 @@ class TrainConfig:
     optimizer: str = "muon"
     """muon (matrices; AdamW for the rest) or adamw"""
     learning_rate: float | None = None
-    """peak rate of the matrices; default: 0.02 with muon, 0.0015 with adamw"""
+    """peak rate of the matrices; default: as tuned, 0.04 with muon (0.02 where linear=dense)"""
     adamw_learning_rate: float | None = None
     """peak rate of embedding, norms, head; default: 0.005 with muon, learning_rate with adamw"""
     weight_decay: float = 0.0
@@ -354,6 +361,8 @@ class TrainConfig:
     """optimizer steps between evaluations; 0: only at the end"""
     eval_tokens: int = 65_536
     """validation tokens of an evaluation during training; at the end: all"""
+    patience: int = 0
+    """evaluations in a row without a better validation loss that end the run; 0: none do"""
     sample_prompt: str = ""
     """beginning of the text written at each evaluation"""
     save_every_steps: int = 0
@@ -370,7 +379,7 @@ class TrainConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         batch = self.batch_tokens
         require(batch <= 1 << 27, "batch_tokens", batch, f"at most {1 << 27:,}")
-        for name in ("eval_every_steps", "save_every_steps", "warmup_steps", "seed"):
+        for name in ("eval_every_steps", "patience", "save_every_steps", "warmup_steps", "seed"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("weight_decay", "max_grad_norm", "save_every_minutes"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
@@ -387,15 +396,6 @@ class TrainConfig:
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             require(value in allowed, name, value, f"one of {', '.join(allowed)}")
-
-    @property
-    def matrix_rate(self) -> float:
-        return self.learning_rate or (0.02 if self.optimizer == "muon" else 1.5e-3)
-
-    @property
-    def other_rate(self) -> float:
-        default = 5e-3 if self.optimizer == "muon" else self.matrix_rate
-        return self.adamw_learning_rate or default
 
 
 _CHOICES = {
@@ -432,6 +432,25 @@ class SamplingConfig:
         penalty = self.repetition_penalty
         require(penalty > 0, "repetition_penalty", penalty, "a positive number")
         require(self.seed is None or self.seed >= 0, "seed", self.seed, "0 or more")
+
+
+_TUNED_RATES = {  # tools/experiments.py, recipe: of the matrices, of the rest
+    ("muon", "ternary"): (0.04, 5e-3),
+    ("muon", "dense"): (0.02, 5e-3),
+    ("adamw", "ternary"): (1.5e-3, 1.5e-3),
+    ("adamw", "dense"): (1.5e-3, 1.5e-3),
+}
+
+
+def peak_rates(model: ModelConfig, training: TrainConfig) -> tuple[float, float]:
+    """Peak rates of the matrices and of embedding, norms and head; tuned where nothing is set.
+
+    A ternary weight moves only when its master crosses a threshold, so it wants the faster rate.
+    """
+    tuned = _TUNED_RATES[training.optimizer, "dense" if model.linear == "dense" else "ternary"]
+    matrices = training.learning_rate or tuned[0]
+    rest = matrices if training.optimizer == "adamw" else tuned[1]
+    return matrices, training.adamw_learning_rate or rest
 
 
 def check_configs(model: ModelConfig, training: TrainConfig) -> None:
@@ -474,7 +493,11 @@ PRESETS: dict[str, tuple[ModelConfig, DataConfig, TrainConfig]] = {
             log_every_steps=5,
         ),
     ),
-    "demo": (ModelConfig(), DataConfig(), TrainConfig(save_every_steps=50)),
+    "demo": (
+        ModelConfig(),
+        DataConfig(),
+        TrainConfig(save_every_steps=50, eval_every_steps=50, patience=3),
+    ),
     "laptop": (
         ModelConfig(
             vocab_size=8192,
@@ -486,7 +509,7 @@ PRESETS: dict[str, tuple[ModelConfig, DataConfig, TrainConfig]] = {
             max_position_embeddings=256,
         ),
         DataConfig(data="wikitext-2"),
-        TrainConfig(max_steps=750, batch_tokens=8192, eval_every_steps=125),
+        TrainConfig(max_steps=750, batch_tokens=8192, eval_every_steps=75, patience=3),
     ),
     "t4-1h": (
         ModelConfig(
@@ -572,6 +595,13 @@ def weight_quant(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale).round().clamp(-1, 1), scale
 
 
+def _to_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers from -127 to 127, float32, like x, (..., I), and what x was multiplied by."""
+    x = x.float()
+    scale = 127 / x.abs().amax(dim=-1, keepdim=True).clamp(min=_SCALE_FLOOR)  # (..., 1)
+    return (x * scale).round().clamp(-128, 127), scale
+
+
 def activation_quant(x: Tensor) -> Tensor:
     """Round each token's vector to 8 bits and back (absmax).
 
@@ -583,9 +613,8 @@ def activation_quant(x: Tensor) -> Tensor:
 
     Source: [1], "Training Tips, Code and FAQ", activation_quant.
     """
-    x = x.float()
-    scale = 127 / x.abs().amax(dim=-1, keepdim=True).clamp(min=_SCALE_FLOOR)
-    return (x * scale).round().clamp(-128, 127) / scale
+    whole, scale = _to_8_bits(x)
+    return whole / scale
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -628,42 +657,169 @@ def quantize_input(x: Tensor, linear: str) -> Tensor:
     return _StraightThrough.apply(x, "activation") if linear == "ternary" else x
 
 
+def pack_trits(trits: Tensor) -> Tensor:
+    """Trits, (O, I), two bits each: byte j of a row holds those of inputs j + k * ceil(I / 4)."""
+    codes = F.pad(trits + 1, (0, -trits.shape[1] % 4)).to(torch.uint8)
+    a, b, c, d = codes.chunk(4, dim=1)
+    return a | b << 2 | c << 4 | d << 6  # (O, ceil(I / 4))
+
+
+def unpack_trits(packed: Tensor, in_features: int) -> Tensor:
+    """The reverse of `pack_trits`: int8, (O, I)."""
+    codes = torch.cat([packed >> 2 * k & 3 for k in range(4)], dim=1)
+    return codes[:, :in_features].to(torch.int8) - 1
+
+
+_KERNEL = r"""
+#include <math.h>
+#include <stdint.h>
+
+/* The products of x, (B, I), rounded to 8 bits, and n ternary matrices, (O[m], I), packed as by
+   pack_trits, side by side in y, (B, sum of O). q: room for one row of whole numbers. */
+void ternary_linear(const float *x, int B, int I, int n, const uint8_t **w,
+                    const float *weight_scale, const int *O, float *y, int16_t *q, int threads) {
+    const int J = (I + 3) / 4;
+    const int16_t *q0 = q, *q1 = q + J, *q2 = q + 2 * J, *q3 = q + 3 * J;
+    for (int b = 0; b < B; b++, x += I) {
+        float top = 1e-5f;
+        for (int i = 0; i < I; i++) top = fmaxf(top, fabsf(x[i]));
+        const float scale = 1.0f / top * 127.0f;  /* torch's way to divide a number by a tensor */
+        int32_t sum = 0;                          /* for the codes are trits + 1 */
+        for (int i = 0; i < 4 * J; i++) sum += q[i] = i < I ? (int16_t)rintf(x[i] * scale) : 0;
+        #pragma omp parallel num_threads(threads) if (threads > 1)
+        for (int m = 0, first = 0; m < n; first += O[m++]) {
+            #pragma omp for nowait
+            for (int o = 0; o < O[m]; o++) {
+                const uint8_t *row = w[m] + (int64_t)o * J;
+                int32_t dot = 0;
+                for (int j = 0; j < J; j++) {
+                    const int16_t c = row[j];
+                    dot += (int16_t)(c & 3) * q0[j] + (int16_t)(c >> 2 & 3) * q1[j]
+                         + (int16_t)(c >> 4 & 3) * q2[j] + (int16_t)(c >> 6) * q3[j];
+                }
+                y[first + o] = (float)(dot - sum) * (weight_scale[m] / scale);
+            }
+        }
+        for (int m = 0; m < n; m++) y += O[m];
+    }
+}
+"""
+"""Plain C, for the compiler to vectorize: no torch operation multiplies by two-bit weights."""
+
+
+@cache
+def ternary_kernel() -> Any:
+    """The compiled `_KERNEL`, or None where there is no C compiler.
+
+    It takes a fraction of a second, so nothing is cached: a compiled file from elsewhere could have
+    been made for another processor, or by somebody else.
+    """
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None or sys.platform == "win32":
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "kernel.c"), Path(folder, "kernel.so")
+        source.write_text(_KERNEL)
+        base = [compiler, "-O3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC"]
+        for flags in (["-march=native", "-fopenmp"], ["-march=native"], []):
+            command = [*base, *flags, str(source), "-o", str(library), "-lm"]
+            if subprocess.run(command, capture_output=True).returncode == 0:
+                kernel = ctypes.CDLL(str(library)).ternary_linear
+                p, i = ctypes.c_void_p, ctypes.c_int
+                kernel.argtypes, kernel.restype = [p, i, i, i, p, p, p, p, p, i], None
+                return kernel
+    return None
+
+
+class _KernelCall:
+    """The kernel's arguments for layers of one input, made once: that takes longer than it."""
+
+    def __init__(self, layers: Sequence[BitLinear]) -> None:
+        n, self.sizes = len(layers), [layer.out_features for layer in layers]
+        self.packed = [layer.packed for layer in layers]  # held, so that the addresses stay theirs
+        self.arguments = (
+            *(layers[0].in_features, n),
+            (ctypes.c_void_p * n)(*[packed.data_ptr() for packed in self.packed]),
+            (ctypes.c_float * n)(*[layer.weight_scale.item() for layer in layers]),
+            (ctypes.c_int * n)(*self.sizes),
+        )
+        self.width = sum(self.sizes)
+        self.kernel = ternary_kernel()
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        x, (*batch, size) = x.float().contiguous(), x.shape
+        y = torch.empty((*batch, self.width))
+        room = torch.empty(size + 3, dtype=torch.int16)
+        threads = torch.get_num_threads()
+        rows = x.numel() // size
+        self.kernel(x.data_ptr(), rows, *self.arguments, y.data_ptr(), room.data_ptr(), threads)
+        return y.split(self.sizes, dim=-1) if len(self.sizes) > 1 else (y,)
+
+
+def project(x: Tensor, layers: Sequence[BitLinear]) -> Sequence[Tensor]:
+    """Each layer's output of one input, (..., I), which is quantized once for all of them."""
+    first = layers[0]
+    if first.at_two_bits(x):
+        call = first.kernel_call
+        if call is None or any(a is not b.packed for a, b in zip(call.packed, layers, strict=True)):
+            call = first.kernel_call = _KernelCall(layers)
+        return call(x)
+    x = first.read(x)
+    return [layer(x) for layer in layers]
+
+
 class BitLinear(nn.Linear):
     """A matrix without bias that computes with ternary weights and learns in full precision.
 
-    The input is expected to be quantized already (`quantize_input`), since q, k and v, or gate
-    and up, share theirs.
+    The input is expected to be what `read` returns; `project` sees to it.
 
     Args:
         in_features, out_features: sizes; the weight is (out_features, in_features).
         linear: "ternary" or "weight_only" (both quantize the weight), or "dense" (neither).
 
-    `freeze` turns the layer into its inference form: `trits`, int8 (O, I), and `weight_scale`,
-    float32 (), in place of the weight; its output equals the training form's to float rounding.
+    `freeze` turns the layer into its inference form, two bits a weight: `packed`, uint8
+    (O, ceil(I / 4)), and `weight_scale`, float32 (), in place of the weight. Its output equals the
+    training form's to float rounding; and where activations are quantized too, it is made of sums
+    of whole numbers, and is therefore the same bits by whichever way it is computed.
     Never quantize t * s again: the mean of already ternary weights is smaller than their scale.
     """
 
-    trits: Tensor
+    packed: Tensor
     weight_scale: Tensor
 
     def __init__(self, in_features: int, out_features: int, linear: str = "ternary") -> None:
         super().__init__(in_features, out_features, bias=False)
         self.linear = linear
         self.held: Tensor | None = None  # see BitLM.hold_weights
+        self.kernel_call: Any = None  # with this layer and those that share its input
 
     @property
     def frozen(self) -> bool:
-        return "trits" in self._buffers
+        return "packed" in self._buffers
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.out_features, self.in_features))
+
+    @property
+    def trits(self) -> Tensor:
+        """Of the inference form: int8, (O, I)."""
+        return unpack_trits(self.packed, self.in_features)
 
     def effective_weight(self) -> Tensor:
         """The weight that multiplies: t * s, or the dense weight. (O, I)"""
-        if self.held is not None:
-            return self.held if self.frozen else held_for(self.weight, self.held)
         if self.frozen:
             return self.trits * self.weight_scale
+        if self.held is not None:
+            return held_for(self.weight, self.held)
         if self.linear == "dense":
             return self.weight
         return _StraightThrough.apply(self.weight, "weight")
+
+    def hold(self, dtype: torch.dtype) -> None:
+        """Keep what multiplies ready in `dtype`, until `held` is None again."""
+        self.held = None
+        self.held = (self.trits if self.frozen else self.effective_weight().detach()).to(dtype)
 
     def ternary(self) -> tuple[Tensor, Tensor]:
         """Trits, int8 (O, I), and their scale, float32 (). ValueError for a dense layer."""
@@ -680,11 +836,36 @@ class BitLinear(nn.Linear):
             return
         trits, scale = self.ternary()
         del self.weight
-        self.register_buffer("trits", trits)
+        self.set_ternary(trits, scale)
+
+    def set_ternary(self, trits: Tensor, scale: Tensor) -> None:
+        """Give a frozen layer its trits, (O, I), and their scale, float32 ()."""
+        self.register_buffer("packed", pack_trits(trits))
         self.register_buffer("weight_scale", scale)
+        self.kernel_call = None
+
+    def read(self, x: Tensor) -> Tensor:
+        """Quantize an input for this layer's `forward`; the inference form does that itself."""
+        return x if self.frozen else quantize_input(x, self.linear)
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.effective_weight())
+        return self._infer(input) if self.frozen else F.linear(input, self.effective_weight())
+
+    def at_two_bits(self, x: Tensor) -> bool:
+        """Whether the kernel multiplies by the packed weights: for few rows, on a CPU."""
+        few = x.numel() <= FEW_ROWS * self.in_features and x.device.type == "cpu"
+        packed = self.frozen and self.linear == "ternary" and self.held is None
+        return few and packed and ternary_kernel() is not None
+
+    def _infer(self, x: Tensor) -> Tensor:
+        weight = self.trits.to(x.dtype) if self.held is None else self.held
+        if self.linear == "weight_only":
+            return F.linear(x, weight) * self.weight_scale
+        whole, scale = _to_8_bits(x)
+        return F.linear(whole, weight) * (self.weight_scale / scale)
+
+
+FEW_ROWS = 8  # above, unpacking once for a product of matrices is faster
 
 
 # -----------------------------------------------------------------------------
@@ -761,22 +942,23 @@ class Attention(nn.Module):
         self, x: Tensor, rope: Tensor | None, cache: KVCache | None, mask: Tensor | None
     ) -> Tensor:
         (B, T, D), K = x.shape, self.config.head_dim
-        x = quantize_input(x, self.config.linear)
         q, k, v = (
-            proj(x).view(B, T, -1, K).transpose(1, 2)  # (B, H or G, T, K)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            y.view(B, T, -1, K).transpose(1, 2)  # (B, H or G, T, K)
+            for y in project(x, (self.q_proj, self.k_proj, self.v_proj))
         )
         if rope is not None:
             q, k = _rotate(q, rope), _rotate(k, rope)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         groups = q.shape[1] // k.shape[1]
+        if T == 1 and mask is None:  # one token sees all: the heads of a group are its queries
+            q, groups = q.view(B, k.shape[1], groups, K), 1
         if groups > 1:  # not enable_gqa: the T4's memory-efficient kernel does not have it
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         causal = mask is None and T > 1
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        y = self.attn_sub_norm(y.transpose(1, 2).reshape(B, T, D))
-        return self.o_proj(quantize_input(y, self.config.linear))
+        y = y.reshape(B, 1, D) if T == 1 else y.transpose(1, 2).reshape(B, T, D)
+        return project(self.attn_sub_norm(y), (self.o_proj,))[0]
 
 
 class FeedForward(nn.Module):
@@ -792,10 +974,12 @@ class FeedForward(nn.Module):
         self.ffn_sub_norm = nn.Identity() if config.block == "seed" else _norm(config, M)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = quantize_input(x, self.config.linear)
-        y = self.up_proj(x)
-        y = F.relu(y) if self.gate_proj is None else F.silu(self.gate_proj(x)) * y
-        return self.down_proj(quantize_input(self.ffn_sub_norm(y), self.config.linear))
+        if self.gate_proj is None:
+            y = F.relu(project(x, (self.up_proj,))[0])
+        else:
+            gate, up = project(x, (self.gate_proj, self.up_proj))
+            y = F.silu(gate) * up
+        return project(self.ffn_sub_norm(y), (self.down_proj,))[0]
 
 
 class Block(nn.Module):
@@ -827,7 +1011,7 @@ class _Trunk(nn.Module):
         self.norm = _norm(config, config.hidden_size)
 
 
-_CHUNK_BYTES = 64 << 20  # of logits in float32 at once; smaller is slower: docs/log.md
+_CHUNK_BYTES = 32 << 20  # of logits in float32 at once; smaller is slower: docs/log.md
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -916,7 +1100,7 @@ class BitLM(nn.Module):
         try:
             with torch.no_grad():
                 for layer in layers:
-                    layer.held = layer.effective_weight().detach().to(dtype)
+                    layer.hold(dtype)
                 if self.lm_head is None:
                     self.held_head = self.model.embed_tokens.weight.detach().to(dtype)
             yield
@@ -984,7 +1168,7 @@ class BitLM(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states, (..., V)."""
         if self.lm_head is not None:
-            hidden = quantize_input(hidden, self.config.linear)
+            return project(hidden, (self.lm_head,))[0]
         return F.linear(hidden, self.head_weight())
 
     def forward(
@@ -1029,13 +1213,15 @@ def initialize(model: BitLM, generator: torch.Generator) -> None:
         parameter                            distribution
         embed_tokens, embed_positions        normal, std 0.02 (the tied head starts near uniform)
         q, k, v, gate, up, untied head       uniform, std 1/sqrt(in_features): unit gain
-        o_proj, down_proj                    the same / sqrt(2 num_hidden_layers)
+        o_proj, down_proj                    the same / sqrt(2 num_hidden_layers); bitnet: / 10 more
         norms                                weight 1, bias 0
 
-    A ternary layer's output does not shrink to zero with its weights' common factor until the
-    scale does, so the last two rows of matrices differ in gain exactly as dense ones would.
+    A ternary layer's output shrinks with its weights' common factor through its scale, so the last
+    two rows of matrices differ in gain exactly as dense ones would. Blocks that begin by adding
+    little learn a little faster; zeros do as well, but begin without trits (docs/log.md).
     """
     depth = (2 * model.config.num_hidden_layers) ** -0.5
+    depth *= 0.1 if model.config.block == "bitnet" else 1.0
     for name, parameter in sorted(model.named_parameters()):
         if "norm" in name:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -2040,7 +2226,15 @@ def _choose(
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
 
 
-@torch.no_grad()
+def _at_two_bits(model: BitLM, rows: int) -> bool:
+    """Whether the weights can stay packed: the kernel is as quick as float ones, for a few rows."""
+    layers = list(model.bit_linears().values())
+    frozen = all(layer.frozen and layer.linear == "ternary" for layer in layers)
+    on_cpu = next(model.buffers()).device.type == "cpu"
+    return frozen and on_cpu and rows <= FEW_ROWS and ternary_kernel() is not None
+
+
+@torch.inference_mode()
 def generate_tokens(
     model: BitLM,
     prompts: Sequence[Sequence[int]],
@@ -2071,7 +2265,9 @@ def generate_tokens(
     was_training = model.training
     model.eval()
     try:
-        with model.hold_weights():
+        with (
+            contextlib.nullcontext() if _at_two_bits(model, len(prompts)) else model.hold_weights()
+        ):
             for _ in range(config.max_new_tokens):
                 if cache.length + unread > limit:
                     start, unread, cache.length = rows.shape[1] - limit // 2, limit // 2, 0
@@ -2413,26 +2609,27 @@ def make_optimizers(model: BitLM, config: TrainConfig) -> list[torch.optim.Optim
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
     betas = (config.adam_beta1, config.adam_beta2)
-    rest = {"params": others, "lr": config.other_rate, "weight_decay": 0.0}
+    matrix_rate, other_rate = peak_rates(model.config, config)
+    rest = {"params": others, "lr": other_rate, "weight_decay": 0.0}
     optimizers: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon":
         muon = torch.optim.Muon if has_bfloat16(matrices[0].device) else Float32Muon
         optimizers.append(
             muon(
                 matrices,
-                lr=config.matrix_rate,
+                lr=matrix_rate,
                 momentum=config.momentum,
                 weight_decay=config.weight_decay,
             )
         )
-        optimizers.append(torch.optim.AdamW([rest], betas=betas))
+        optimizers.append(torch.optim.AdamW([rest], betas=betas, fused=True))
     else:
         decayed = {
             "params": matrices,
-            "lr": config.matrix_rate,
+            "lr": matrix_rate,
             "weight_decay": config.weight_decay,
         }
-        optimizers.append(torch.optim.AdamW([decayed, rest], betas=betas))
+        optimizers.append(torch.optim.AdamW([decayed, rest], betas=betas, fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
@@ -3446,13 +3643,13 @@ def _pays_to_compile(model: ModelConfig, train: TrainConfig, device: Device) -> 
 def _micro_batch(model: ModelConfig, train: TrainConfig, device: Device) -> int:
     """Windows at once, a divisor of the windows of a step.
 
-    On a CPU as many as keep what the blocks hold for the backward pass at about 256 MB, near its
+    On a CPU as many as keep what the blocks hold for the backward pass below 192 MB, near its
     caches: more is slower. On a GPU as many as a quarter of its free memory takes.
     """
     windows = train.batch_tokens // model.max_position_embeddings
     if train.micro_batch_size:
         return train.micro_batch_size
-    room = torch.cuda.mem_get_info()[0] // 4 if device.device.type == "cuda" else 256 << 20
+    room = torch.cuda.mem_get_info()[0] // 4 if device.device.type == "cuda" else 192 << 20
     numbers = model.num_hidden_layers * (8 * model.hidden_size + 3 * model.intermediate_size)
     at_once = room // (device.dtype.itemsize * numbers * model.max_position_embeddings)
     return max(d for d in range(1, windows + 1) if windows % d == 0 and d <= max(at_once, 1))
@@ -3565,12 +3762,38 @@ def total_loss(
     return total
 
 
+@torch.no_grad()
+def sliding_loss(
+    model: BitLM, tokens: np.ndarray, first: int, device: Device, stride: int, batch_size: int = 16
+) -> float:
+    """`total_loss`, but each token sees at least context - `stride` tokens before it.
+
+    Windows of the context length end every `stride` tokens, and of all but the first only what the
+    window before did not count is counted: context / stride times the work.
+    """
+    context, count, total = model.config.max_position_embeddings, len(tokens), 0.0
+    inputs = torch.from_numpy(np.concatenate([[first], tokens[:-1]]).astype(np.int64))
+    targets = torch.from_numpy(tokens.astype(np.int64))
+    ends = [*range(min(context, count), count, stride), count]
+    spans = zip([0, *ends], ends, strict=False)  # of the tokens that each window counts
+    with model.hold_weights(device.dtype), device.autocast():
+        for counted, same in itertools.groupby(spans, key=lambda span: span[1] - span[0]):
+            for part in torch.tensor(list(same)).split(batch_size):
+                rows = [inputs[max(end - context, 0) : end] for end in part[:, 1].tolist()]
+                hidden = model.hidden(torch.stack(rows).to(device.device))[:, -counted:]
+                y = torch.stack([targets[a:b] for a, b in part.tolist()]).to(device.device)
+                logits = model.head(hidden).flatten(0, 1).float()
+                total += F.cross_entropy(logits, y.flatten(), reduction="sum").item()
+    return total
+
+
 def evaluate(
     model: BitLM,
     tokenizer: Any,
     data: str | Path,
     *,
     text_column: str | None = None,
+    stride: int | None = None,
     batch_size: int = 16,
     device: Device | None = None,
 ) -> dict[str, float]:
@@ -3578,6 +3801,8 @@ def evaluate(
 
     Args:
         data: a source as `DataConfig.data`; of a folder, the training files.
+        stride: move the context along by this many tokens, so that each token is predicted from
+            at least context - stride tokens; default: by the whole context, which is fastest.
 
     Returns:
         loss: nats per token. perplexity: exp(loss). bits_per_byte: bits per byte of UTF-8 text.
@@ -3588,6 +3813,9 @@ def evaluate(
         ValueError, FileNotFoundError, ConnectionError: as `read_pieces`; or no text in it.
     """
     device = device or choose_device()
+    context = model.config.max_position_embeddings
+    fits = stride is None or 1 <= stride <= context
+    require(fits, "stride", stride, f"1 to {context} tokens, the context of this model")
     model.to(device.device)
     eot = end_of_text_id(tokenizer)
     ids: list[int] = []
@@ -3604,7 +3832,10 @@ def evaluate(
     if not ids:
         raise ValueError(f"data={str(data)!r}: no text in it to evaluate on")
     first = eot if eot is not None else 0
-    nats = total_loss(model, np.asarray(ids), first, device, batch_size)
+    if stride is None:
+        nats = total_loss(model, np.asarray(ids), first, device, batch_size)
+    else:
+        nats = sliding_loss(model, np.asarray(ids), first, device, stride, batch_size)
     return {
         "loss": nats / len(ids),
         "perplexity": safe_exp(nats / len(ids)),
@@ -3641,6 +3872,7 @@ class TrainState:
     """of the last evaluation"""
     best_val_loss: float = math.inf
     best_step: int = 0
+    evals_since_best: int = 0
     train_seconds: float = 0.0
     """of training, all sessions"""
     trits: dict[str, Tensor] = field(default_factory=dict)
@@ -3668,6 +3900,7 @@ class TrainState:
         "val_loss",
         "best_val_loss",
         "best_step",
+        "evals_since_best",
         "train_seconds",
     )
 
@@ -3675,6 +3908,16 @@ class TrainState:
     def tokens(self) -> int:
         """training tokens read so far"""
         return self.step * self.config.batch_tokens
+
+    @property
+    def out_of_patience(self) -> bool:
+        """whether the last `patience` evaluations were all no better than one before them"""
+        return 0 < self.config.patience <= self.evals_since_best
+
+    @property
+    def finished(self) -> bool:
+        """whether there is no step left to do: all are done, or more would only overfit"""
+        return self.step >= self.config.max_steps or self.out_of_patience
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors, enough to go on as if never stopped."""
@@ -3694,6 +3937,7 @@ class TrainState:
         Raises:
             ValueError, KeyError, TypeError, RuntimeError: it is not of this model and optimizer.
         """
+        saved = {"evals_since_best": 0, **saved}  # a run of before there was patience
         for name in self._SAVED:
             if not isinstance(saved[name], (int, float)):
                 raise TypeError(f"{name} is {saved[name]!r:.80}")
@@ -3886,6 +4130,7 @@ MAX_SKIPPED_STEPS = 25
 """Non-finite steps in a row that end a run. float16's first loss scale takes some to settle."""
 
 _MAY_CHANGE = ("micro_batch_size", "device", "dtype", "compile", "deterministic", "max_steps")
+_MAY_CHANGE += ("patience",)
 _MAY_CHANGE += ("log_every_steps", "eval_every_steps", "eval_tokens", "sample_prompt")
 _MAY_CHANGE += ("save_every_steps", "save_every_minutes", "save_every_epoch", "keep_checkpoints")
 
@@ -4185,7 +4430,7 @@ class _Trainer:
         return {
             "step": state.step,
             "loss": state.loss,
-            "learning_rate": self.config.matrix_rate * factor,
+            "learning_rate": peak_rates(self.model_config, self.config)[0] * factor,
             "grad_norm": norm,
             "tokens": state.tokens,
             "tokens_per_s": round(tokens_per_s, 1),
@@ -4363,8 +4608,10 @@ class _Trainer:
             state.val_loss = metrics["val_loss"]
             self.tell("on_eval", metrics)
             self.tell("on_sample", self.sample())
+            state.evals_since_best += 1
             if state.val_loss < state.best_val_loss:
                 state.best_val_loss, state.best_step = state.val_loss, state.step
+                state.evals_since_best = 0
                 self.save("best")
         if config.save_every_epoch and self.epoch_ended():
             self.save("epoch")
@@ -4399,7 +4646,7 @@ class _Trainer:
         """Steps until all are done, a signal came, or the loss stays non-finite."""
         state, config = self.state, self.config
         steps_logged, started = 0, time.perf_counter()
-        while state.step < config.max_steps and not self.stop_asked():
+        while not state.finished and not self.stop_asked():
             if not self.tokens_came():
                 continue
             start = time.perf_counter()
@@ -4438,6 +4685,14 @@ class _Trainer:
 
     def finish(self) -> None:
         """Save and evaluate on everything, once."""
+        state = self.state
+        if state.step < self.config.max_steps:
+            say(
+                f"ended early at step {state.step} of {self.config.max_steps}: no better "
+                f"validation loss in {self.config.patience} evaluations. The best, "
+                f"{state.best_val_loss:.4f} at step {state.best_step}, is kept (--checkpoint "
+                "best); --patience 0 goes on all the same"
+            )
         self.save_to_the_end()
         metrics = self.evaluate(whole=True)
         self.log.write(metrics)
@@ -4593,14 +4848,14 @@ def _train(
     final = _final_metrics(trainer.log.lines, state.step)
     if copier:
         copier.offer_newest()
-    if state.step >= train_config.max_steps and world.most(bool(final)):
+    if state.finished and world.most(bool(final)):
         state.val_loss = final.get("val_loss", state.val_loss)
         trainer.close_mirror()
         return state
     trainer.announce()
     if state.step:
         say(f"going on from step {state.step} of {train_config.max_steps}")
-    if state.step < train_config.max_steps:
+    if not state.finished:
         trainer.compile()
     trainer.session()
     return state
@@ -4672,7 +4927,7 @@ def train(
 # One recipe that both transformers and llama.cpp accept; docs/export.md tells what each client
 # needs, what the wrong ways cost, and how close the clients come to this program.
 
-EXPORT_FORMATS = ("hf", "gguf", "packed")
+EXPORT_FORMATS = ("hf", "gguf", "packed", "html")
 GGUF_KINDS = {"TQ2_0": 37, "TQ1_0": 36, "F16": 1}  # and llama.cpp's number for general.file_type
 _EMBEDDINGS = {"float32": "F32", "float16": "F16", "int8": "I8"}
 _PACKED_FORMAT = "bitllm-packed"
@@ -4761,8 +5016,10 @@ def _packed_entries(model: BitLM, embedding: str) -> list[TensorEntry]:
     """Our smallest form: trits five a byte, the embedding in `embedding`, the rest in float32."""
     entries = []
     for name, linear in model.bit_linears().items():
-        size = -(-linear.trits.numel() // 5)
-        entries.append(TensorEntry(f"{name}.trits", "U8", (size,), partial(_pack5, linear.trits)))
+        size = -(-linear.shape.numel() // 5)
+        entries.append(
+            TensorEntry(f"{name}.trits", "U8", (size,), partial(lambda x: _pack5(x.trits), linear))
+        )
         scale = linear.weight_scale
         entries.append(TensorEntry(f"{name}.weight_scale", "F32", (), lambda s=scale: s))
     for name, value in model.named_parameters():
@@ -4782,12 +5039,12 @@ def _hf_entries(model: BitLM, dense: bool) -> list[TensorEntry]:
     """Hugging Face's tensors, all floats in float32: transformers refuses a mixture."""
     entries = []
     for name, linear in model.bit_linears().items():
-        rows, columns = linear.trits.shape
+        rows, columns = linear.shape
         if dense:
             weight = linear.effective_weight
             entries.append(TensorEntry(f"{name}.weight", "F32", (rows, columns), weight))
             continue
-        packed = partial(_pack4, linear.trits)
+        packed = partial(lambda layer: _pack4(layer.trits), linear)
         entries.append(TensorEntry(f"{name}.weight", "U8", (rows // 4, columns), packed))
         scale = linear.weight_scale.view(1)  # it multiplies: autobitlinear, not bitlinear
         entries.append(TensorEntry(f"{name}.weight_scale", "F32", (1,), lambda s=scale: s))
@@ -4830,8 +5087,7 @@ def _fill(skeleton: BitLM, trits_of: Callable[[str, BitLinear], Any], read: Any)
         trits, scale = trits_of(name, linear)
         if trits.abs().max() > 1 or not scale.isfinite().all():
             raise ValueError(f"tensor {name} is not ternary, or its scale not finite")
-        linear.trits.copy_(trits)
-        linear.weight_scale.copy_(scale.view(()))
+        linear.set_ternary(trits, scale.float().view(()))
     for name, value in model.named_parameters():
         value.copy_(read(name))
     return model
@@ -4874,7 +5130,7 @@ def _read_packed(path: Path, metadata: dict[str, str]) -> _Source:
             packed = file.get_tensor(f"{name}.trits")
             if packed.max() > 242:
                 raise ValueError(f"{path}: {name}.trits holds bytes that are not five trits")
-            return _unpack5(packed, linear.trits.shape), file.get_tensor(f"{name}.weight_scale")
+            return _unpack5(packed, linear.shape), file.get_tensor(f"{name}.weight_scale")
 
         def read(name: str) -> Tensor:
             value = file.get_tensor(name).float()
@@ -4974,6 +5230,7 @@ def _facts(run: Path, told: dict[str, Any]) -> dict[str, Any]:
     if data is not None and data not in _DATA_LICENCES and not data.startswith("hf:"):
         data = Path(data).name  # where it lay on this machine is nobody's business
     facts = {"data": data, "data_licence": _DATA_LICENCES.get(data or "")}
+    facts["prompt"] = saved.get("train", {}).get("sample_prompt")
     if step is None:
         return facts
     lines = MetricsLog.read(run / "metrics.jsonl") if run.is_dir() else told["metrics"] or []
@@ -5034,7 +5291,9 @@ def _replacing(out: Path, overwrite: bool, folder: bool) -> Iterator[Path]:
 
 
 def _may_replace(folder: Path) -> bool:
-    return not any(folder.iterdir()) or "bitllm" in (read_json(folder / "config.json") or {})
+    names = {path.name for path in folder.iterdir()}
+    ours = "bitllm" in (read_json(folder / "config.json") or {})
+    return not names or ours or names == _PAGE_FILES
 
 
 def _remove(path: Path) -> None:
@@ -5046,7 +5305,7 @@ def _remove(path: Path) -> None:
 
 def _result(path: Path, ternary_bytes: int, model: BitLM, usage: str) -> Exported:
     files = path.iterdir() if path.is_dir() else [path]
-    weights = sum(linear.trits.numel() for linear in model.bit_linears().values())
+    weights = sum(linear.shape.numel() for linear in model.bit_linears().values())
     size = sum(file.stat().st_size for file in files)
     return Exported(path, size, 8 * ternary_bytes / weights, usage)
 
@@ -5205,7 +5464,7 @@ def _hf_usage(folder: str, dense: bool) -> str:
 
 def _model_card(source: _Source, size: int, dense: bool) -> str:
     config, facts = source.model.config, source.facts
-    trits = sum(linear.trits.numel() for linear in source.model.bit_linears().values())
+    trits = sum(linear.shape.numel() for linear in source.model.bit_linears().values())
     known = KNOWN_DATA.get(facts.get("data") or "")
     rows = {
         "author": facts.get("author"),
@@ -5320,19 +5579,25 @@ def export_gguf(
     out = Path(out)
     require(kind in GGUF_KINDS, "kind", kind, f"one of {', '.join(GGUF_KINDS)}")
     require(out.suffix == ".gguf", "out", str(out), "a name that ends in .gguf")
-    gguf = _library("gguf", "a GGUF export")
+    _library("gguf", "a GGUF export")
     with _replacing(out, overwrite, folder=False) as beside:
         opened = _open_source(Path(source), checkpoint, credits)
-        _check_exportable(opened.model.config, kind)
-        vocabulary = _gguf_vocabulary(opened.tokenizer, opened.model.config.vocab_size)
-        writer = gguf.GGUFWriter(beside, "bitnet")
-        try:
-            _gguf_metadata(writer, opened, kind)
-            _gguf_tokenizer(writer, vocabulary, _end_id(opened.tokenizer))
-            ternary = _gguf_tensors(writer, opened.model, kind)
-        finally:
-            writer.close()
+        ternary = _write_gguf(beside, opened, kind)
     return _result(out, ternary, opened.model, _gguf_usage(out.as_posix(), opened.model.config))
+
+
+def _write_gguf(path: Path, source: _Source, kind: str) -> int:
+    """Returns the bytes of the ternary tensors."""
+    gguf = _library("gguf", "a GGUF export")
+    _check_exportable(source.model.config, kind)
+    vocabulary = _gguf_vocabulary(source.tokenizer, source.model.config.vocab_size)
+    writer = gguf.GGUFWriter(path, "bitnet")
+    try:
+        _gguf_metadata(writer, source, kind)
+        _gguf_tokenizer(writer, vocabulary, _end_id(source.tokenizer))
+        return _gguf_tensors(writer, source.model, kind)
+    finally:
+        writer.close()
 
 
 def _gguf_metadata(writer: Any, source: _Source, kind: str) -> None:
@@ -5402,8 +5667,8 @@ def _gguf_tensors(writer: Any, model: BitLM, kind: str) -> int:
     made: list[tuple[str, tuple[int, ...], Any, Callable[[], np.ndarray]]] = []
     for name, linear in model.bit_linears().items():
         # blocks of scale 1 hold the trits; the scale stays exact in float32 beside them
-        trits = partial(lambda t: gguf.quantize(t.numpy().astype("f4"), quantized), linear.trits)
-        name, shape = _gguf_name(name), tuple(linear.trits.shape)
+        trits = partial(lambda x: gguf.quantize(x.trits.numpy().astype("f4"), quantized), linear)
+        name, shape = _gguf_name(name), tuple(linear.shape)
         made.append((f"{name}.weight", shape, quantized, trits))
         scale = linear.weight_scale
         made.append((f"{name}.scale", (1,), F32, lambda s=scale: s.view(1).numpy()))
@@ -5447,6 +5712,268 @@ def _gguf_usage(path: str, config: ModelConfig) -> str:
                  PARAMETER top_p {s.top_p}
                  PARAMETER min_p 0.0
                  PARAMETER repeat_penalty {penalty}"""
+
+
+PAGE_TEMPLATE = "web/page.html"
+_WLLAMA = "3.8.1"  # llama.cpp as WebAssembly (MIT); newer: new hashes, and run tests/test_page.py
+_WLLAMA_CDN = "https://cdn.jsdelivr.net/npm/@wllama"
+_WLLAMA_FILES = {  # part of the page -> package/file, sha256
+    "library": (
+        "wllama/esm/index.cjs",
+        "762520f305a85b290d5cd979aa287b3c4b768a5f483e21339ef70a052ae8dea4",
+    ),
+    "licence": (
+        "wllama/LICENCE",
+        "5866e3bd7e3cbd3f7c8bea6efd8a1e7fa7cc8de68c30f428aff7c6584a0fb720",
+    ),
+    "glue": (
+        "wllama-compat/wasm/wllama.js",
+        "2649eeb408988841c372e54805adfa25aed5d02f850c09add78c2f3ac0f3fce1",
+    ),
+    "engine": (
+        "wllama-compat/wasm/wllama.wasm",
+        "2db3f67d0bcc19cdf8f14f129e46cab691bff898954808f8a2dc4c586eb5bb68",
+    ),
+}
+_PAGE_FILES = {"README.md", "index.html", "model.gguf", "runtime.bin"}
+
+
+def export_html(
+    source: str | Path,
+    out: str | Path,
+    *,
+    checkpoint: str | int = "last",
+    runtime: str | Path | None = None,
+    overwrite: bool = False,
+    **credits: str | None,
+) -> Exported:
+    """Write a web page in which the model runs, in any browser, without a server behind it.
+
+    Args:
+        source, checkpoint, overwrite: as `export_packed`.
+        out: *.html: one file with everything inside, which also opens from disk. Else a folder
+            with the parts side by side, for GitHub Pages or a static Hugging Face Space.
+        runtime: folder with llama.cpp for browsers, as npm lays it out (node_modules/@wllama);
+            default: fetched once with npm, or from a CDN where there is none, and kept.
+        credits: as `export_packed`; they appear on the page.
+
+    Raises:
+        ValueError, FileNotFoundError: no such model, one that llama.cpp has no counterpart of
+            (the message says why), `out` exists, or a file of `runtime` is not the expected one.
+        ImportError: the package gguf is not installed.
+        OSError: llama.cpp for browsers cannot be fetched.
+    """
+    out, template = Path(out), _page_template()
+    folder = out.suffix != ".html"
+    _library("gguf", "an html export")
+    with _replacing(out, overwrite, folder) as beside, tempfile.TemporaryDirectory() as scratch:
+        opened = _open_source(Path(source), checkpoint, credits)
+        gguf = Path(scratch) / "model.gguf"
+        ternary = _write_gguf(gguf, opened, "TQ2_0")
+        parts = {**_page_runtime(runtime), "model": gguf.read_bytes()}
+        files = _page_files(template, parts, _page_told(opened, ternary), folder)
+        say(f"{out}: a page of {sum(map(len, files.values())) / 1e6:.1f} MB")
+        for name, data in files.items():
+            (beside / name if folder else beside).write_bytes(data)
+    return _result(out, ternary, opened.model, _page_usage(out.as_posix(), folder))
+
+
+def _page_template() -> str:
+    path = Path(__file__).resolve().parent / PAGE_TEMPLATE
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path}: not there. An html export fills in this template, a file of its own: get "
+            f"{PAGE_TEMPLATE} from the repository that bitllm_core.py is from and put it there"
+        ) from None
+
+
+def _page_told(source: _Source, ternary_bytes: int) -> dict[str, Any]:
+    """All that the page's script is told. A fact may come from a stranger's file."""
+    config, sampling = source.model.config, SamplingConfig()
+    weights = sum(linear.trits.numel() for linear in source.model.bit_linears().values())
+    facts = {
+        "name": "A ternary language model",
+        **source.facts,
+        "parameters": config.num_parameters,
+        "context": config.max_position_embeddings,
+        "bits_per_weight": 8 * ternary_bytes / weights,
+        "exported": time.strftime("%Y-%m-%d"),
+    }
+    for key, value in facts.items():
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            facts[key] = None if value is None else str(value)
+    return {
+        "facts": facts,
+        "prompt": str(source.facts.get("prompt") or ""),
+        "context": config.max_position_embeddings,
+        "end": END_OF_TEXT,
+        "sampling": {
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "length": sampling.max_new_tokens,
+        },
+    }
+
+
+def _page_files(
+    template: str, parts: dict[str, bytes], told: dict[str, Any], folder: bool
+) -> dict[str, bytes]:
+    """File name -> contents; one file unless `folder`."""
+    name, files = str(told["facts"]["name"]), {}
+    holes = {
+        "policy": "{{policy}}",
+        "title": html.escape(name),
+        "licence": html.escape(parts["licence"].decode()),
+        "library": parts["library"].decode(),
+        # "<" alone could end the script element that the JSON stands in
+        "facts": json.dumps(told).replace("<", "\\u003c"),
+    }
+    beside = {"engine": "runtime.bin", "model": "model.gguf"} if folder else {}
+    for part in ("glue", "engine", "model"):
+        data, packed = parts[part], part not in beside or part != "model"
+        if packed:
+            data = gzip.compress(data, 9, mtime=0)
+        holes[f"{part}_source"] = f'data-bytes="{len(data)}"'
+        holes[part] = base64.b64encode(data).decode() if part not in beside else ""
+        if part in beside:
+            packing = "" if packed else ' data-packed="no"'
+            holes[f"{part}_source"] += f' data-file="{beside[part]}"{packing}'
+            files[beside[part]] = data
+    page = re.sub(r"\{\{(\w+)\}\}", lambda hole: holes[hole[1]], template)
+    page = page.replace("{{policy}}", _page_policy(page, folder), 1)
+    if folder:
+        files["README.md"] = _page_readme(name).encode(errors="replace")
+    return {"index.html": page.encode(errors="replace"), **files}
+
+
+def _page_policy(page: str, folder: bool) -> str:
+    """What the page may do: run its own scripts, known by hash, and nothing else."""
+
+    def hashes(tag: str) -> str:
+        found = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digests = (hashlib.sha256(text.encode()).digest() for text in found)
+        return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+
+    return (
+        f"default-src 'none'; script-src {hashes('script')} 'wasm-unsafe-eval'; "
+        f"style-src {hashes('style')}; worker-src blob:; img-src data:; "
+        + ("connect-src 'self'; " if folder else "")
+        + "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _page_usage(path: str, folder: bool) -> str:
+    if not folder:
+        return "  any browser    open the file, from disk or anywhere; it may be sent as it is"
+    return f"""\
+  here           python -m http.server --directory "{path}"     (from disk it does not open)
+  GitHub Pages, Hugging Face   see "{path}/README.md\""""
+
+
+def _page_readme(name: str) -> str:
+    title = json.dumps(name)  # YAML reads it as it is
+    return f"""\
+---
+title: {title}
+sdk: static
+---
+
+A small language model that runs in the visitor's browser. All files of this folder belong together.
+
+- **GitHub Pages**: commit the files to a repository, then Settings > Pages > Deploy from a branch.
+- **Hugging Face**: make a Space with the SDK "Static" and upload the files (the lines at the top of
+  this one are for it), or `hf upload OWNER/NAME . --repo-type space` in this folder.
+- **Here**: `python -m http.server`, then open the address it prints.
+"""
+
+
+def _page_runtime(runtime: str | Path | None) -> dict[str, bytes]:
+    """Part of the page -> its bytes, which are those that this program was tested with."""
+    folder = Path(runtime) if runtime else _cache_folder() / f"wllama-{_WLLAMA}"
+    if runtime is None:
+        try:
+            return _read_runtime(folder)
+        except (ValueError, FileNotFoundError):  # not fetched yet, or spoilt
+            _fetch_runtime(folder)
+    return _read_runtime(folder)
+
+
+def _cache_folder() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    return (Path(cache) if cache else Path.home() / ".cache") / "bitllm"
+
+
+def _read_runtime(folder: Path) -> dict[str, bytes]:
+    parts = {}
+    for part, (file, expected) in _WLLAMA_FILES.items():
+        try:
+            data = (folder / file).read_bytes()
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{folder / file}: no such file; expected wllama {_WLLAMA} as npm lays it out "
+                f"(npm install @wllama/wllama@{_WLLAMA} @wllama/wllama-compat@{_WLLAMA}, then "
+                "node_modules/@wllama)"
+            ) from None
+        found = hashlib.sha256(data).hexdigest()
+        if found != expected:
+            raise ValueError(
+                f"{folder / file}: refused, its sha256 is {found} instead of {expected}; "
+                f"expected the file of wllama {_WLLAMA}, unchanged"
+            )
+        parts[part] = data
+    return parts
+
+
+def _fetch_runtime(folder: Path) -> None:
+    """Put llama.cpp for browsers into `folder`, with npm or else from the CDN."""
+    say(f"fetching llama.cpp for browsers (wllama {_WLLAMA}), once, into {folder}")
+    reasons = []
+    for fetch in (_fetch_with_npm, _fetch_from_cdn):
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                fetch(Path(scratch))
+            except (OSError, subprocess.SubprocessError) as error:
+                reasons.append(first_line(error))
+                continue
+            _read_runtime(Path(scratch))  # a wrong hash ends it here
+            for file, _ in _WLLAMA_FILES.values():
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(folder / file, (Path(scratch) / file).read_bytes())
+            return
+    raise OSError(
+        f"llama.cpp for browsers could not be fetched ({'; '.join(reasons)}). Where there is a "
+        f"network: npm install @wllama/wllama@{_WLLAMA} @wllama/wllama-compat@{_WLLAMA}; then "
+        "give the folder node_modules/@wllama as runtime"
+    )
+
+
+def _fetch_with_npm(folder: Path) -> None:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise FileNotFoundError("no npm on the path")
+    packages = ("wllama", "wllama-compat")
+    command = [npm, "pack", "--silent", *(f"@wllama/{name}@{_WLLAMA}" for name in packages)]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=600)
+    for name in packages:
+        with tarfile.open(folder / f"wllama-{name}-{_WLLAMA}.tgz") as archive:
+            for file, _ in _WLLAMA_FILES.values():
+                package, _, inside = file.partition("/")
+                member = archive.extractfile(f"package/{inside}") if package == name else None
+                if member is not None:
+                    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                    (folder / file).write_bytes(member.read())
+
+
+def _fetch_from_cdn(folder: Path) -> None:
+    for file, _ in _WLLAMA_FILES.values():
+        package, _, inside = file.partition("/")
+        address = f"{_WLLAMA_CDN}/{package}@{_WLLAMA}/{inside}"
+        with urllib.request.urlopen(address, timeout=60) as answer:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_bytes(answer.read())
 
 
 def llama_cpp_stream(
@@ -5768,7 +6295,7 @@ class Settings:
             f"layers of width {model.hidden_size}, context {model.max_position_embeddings}",
             "data": data.data,
             "training": f"{config.max_steps:,} steps of {config.batch_tokens:,} tokens, peak "
-            f"learning rate {config.matrix_rate:g}",
+            f"learning rate {peak_rates(model, config)[0]:g}",
             "memory": f"{memory:,.0f} MB for weights, gradients and optimizer; activations besides",
             "time": f"about {minutes:.1f} minutes on {device.device}, a guess before training",
             "run folder": f"{self.run_folder.as_posix()}: {self._what_is_there(model, data)}",
@@ -6304,6 +6831,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_flags(command)
     command.add_argument("--data", required=True, metavar="SOURCE", help="file, folder or name")
     command.add_argument("--text-column", help="column of .jsonl, .parquet or hub rows")
+    command.add_argument("--stride", type=int, help="tokens the context moves; default: all of it")
     command.add_argument("--dtype", default="float32", help="auto, float32, bfloat16, float16")
     command.set_defaults(run=_evaluate_command)
 
@@ -6314,6 +6842,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--gguf-type", choices=GGUF_KINDS, help="of gguf (default: TQ2_0)")
     command.add_argument("--embedding", help="of packed: float16 (default), int8 or float32")
     command.add_argument("--dense", action="store_true", help="of hf: unpacked float32 weights")
+    command.add_argument("--runtime", metavar="DIR", help="of html: llama.cpp for browsers")
     command.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     for name in CREDITS:
         command.add_argument("--" + name.replace("_", "-"), help="noted in what is written")
@@ -6388,7 +6917,7 @@ def _train_command(flags: argparse.Namespace) -> int:
     if state.stop_signal:
         say(f"stopped at step {state.step} of {state.config.max_steps}; saved in {out}")
         return 128 + state.stop_signal
-    model, tokenizer = load_model(out)
+    model, tokenizer = load_model(out, "best" if state.out_of_patience else "last")
     prompt = state.config.sample_prompt
     text = generate(model, tokenizer, prompt, SamplingConfig(max_new_tokens=120, seed=0))
     speed = state.tokens / state.train_seconds if state.train_seconds else 0
@@ -6401,6 +6930,12 @@ def _train_command(flags: argparse.Namespace) -> int:
     )
     print(f" (a uniform guess: {math.log(size):.4f}, {size})")
     print(f"checkpoint: {list_checkpoints(out / 'checkpoints')[-1]}")
+    if state.out_of_patience:
+        print(
+            f"ended early: {state.config.patience} evaluations without a better validation loss; "
+            f"the text above is of the best, {state.best_val_loss:.4f} at step {state.best_step} "
+            "(--checkpoint best)"
+        )
     return 0
 
 
@@ -6422,19 +6957,21 @@ def _evaluate_command(flags: argparse.Namespace) -> int:
     require(flags.dtype in _DTYPES, "dtype", flags.dtype, f"one of {', '.join(_DTYPES)}")
     model, tokenizer = load_model(flags.model, _checkpoint_flag(flags))
     device = choose_device("auto", flags.dtype)
-    result = evaluate(model, tokenizer, flags.data, text_column=flags.text_column, device=device)
-    print(json.dumps(result))
+    options = {"text_column": flags.text_column, "stride": flags.stride, "device": device}
+    print(json.dumps(evaluate(model, tokenizer, flags.data, **options)))
     return 0
 
 
 def _export_command(flags: argparse.Namespace) -> int:
-    formats = {"hf": export_hf, "gguf": export_gguf, "packed": export_packed}
+    formats = {"hf": export_hf, "gguf": export_gguf, "packed": export_packed, "html": export_html}
     options = {
         "gguf": {"kind": flags.gguf_type or "TQ2_0"},
         "packed": {"embedding": flags.embedding or "float16"},
         "hf": {"dense": flags.dense},
+        "html": {"runtime": flags.runtime},
     }
     strange = {"gguf": flags.gguf_type, "packed": flags.embedding, "hf": flags.dense}
+    strange["html"] = flags.runtime
     for to, value in strange.items():
         require(not value or to == flags.to, "to", flags.to, f"{to}, whose flag is given")
     exported = formats[flags.to](
@@ -6458,31 +6995,49 @@ def _export_command(flags: argparse.Namespace) -> int:
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def _time_training(model: ModelConfig, device: Device, windows: int, steps: int) -> float:
-    """Tokens a second of full optimizer steps on random tokens, compiled where that works."""
+def bench_step(
+    model: ModelConfig, device: Device, windows: int, train: TrainConfig | None = None
+) -> Callable[[], float]:
+    """A function that makes one optimizer step on random tokens and returns its seconds."""
+    tokens = windows * model.max_position_embeddings
+    config = dataclasses.replace(train or TrainConfig(), batch_tokens=tokens)
     net = BitLM(model).to(device.device)
-    optimizers, scaler = make_optimizers(net, TrainConfig()), device.scaler()
+    optimizers, scaler = make_optimizers(net, config), device.scaler()
     loss = net.loss if why_not_compile(device) else compiled_loss(net)
     shape = (windows, model.max_position_embeddings)
     ids = torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    ids = ids.to(device.device)
+    ids, at_once = ids.to(device.device), _micro_batch(model, config, device)
 
-    def step() -> None:
+    def step() -> float:
+        start = time.perf_counter()
         with net.hold_weights(device.dtype):
-            for part in ids.split(4):
+            for part in ids.split(at_once):
                 with device.autocast():
                     value = loss(part, part) / ids.numel()
                 scaler.scale(value).backward()
         apply_gradients(optimizers, scaler, 1.0, 1.0)
+        return time.perf_counter() - start
 
-    step()
-    start = time.perf_counter()
-    for _ in range(steps):
-        step()
-    return steps * ids.numel() / (time.perf_counter() - start)
+    return step
+
+
+def bench_generation(model: BitLM, tokens: int, rounds: int = 3) -> float:
+    """Tokens a second of one greedy text of `tokens` tokens, the best of some rounds."""
+    best = math.inf
+    for _ in range(rounds):
+        written = generate_tokens(
+            model, [[1]], SamplingConfig(max_new_tokens=tokens, temperature=0, seed=0)
+        )
+        next(written)
+        start = time.perf_counter()
+        for _ in written:
+            pass
+        best = min(best, time.perf_counter() - start)
+    return (tokens - 1) / best
 
 
 def _bench_command(flags: argparse.Namespace) -> int:
+    """Ternary and dense steps in turn, so that a busy machine slows both."""
     device = choose_device()
     model = ModelConfig(
         vocab_size=512 if flags.quick else 30_000,
@@ -6492,26 +7047,37 @@ def _bench_command(flags: argparse.Namespace) -> int:
         num_attention_heads=2 if flags.quick else 8,
         max_position_embeddings=64 if flags.quick else 512,
     )
-    steps = 20 if flags.quick else 3
-    ternary = _time_training(model, device, 16, steps)
-    dense = _time_training(dataclasses.replace(model, linear="dense"), device, 16, steps)
+    windows, rounds = 16, 10 if flags.quick else 4
+    ternary = bench_step(model, device, windows)
+    first = ternary()
+    ternary()
+    peak, state = memory_in_use(device), estimate_memory(model, TrainConfig())
+    dense = bench_step(dataclasses.replace(model, linear="dense"), device, windows)
+    dense()
+    seconds = [(ternary(), dense(), product_rate(device)) for _ in range(rounds)]
+    t, d, rate = (np.array(column) for column in zip(*seconds, strict=True))
+    tokens = windows * model.max_position_embeddings
     net = BitLM(model).to(device.device).freeze()
-    tokens = min(128, model.max_position_embeddings - 1)
-    start = time.perf_counter()
-    for _ in generate_tokens(net, [[1]], SamplingConfig(max_new_tokens=tokens, seed=0)):
-        pass
-    generation = tokens / (time.perf_counter() - start)
-    flops = 6 * model.num_parameters * ternary
+    trits = sum(layer.shape.numel() for layer in net.bit_linears().values())
+    packed = sum(layer.packed.numel() for layer in net.bit_linears().values())
     result = {
         "train": {
-            "ternary_tokens_per_s": ternary,
-            "dense_tokens_per_s": dense,
-            "flop_utilization": flops / product_rate(device),
+            "ternary_tokens_per_s": tokens / np.median(t),
+            "dense_tokens_per_s": tokens / np.median(d),
+            "ternary_to_dense": np.median(d / t),
+            "flop_utilization": 6 * model.num_parameters * tokens / np.median(t) / rate.max(),
+            "product_flop_per_s": rate.max(),
+            "first_step_s": first,
+            "steps_in_turn": rounds,
         },
-        "generate": {"tokens_per_s": generation},
+        "generate": {
+            "tokens_per_s": bench_generation(net, min(256, model.max_position_embeddings - 1)),
+            "bits_per_ternary_weight": 8 * packed / trits,
+        },
         "memory": {
-            "peak_bytes": memory_in_use(device),
-            "weights_and_optimizer_bytes": estimate_memory(model, TrainConfig()),
+            "peak_bytes": peak,
+            "weights_and_optimizer_bytes": state,
+            "ratio": peak / state,
         },
         "machine": {**machine(), "device": str(device), "parameters": model.num_parameters},
     }

@@ -182,7 +182,7 @@ for piece in bit.stream(net, tokenizer, "The ", sampling):
 # ternary weights do. The run folder is all there is to keep.
 
 # %%
-assert state.step == state.config.max_steps, (
+assert state.finished, (
     f"stopped at step {state.step} of {state.config.max_steps}, and saved: run the training cell "
     "again to go on"
 )

@@ -169,6 +169,30 @@ for exported in exports:
     bit.download_button(exported.path)
 
 # %% [markdown]
+# ## A page for your friends
+#
+# One web page with the model inside: it opens in any browser, on a phone too, and writes there. It
+# needs no server and sends nothing anywhere. The first time, llama.cpp for browsers (17 MB) is
+# fetched for it. `docs/demo.md` tells how to put the page on the web.
+
+# %%
+# @title Web page
+template = Path(bit.__file__).parent / bit.PAGE_TEMPLATE
+try:
+    if limits:
+        raise OSError("; ".join(limits))
+    if not template.is_file():  # only bitllm_core.py was fetched
+        address = f"https://raw.githubusercontent.com/{REPOSITORY}/{BRANCH}/{bit.PAGE_TEMPLATE}"
+        template.parent.mkdir(exist_ok=True)
+        urllib.request.urlretrieve(address, template)
+    with contextlib.redirect_stderr(sys.stdout):  # notes, not in the colour of errors
+        page = bit.export_html(run, folder / f"{run.name}.html", overwrite=True)
+    print(f"{page.path.as_posix()}: {page.size:,} bytes\n{page.usage}")
+    bit.download_button(page.path)
+except OSError as error:
+    print(f"no web page: {error}")
+
+# %% [markdown]
 # The packed file, read back, is the same model but for the embedding, which is rounded to 16 bits:
 # where two words are nearly equally likely, it may take the other one.
 

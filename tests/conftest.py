@@ -107,6 +107,7 @@ def state_of(folder):
     tensors |= {f"trits.{name}": value for name, value in found["trits"].items()}
     tensors["rng"] = found["rng"]["torch"]
     names = ("step", "skipped", "loss", "val_loss", "best_val_loss", "best_step")
+    names += ("evals_since_best",)
     values = torch.tensor([found[name] for name in names], dtype=torch.float64)
     tensors["counters"] = values.nan_to_num(nan=-1.0)  # nothing evaluated yet
     return tensors

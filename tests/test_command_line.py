@@ -39,6 +39,21 @@ def test_evaluate_prints_one_json_object(run_cli, trained, tiny_corpus):
     keys = ["loss", "perplexity", "bits_per_byte", "word_perplexity", "tokens", "words", "bytes"]
     assert list(found) == keys
     assert found["bytes"] == tiny_corpus.stat().st_size
+    slid = run_cli("evaluate", "--model", trained, "--data", tiny_corpus, "--stride", 16)
+    assert json.loads(slid.stdout)["loss"] != found["loss"]
+
+
+@pytest.mark.parametrize("to", ["packed", "hf"])
+def test_evaluate_reads_exports_like_the_run(run_cli, trained, tiny_corpus, tmp_path, to):
+    out = tmp_path / ("out.safetensors" if to == "packed" else "out")
+    getattr(bit, f"export_{to}")(trained, out)
+    device = bit.choose_device("cpu", "float32")
+    losses = [
+        bit.evaluate(*bit.load_model(path), tiny_corpus, device=device)["loss"]
+        for path in (trained, out)
+    ]
+    # the embedding is rounded to float16
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_bench_prints_one_json_object(run_cli):
@@ -98,6 +113,16 @@ def test_a_seed_checkpoint_generates(run_cli, seed_script, tiny_corpus, tmp_path
     result = run_cli("generate", "--model", path, "--prompt", "cats sat", "--seed", 0)
     assert result.returncode == 0, result.stderr
     assert len(result.stdout) > len("cats sat") + 10
+    result = run_cli("evaluate", "--model", path, "--data", tiny_corpus)
+    assert result.returncode == 0, result.stderr
+    with torch.no_grad():  # the script's model, window by window, token 0 before the text
+        ids = torch.tensor(tokenizer.encode(tiny_corpus.read_text("utf-8")).ids)
+        inputs = torch.cat([torch.zeros(1, dtype=torch.int64), ids[:-1]])
+        whole = len(ids) // 32 * 32
+        logits = model(inputs[:whole].view(-1, 32)).flatten(0, 1)
+        rest = model(inputs[None, whole:])[0]
+        loss = torch.nn.functional.cross_entropy(torch.cat([logits, rest]), ids)
+    assert json.loads(result.stdout)["loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
 def test_the_import_works_from_anywhere(run_cli, tmp_path):

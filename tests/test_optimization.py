@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -98,3 +99,16 @@ def test_muon_keeps_off_emulated_bfloat16(tiny_config, monkeypatch, fast):
     monkeypatch.setattr(bit, "has_bfloat16", lambda device: fast)
     muon, _ = bit.make_optimizers(bit.BitLM(tiny_config), bit.TrainConfig())
     assert isinstance(muon, bit.Float32Muon) == (not fast)
+
+
+def test_each_form_has_its_own_rate_where_none_is_set(tiny_config):
+    dense = dataclasses.replace(tiny_config, linear="dense")
+    rates = {linear: bit.peak_rates(linear, bit.TrainConfig()) for linear in (tiny_config, dense)}
+    assert rates[tiny_config][0] > rates[dense][0]  # a trit moves only across a threshold
+    for model, pair in rates.items():
+        muon, adamw = bit.make_optimizers(bit.BitLM(model), bit.TrainConfig())
+        assert (muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"]) == pair
+        asked = bit.TrainConfig(learning_rate=0.3, optimizer="adamw")
+        assert bit.peak_rates(model, asked) == (0.3, 0.3)
+        asked = bit.TrainConfig(learning_rate=0.3, adamw_learning_rate=0.1)
+        assert bit.peak_rates(model, asked) == (0.3, 0.1)

@@ -93,3 +93,55 @@ def test_quantizing_twice_is_not_quantizing_once():
     ternary, scale = bit.weight_quant(torch.randn(64, 64))
     again = bit.weight_quant(ternary * scale)[1]
     assert again < 0.9 * scale
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (7, 64), (32, 1023)])
+def test_two_bits_hold_a_trit(size):
+    trits = torch.randint(-1, 2, size, dtype=torch.int8)
+    packed = bit.pack_trits(trits)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (size[0], -(-size[1] // 4))
+    assert torch.equal(bit.unpack_trits(packed, size[1]), trits)
+
+
+def frozen_layers(in_features, *out_features):
+    layers = [bit.BitLinear(in_features, size) for size in out_features]
+    for layer in layers:
+        layer.weight.data.normal_(std=0.05)
+        layer.freeze()
+    return layers
+
+
+@pytest.mark.parametrize("in_features", [1, 6, 64, 515, 1536])
+@pytest.mark.parametrize("rows", [1, 2, bit.FEW_ROWS])
+def test_the_kernel_computes_the_same_bits_as_torch(in_features, rows):
+    """Sums of whole numbers are exact in any order, and the rest is the same arithmetic."""
+    assert bit.ternary_kernel() is not None, "no C compiler? .ci/run's machine has one"
+    layers = frozen_layers(in_features, 48, 3, 17)
+    x = torch.randn(rows, 1, in_features) * torch.logspace(-7, 2, rows)[:, None, None]
+    assert layers[0].at_two_bits(x)
+    for y, layer in zip(bit.project(x, layers), layers, strict=True):
+        assert torch.equal(y, layer(x))
+        layer.hold(torch.float32)
+        assert torch.equal(y, layer(x))
+    assert torch.equal(bit.project(torch.zeros_like(x), layers)[0], torch.zeros(rows, 1, 48))
+
+
+def test_layers_with_new_weights_are_not_computed_with_the_old_ones():
+    layers, x = frozen_layers(64, 8, 8), torch.randn(1, 64)
+    before = bit.project(x, layers)[1].clone()
+    layers[1].set_ternary(*[t.clone() for t in frozen_layers(64, 8)[0].ternary()])
+    after = bit.project(x, layers)[1]
+    assert torch.equal(after, layers[1](x))
+    assert not torch.equal(after, before)
+
+
+def test_without_a_compiler_there_is_no_kernel(monkeypatch):
+    monkeypatch.setattr(bit.shutil, "which", lambda name: None)
+    bit.ternary_kernel.cache_clear()
+    try:
+        assert bit.ternary_kernel() is None
+        layers, x = frozen_layers(64, 8), torch.randn(1, 64)
+        assert torch.equal(bit.project(x, layers)[0], layers[0](x))
+    finally:
+        bit.ternary_kernel.cache_clear()

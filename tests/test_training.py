@@ -248,6 +248,41 @@ def test_a_save_asked_for_comes_after_the_running_step(run, tmp_path):
     assert callback.saved == (5, 12)
 
 
+def overfitting(changes):
+    """So fast a rate on so short a text that the validation loss soon rises."""
+    options = {"max_steps": 60, "eval_every_steps": 3, "patience": 3, "save_every_steps": 4}
+    return {**options, "learning_rate": 0.1, "adamw_learning_rate": 0.05, **changes}
+
+
+def test_a_run_that_only_overfits_ends_early_and_keeps_its_best(run, tmp_path, capsys):
+    state = run(tmp_path, **overfitting({}))
+    losses = [x["val_loss"] for x in without_times(tmp_path) if "val_loss" in x]
+    evaluations, final = losses[:-1], losses[-1]
+    best = min(range(len(evaluations)), key=evaluations.__getitem__)
+    assert len(evaluations) == best + 1 + 3
+    assert state.step == 3 * len(evaluations) < 60
+    assert state.val_loss == final
+    assert state.best_step == 3 * (best + 1)
+    said = f"ended early at step {state.step} of 60: no better validation loss in 3 evaluations"
+    assert said in capsys.readouterr().err
+    model, _ = bit.load_model(tmp_path, "best")
+    tokens = np.fromfile(tmp_path / "data" / "validation.bin", "uint16")
+    loss = bit.total_loss(model, tokens, 0, bit.choose_device("cpu", "float32"))
+    assert loss / len(tokens) == pytest.approx(evaluations[best], rel=1e-5)
+    assert run(tmp_path, **overfitting({})).step == state.step  # complete: nothing to do
+    assert run(tmp_path, **overfitting({"patience": 0, "max_steps": 50})).step == 50
+
+
+@pytest.mark.parametrize("back", [1, 5])
+def test_patience_survives_a_death(run, tmp_path, back):
+    last = run(tmp_path / "whole", **overfitting({})).step
+    with pytest.raises(RuntimeError, match="machine"):
+        run(tmp_path / "parts", callbacks=[DieAt(last - back)], **overfitting({}))
+    assert run(tmp_path / "parts", **overfitting({})).step == last
+    assert_same_bits(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
+    assert without_times(tmp_path / "whole") == without_times(tmp_path / "parts")
+
+
 class PauseAt(StopAt):
     """Pauses for a second, asks for a checkpoint meanwhile, then goes on or stops."""
 
@@ -325,7 +360,35 @@ def test_evaluate_against_a_hand_computed_case(tmp_path, tiny_config, tokenizer)
     assert result["word_perplexity"] == pytest.approx(math.exp(nats / 40), rel=1e-3)
 
 
-@pytest.mark.parametrize(("optimizer", "golden"), [("adamw", 5.67501), ("muon", 5.55295)])
+@pytest.mark.parametrize("length", [1, 9, 16, 17, 50])
+@pytest.mark.parametrize("stride", [1, 5, 16])
+def test_a_sliding_context_predicts_each_token_once(tiny_config, length, stride):
+    tokens = np.random.default_rng(0).integers(0, 300, length)
+    model = bit.BitLM(tiny_config).eval()
+    sequence, nats = [7, *tokens], 0.0
+    for i in range(length):  # token i from those before it in the first window it is in
+        end = min(16 + max(0, -(-(i - 15) // stride)) * stride, length)
+        seen = sequence[max(end - 16, 0) : i + 1]
+        assert len(seen) >= min(i + 1, 16 - stride + 1)
+        nats -= model(torch.tensor([seen]))[0, -1].log_softmax(-1)[tokens[i]].item()
+    device = bit.choose_device("cpu", "float32")
+    for size in (1, 3, 64):
+        total = bit.sliding_loss(model, tokens, 7, device, stride, size)
+        assert total == pytest.approx(nats, rel=1e-4)
+
+
+def test_evaluate_slides_where_asked(tmp_path, tiny_config, tokenizer):
+    (tmp_path / "a.txt").write_text("3 cats sat on 4 mats.\n" * 9, encoding="utf-8", newline="\n")
+    model, options = bit.BitLM(tiny_config).eval(), {"device": bit.choose_device("cpu", "float32")}
+    plain = bit.evaluate(model, tokenizer, tmp_path / "a.txt", **options)
+    slid = bit.evaluate(model, tokenizer, tmp_path / "a.txt", stride=1, **options)
+    assert plain["tokens"] == slid["tokens"]
+    assert plain["loss"] != slid["loss"]
+    with pytest.raises(ValueError, match="stride=17: expected 1 to 16 tokens"):
+        bit.evaluate(model, tokenizer, tmp_path / "a.txt", stride=17, **options)
+
+
+@pytest.mark.parametrize(("optimizer", "golden"), [("adamw", 5.59680), ("muon", 5.48653)])
 def test_three_golden_steps(run, tmp_path, optimizer, golden):
     run(tmp_path, optimizer=optimizer, max_steps=3, log_every_steps=1)
     loss = [line["loss"] for line in without_times(tmp_path) if "loss" in line][-1]

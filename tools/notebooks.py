@@ -68,6 +68,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         folder = flags.folder or stack.enter_context(tempfile.TemporaryDirectory())
         shutil.copy(ROOT / "bitllm_core.py", folder)
+        shutil.copytree(ROOT / "web", Path(folder) / "web", dirs_exist_ok=True)
         for name in flags.names or [source.stem for source in sources]:  # 02 uses what 01 leaves
             run(FOLDER / f"{name}.ipynb", folder)
 

@@ -1,0 +1,124 @@
+"""The experiment tool: rows that are there are not made again, and every patch does something."""
+
+import dataclasses
+import json
+
+import pytest
+
+import bitllm_core as bit
+from tools import experiments
+
+TINY = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+    "batch_tokens": 64,
+    "warmup_steps": 1,
+    "weight_decay": 0.1,  # so that a patch of it shows
+    "compile": "off",
+    "dtype": "float32",
+}
+PLAIN = experiments.Variant("plain")
+
+
+@pytest.fixture
+def table():
+    return experiments.Table("a test", TINY, [PLAIN], tokens=512, valid_bytes=2000)
+
+
+@pytest.fixture
+def run(tiny_corpus, tmp_path):
+    def run(table, variant=PLAIN, seed=0):
+        texts = (tiny_corpus, tiny_corpus)
+        return experiments.run_one(table, variant, seed, texts, tmp_path)
+
+    return run
+
+
+def test_a_row_says_what_evaluate_says(run, table, tmp_path):
+    row = run(table)
+    assert row["steps"] == 8
+    assert row["trained_tokens"] == 512
+    assert [point[0] for point in row["curve"]] == [128, 256, 384, 512]
+    words = (tmp_path / "valid-2000.txt").read_text("utf-8")
+    assert row["words"] == len(words.split()) + words.count("\n")
+    assert row == {**run(table), **{k: row[k] for k in ("curve", "seconds", "train_seconds")}}
+    assert run(table, seed=1)["loss"] != row["loss"]
+
+
+@pytest.mark.parametrize("name", experiments.PATCHES)
+def test_every_patch_changes_the_outcome_and_leaves_nothing_behind(run, table, name):
+    plain = run(table)["loss"]
+    assert run(table, experiments.Variant(name, {}, name))["loss"] != plain
+    assert run(table)["loss"] == plain
+
+
+def test_a_clock_ends_a_run_and_cools_it_down(run, table, monkeypatch):
+    clocked = dataclasses.replace(table, tokens=0, minutes=1)
+    ticks = iter(range(1000))
+    monkeypatch.setattr(experiments, "seconds", lambda: float(next(ticks)))
+    rates, factor, apply = [], bit.learning_rate_factor, bit.apply_gradients
+
+    def watch(optimizers, scaler, factor, limit):
+        rates.append(factor)
+        return apply(optimizers, scaler, factor, limit)
+
+    monkeypatch.setattr(bit, "apply_gradients", watch)
+    row = run(clocked)
+    assert row["steps"] == len(rates) > 10
+    assert 57 <= row["seconds"] <= 63
+    assert len(row["curve"]) == 10
+    assert max(rates) == 1
+    assert rates[-1] < 0.15
+    assert bit.learning_rate_factor is factor
+
+
+def test_a_list_goes_on_where_it_was_stopped(tiny_corpus, tmp_path, monkeypatch, table):
+    results, done = tmp_path / "results.jsonl", []
+
+    def process(command, **options):
+        if "one" not in command:  # git
+            return subprocess_run(command, **options)
+        flag = {name: command[command.index(name) + 1] for name in ("--variant", "--seed")}
+        done.append((flag["--variant"], flag["--seed"]))
+        row = dict.fromkeys(
+            ("loss", "bits_per_byte", "word_perplexity", "seconds", "steps", "trained_tokens"), 2.0
+        )
+        row |= {"parameters": 1_000_000, "curve": [[64, 1.0, 5.0], [128, 2.0, 4.0]]}
+        stdout = f"noise\n{json.dumps(row)}\n"
+        return experiments.subprocess.CompletedProcess(command, 0, stdout)
+
+    subprocess_run = experiments.subprocess.run
+    monkeypatch.setattr(experiments.subprocess, "run", process)
+    two = dataclasses.replace(table, variants=[PLAIN, experiments.Variant("other")], seeds=2)
+    monkeypatch.setitem(experiments.TABLES, "two", two)
+    arguments = ["--work", str(tmp_path), "--train", str(tiny_corpus), "--valid", str(tiny_corpus)]
+    assert experiments.main(["run", "two", *arguments]) == 0
+    assert done == [("plain", "0"), ("other", "0"), ("plain", "1"), ("other", "1")]
+    lines = results.read_text("utf-8").splitlines(keepends=True)
+    assert all(json.loads(line)["commit"] for line in lines)
+    results.write_text("".join(lines[:2] + lines[3:]), "utf-8")
+    experiments.main(["run", "two", *arguments])
+    assert done[4:] == [("plain", "1")]
+    rows = experiments.read_rows(results, "two")
+    assert "| other | 2 | 1.00M | 2 ± 0 |" in experiments.report("two", rows)
+    experiments.main(["draw", "two", "--out", str(tmp_path / "a.png"), *arguments])
+    assert (tmp_path / "a.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("name", experiments.TABLES)
+def test_every_variant_is_a_possible_configuration(name):
+    table = experiments.TABLES[name]
+    assert len({variant.name for variant in table.variants}) == len(table.variants)
+    for variant in table.variants:
+        assert not variant.patch or variant.patch in (
+            *experiments.PATCHES,
+            experiments.SEED_SCRIPT,
+        )
+        parts = experiments.split_fields({**table.base, **variant.changes})
+        kinds = (bit.ModelConfig, bit.DataConfig, bit.TrainConfig)
+        model, _, train = (kind(**part) for kind, part in zip(kinds, parts, strict=True))
+        bit.check_configs(model, train)

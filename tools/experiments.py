@@ -1,0 +1,768 @@
+"""Train lists of configurations, several seeds each, and make the tables of docs/results.md.
+
+    python tools/experiments.py run rates --train train.txt --valid valid.txt
+    python tools/experiments.py report rates          # its table, in Markdown
+    python tools/experiments.py draw rates --out a.png  # loss against tokens and against time
+    python tools/experiments.py costs                 # bytes and generation speed
+    python tools/experiments.py list
+
+Texts are local files: the figures in the docs are WikiText-2's, made with `gzip -dk`. A row is
+added to the results file when its run has ended; rows that are there are not run again, so a list
+may be stopped at any time, and a variant or a seed be added later. Every run is a process of its
+own. A budget is in tokens (equal work), or in minutes, counted from the start of the process to the
+last step: import, tokenizer, compiling and all. Minutes are of wall-clock, or with --clock cpu of
+processor time (one thread then), which other work on the machine does not take away. What is tried
+only here is a patch of the core (see PATCHES), not one of its settings.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+BORN = time.time()
+
+from collections.abc import Callable, Iterator, Sequence  # noqa: E402
+from dataclasses import dataclass, field  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+from unittest import mock  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import bitllm_core as bit  # noqa: E402
+
+CLOCK = os.environ.get("BITLLM_EXPERIMENTS_CLOCK", "wall")
+
+
+def seconds() -> float:
+    """Since this process began: of the wall's clock, or of processor time with its compilers'."""
+    return time.time() - BORN if CLOCK == "wall" else sum(os.times()[:4])
+
+
+# -----------------------------------------------------------------------------
+# Patches: what is tried. Each is a context around one run; it may return a callback.
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """`owner.name` is what `make` makes of it, for a while."""
+    with mock.patch.object(owner, name, make(getattr(owner, name))):
+        yield
+
+
+def initialized(change: Callable[[bit.BitLM], None]) -> Any:
+    """The usual initial weights, then `change`."""
+
+    def make(initialize):
+        def changed(model, generator):
+            initialize(model, generator)
+            with torch.no_grad():
+                change(model)
+
+        return changed
+
+    return replaced(bit, "initialize", make)
+
+
+def projections(gain: Callable[[int], float]) -> Callable[[bit.BitLM], None]:
+    """What writes to the stream, times `gain` of the number of layers."""
+
+    def change(model):
+        for name, weight in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.mul_(gain(model.config.num_hidden_layers))
+
+    return change
+
+
+def embedding_std(std: float) -> Callable[[bit.BitLM], None]:
+    return lambda model: model.model.embed_tokens.weight.mul_(std / 0.02)
+
+
+def z_loss(weight: float) -> Any:
+    def make(_):
+        def loss(self, input_ids, targets, blocks=None):
+            at = torch.arange(input_ids.shape[1], device=input_ids.device)
+            hidden = self._blocks(self.embed(input_ids), at, blocks=blocks)
+            logits = self.head(hidden).flatten(0, 1).float()
+            nats = F.cross_entropy(logits, targets.flatten(), reduction="sum")
+            if torch.is_grad_enabled():
+                nats = nats + weight * logits.logsumexp(-1).square().sum()
+            return nats
+
+        return loss
+
+    return replaced(bit.BitLM, "loss", make)
+
+
+def median_scale() -> Any:
+    def make(_):
+        def quant(weight):
+            weight = weight.float()
+            scale = weight.abs().median().clamp(min=1e-5)
+            return (weight / scale).round().clamp(-1, 1), scale
+
+        return quant
+
+    return replaced(bit, "weight_quant", make)
+
+
+@contextlib.contextmanager
+def full_precision_until(share: float) -> Iterator[bit.Callback]:
+    """Dense for the first share of the steps (eager: the compiler would see two programs)."""
+    warm = {"on": True}
+
+    class Switch(bit.Callback):
+        def on_step(self, state, metrics):
+            warm["on"] = state.step < share * state.config.max_steps
+
+    def weights(quant):
+        return lambda w: (w.float(), w.new_ones(())) if warm["on"] else quant(w)
+
+    def activations(quant):
+        return lambda x: x.float() if warm["on"] else quant(x)
+
+    with replaced(bit, "weight_quant", weights), replaced(bit, "activation_quant", activations):
+        yield Switch()
+
+
+@contextlib.contextmanager
+def without_sub_norms() -> Iterator[None]:
+    def make(init):
+        def changed(self, *args, **kwargs):
+            init(self, *args, **kwargs)
+            for name in ("attn_sub_norm", "ffn_sub_norm"):
+                if hasattr(self, name):
+                    setattr(self, name, torch.nn.Identity())
+
+        return changed
+
+    with (
+        replaced(bit.Attention, "__init__", make),
+        replaced(bit.FeedForward, "__init__", make),
+    ):
+        yield
+
+
+def dropout(rate: float) -> Any:
+    """On what each half of a block adds to the stream, in training."""
+
+    def make(_):
+        def forward(self, x, rope, cache, mask):
+            training = torch.is_grad_enabled()
+            y = self.self_attn(self.input_layernorm(x), rope, cache, mask)
+            x = x + F.dropout(y, rate, training)
+            return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), rate, training)
+
+        return forward
+
+    return replaced(bit.Block, "forward", make)
+
+
+class EachStep(bit.Callback):
+    """Sets something of the optimizers' groups as a function of the share of steps done."""
+
+    def __init__(self, name: str, value: Callable[[float], float]) -> None:
+        self.name, self.value = name, value
+
+    def on_start(self, state):
+        self.on_step(state, None)
+
+    def on_step(self, state, metrics):
+        for optimizer in state.optimizers:
+            for group in optimizer.param_groups:
+                if self.name in group and group.get("initial_decay", 1):
+                    group[self.name] = self.value(state.step / state.config.max_steps)
+
+
+@contextlib.contextmanager
+def each_step(name: str, value: Callable[[float], float]) -> Iterator[bit.Callback]:
+    yield EachStep(name, value)
+
+
+class Decay(bit.Callback):
+    """Weight decay of the matrices follows the learning rate (to 0 in the cooldown)."""
+
+    def on_step(self, state, metrics):
+        factor = bit.learning_rate_factor(state.config, state.step)
+        for optimizer in state.optimizers:
+            for group in optimizer.param_groups:
+                if group["weight_decay"]:
+                    group["weight_decay"] = max(state.config.weight_decay * factor, 1e-12)
+
+
+@contextlib.contextmanager
+def callback(make: Callable[[], bit.Callback]) -> Iterator[bit.Callback]:
+    yield make()
+
+
+SEED_SCRIPT = "the seed guide's script"  # not a patch but another program
+
+PATCHES: dict[str, Callable[[], Any]] = {
+    "zero-init projections": lambda: initialized(projections(lambda layers: 0.0)),
+    "projections x 10": lambda: initialized(projections(lambda layers: 10.0)),
+    "full-size projections": lambda: initialized(projections(lambda n: 10 * (2 * n) ** 0.5)),
+    "embedding std 0.1": lambda: initialized(embedding_std(0.1)),
+    "embedding std 0.005": lambda: initialized(embedding_std(0.005)),
+    "z-loss 1e-4": lambda: z_loss(1e-4),
+    "median scale": median_scale,
+    "dense for the first 20%": lambda: full_precision_until(0.2),
+    "no sub-norms": without_sub_norms,
+    "dropout 0.1": lambda: dropout(0.1),
+    "momentum 0.85 to 0.95": lambda: each_step(
+        "momentum", lambda done: 0.85 + 0.10 * min(done / 0.3, 1)
+    ),
+    "weight decay to 0": lambda: callback(Decay),
+    "3 Newton-Schulz steps": lambda: each_step("ns_steps", lambda done: 3),
+}
+
+
+# -----------------------------------------------------------------------------
+# Tables: what is compared with what.
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of a table: fields of the three configurations that it changes, and a patch."""
+
+    name: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    patch: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Variants of one base. Budget: tokens, or minutes of wall-clock from the process's start."""
+
+    about: str
+    base: dict[str, Any]
+    variants: list[Variant]
+    tokens: int = 0
+    minutes: float = 0.0
+    seeds: int = 1
+    threads: int = 1
+    valid_bytes: int = 240_000
+    """how much of the validation text a run ends with; 0: all of it"""
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 4096,
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "num_key_value_heads": None,
+    "max_position_embeddings": 128,
+    "batch_tokens": 2048,
+    "micro_batch_size": 16,  # one compiled program for every batch
+    "warmup_steps": 20,
+    "compile": "on",
+}
+"""2.56M parameters; for the rest the core's defaults"""
+
+
+SHORT: dict[str, Any] = {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "batch_tokens": 2048,
+    "micro_batch_size": 16,
+}
+"""2.24M parameters: what ten minutes of two slow cores can teach something, in any client"""
+
+FIRST: dict[str, Any] = {
+    "vocab_size": 8192,
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 256,
+    "batch_tokens": 8192,
+    "learning_rate": 0.02,
+    "adamw_learning_rate": 0.005,
+    "warmup_steps": 20,
+    "cooldown_fraction": 0.4,
+}
+"""the first WikiText-2 figure of docs/log.md; what the core has won in speed since, it has too"""
+
+
+def named(**changes: Any) -> Variant:
+    return Variant(
+        ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in changes.items()),
+        changes,
+    )
+
+
+def patched(*names: str) -> list[Variant]:
+    return [Variant(name, {}, name) for name in names]
+
+
+def rates(linear: str, optimizer: str, *values: float) -> list[Variant]:
+    return [
+        Variant(
+            f"{linear}, {optimizer} {value:g}",
+            {"linear": linear, "optimizer": optimizer, "learning_rate": value},
+        )
+        for value in values
+    ]
+
+
+TABLES: dict[str, Table] = {
+    "rates": Table(
+        "peak rate of the matrices, 2.56M parameters, equal tokens",
+        SMALL,
+        [
+            *rates("ternary", "muon", 0.01, 0.02, 0.04, 0.08),
+            *rates("dense", "muon", 0.01, 0.02, 0.04),
+            *rates("dense", "adamw", 0.003, 0.006),
+            *rates("ternary", "adamw", 0.003),
+        ],
+        tokens=262_144,
+    ),
+    "gap": Table(
+        "ternary against its dense twin at equal steps, each with its own rate, 2.56M",
+        SMALL,
+        [Variant("ternary"), Variant("dense", {"linear": "dense"})],
+        tokens=262_144,
+        seeds=3,
+    ),
+    "gap-14M": Table(
+        "the same at 13.8M parameters, with half the tokens",
+        {**FIRST, "learning_rate": None, "batch_tokens": 2048, "compile": "on"},
+        [Variant("ternary"), Variant("dense", {"linear": "dense"})],
+        tokens=131_072,
+        seeds=3,
+    ),
+    "ten-minutes": Table(
+        "ten minutes, everything counted",
+        {"compile": "on"},
+        [
+            Variant("ternary, 2.2M", SHORT),
+            Variant("first defaults, ternary, 13.8M", FIRST, "projections x 10"),
+            Variant(
+                "dense twin of 2.2M, AdamW",
+                {**SHORT, "linear": "dense", "optimizer": "adamw", "learning_rate": 0.003},
+            ),
+            Variant(SEED_SCRIPT, {}, SEED_SCRIPT),
+            Variant("dense twin of 2.2M, Muon", {**SHORT, "linear": "dense"}),
+        ],
+        minutes=10,
+        threads=2,
+    ),
+    "recipe": Table(
+        "one change at a time, 2.56M parameters, equal tokens",
+        SMALL,
+        [
+            Variant("defaults"),
+            *patched("projections x 10", "zero-init projections", "embedding std 0.005"),
+            *patched("momentum 0.85 to 0.95", "3 Newton-Schulz steps"),
+            named(adamw_learning_rate=0.015),
+            named(batch_tokens=4096),
+            named(cooldown_fraction=0.7),
+            *patched("z-loss 1e-4", "median scale", "no sub-norms", "dense for the first 20%"),
+            named(linear="weight_only"),
+            named(weight_decay=0.1),
+            named(adamw_learning_rate=0.0017),
+            *patched("dropout 0.1", "embedding std 0.1"),
+            Variant("weight decay 0.1 to 0", {"weight_decay": 0.1}, "weight decay to 0"),
+        ],
+        tokens=262_144,
+    ),
+}
+
+
+# -----------------------------------------------------------------------------
+# One run
+
+
+def split_fields(changes: dict[str, Any]) -> list[dict[str, Any]]:
+    """The fields of each of the three configurations; ValueError names one that is of none."""
+    kinds = (bit.ModelConfig, bit.DataConfig, bit.TrainConfig)
+    names = [{item.name for item in dataclasses.fields(kind)} for kind in kinds]
+    for key in changes:
+        bit.require(any(key in n for n in names), "changes", key, "a field of a configuration")
+    return [{k: v for k, v in changes.items() if k in n} for n in names]
+
+
+class Recorder(bit.Callback):
+    """The curve: tokens, seconds since the process began, validation loss on a fixed slice.
+
+    With a deadline it evaluates by the clock, ten times in all, and stops when the time is over.
+    """
+
+    def __init__(self, out: Path, deadline: float = 0.0) -> None:
+        self.out, self.deadline = out, deadline
+        self.curve: list[list[float]] = []
+        self.trained_at = 0.0
+
+    def on_step(self, state, metrics):
+        self.trained_at = seconds()
+        if not self.deadline:
+            return
+        if self.trained_at > self.deadline * (len(self.curve) + 1) / 10:
+            tokens = np.fromfile(self.out / "data" / "validation.bin", "uint16")[:8192]
+            device = bit.choose_device()
+            loss = bit.total_loss(state.model, tokens, 0, device) / len(tokens)
+            self.add(state, loss)
+        if seconds() >= self.deadline:
+            state.stop_signal = 2
+
+    def on_eval(self, state, metrics):
+        if not metrics.get("final"):
+            self.add(state, metrics["val_loss"])
+
+    def add(self, state, loss):
+        self.curve.append([state.tokens, round(seconds(), 1), round(loss, 4)])
+
+
+@contextlib.contextmanager
+def rate_by_the_clock(minutes: float) -> Iterator[None]:
+    """The schedule's share of steps becomes the share of the time that is left for training."""
+    start: list[float] = []
+    scale = 1 << 20
+
+    def make(factor):
+        def by_clock(config, step):
+            if step < config.warmup_steps:
+                return factor(config, step)
+            now = seconds()
+            start.append(now)
+            share = (now - start[0]) / max(minutes * 60 - start[0], 1)
+            timed = dataclasses.replace(config, max_steps=scale, warmup_steps=0)
+            return factor(timed, min(int(share * scale), scale - 1))
+
+        return by_clock
+
+    with replaced(bit, "learning_rate_factor", make):
+        yield
+
+
+def cut_text(source: Path, size: int, folder: Path) -> Path:
+    """The first `size` bytes of a text, cut at a line's end; all of it where size is 0."""
+    if not size:
+        return source
+    path = folder / f"valid-{size}.txt"
+    if not path.is_file():
+        data = source.read_bytes()[:size]
+        path.write_bytes(data[: data.rfind(b"\n") + 1])
+    return path
+
+
+SAMPLE = bit.SamplingConfig(max_new_tokens=80, seed=0)  # what a row keeps of a model's writing
+
+
+def run_one(table: Table, variant: Variant, seed: int, texts: tuple[Path, Path], work: Path) -> Any:
+    """Train one variant with one seed and measure it; a dictionary for the results file."""
+    train_text, valid_text = texts
+    if variant.patch == SEED_SCRIPT:
+        return run_seed_script(table, seed, texts, work)
+    changes = {
+        "data": str(train_text),
+        "validation_data": str(cut_text(valid_text, 30_000, work)),
+        "eval_tokens": 8192,
+        "save_every_minutes": 0.0,
+        "keep_checkpoints": 1,
+        "seed": seed,
+        **table.base,
+        **variant.changes,
+    }
+    model, data, train = (
+        kind(**part)
+        for kind, part in zip(
+            (bit.ModelConfig, bit.DataConfig, bit.TrainConfig), split_fields(changes), strict=True
+        )
+    )
+    if table.tokens:
+        steps = table.tokens // train.batch_tokens
+        train = dataclasses.replace(train, max_steps=steps, eval_every_steps=max(steps // 4, 1))
+    else:
+        train = dataclasses.replace(train, max_steps=1_000_000, eval_every_steps=0)
+    out = work / "runs" / f"{os.getpid()}"
+    shared = work / "tokens" / f"{data.tokenizer}-{model.vocab_size}"
+    if table.tokens:  # tokenised once for all runs; with a clock, it is part of the run
+        bit.prepare_data(data, model.vocab_size, model.max_position_embeddings, shared)
+        link_data(shared, out)
+    recorder = Recorder(out, table.minutes * 60)
+    with contextlib.ExitStack() as stack:
+        callbacks: list[bit.Callback] = [recorder]
+        if variant.patch:
+            more = stack.enter_context(PATCHES[variant.patch]())
+            callbacks += [more] if more else []
+        if table.minutes:
+            stack.enter_context(rate_by_the_clock(table.minutes))
+        state = bit.train(model, data, train, out, callbacks=callbacks)
+        whole = cut_text(valid_text, table.valid_bytes, work)
+        tokenizer = bit.load_tokenizer(out / "tokenizer.json")
+        result = bit.evaluate(state.model, tokenizer, whole)
+        text = bit.generate(state.model, tokenizer, "", SAMPLE)
+    remove_folder(out)
+    return {
+        **{key: round(value, 5) for key, value in result.items()},
+        "parameters": model.num_parameters,
+        "steps": state.step,
+        "trained_tokens": state.tokens,
+        "seconds": round(recorder.trained_at, 1),
+        "train_seconds": round(state.train_seconds, 1),
+        "curve": recorder.curve,
+        "clock": CLOCK,
+        "text": text,
+    }
+
+
+def run_seed_script(table: Table, seed: int, texts: tuple[Path, Path], work: Path) -> Any:
+    """The seed guide's script in its time: its model, its windows in their order, its AdamW.
+
+    Its classes are those of tests/seed_model.py. What it prints and saves on its way is left out,
+    its data loader's processes too: neither costs it anything that could be measured.
+    """
+    from tests import seed_model
+
+    torch.manual_seed(seed)
+    deadline, out = table.minutes * 60, work / "runs" / f"{os.getpid()}"
+    out.mkdir(parents=True)
+    lines = [x for x in texts[0].read_text("utf-8").splitlines(keepends=True) if x.strip()]
+    tokenizer = bit.train_tokenizer(lines, 30_000, kind="wordpiece")
+    tokenizer.save(str(out / "tokenizer.json"))
+    encoded = tokenizer.encode_batch_fast(lines, add_special_tokens=False)
+    ids = torch.tensor([i for line in encoded for i in line.ids])
+    windows = ids.unfold(0, 513, 1)  # they overlap with stride one and are read in order
+    model = seed_model.MiLLM(30_000, 512, 8, 2048, 6, 512)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    step, now = 0, 0.0
+    while now < deadline:
+        batch = windows[step * 16 : step * 16 + 16]
+        optimizer.zero_grad()
+        logits = model(batch[:, :-1])
+        F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
+        optimizer.step()
+        step, now = step + 1, seconds()
+        print(f"seed script: step {step}, {now:.0f} s", file=sys.stderr)
+    path = out / "mi_llm_checkpoint.pth"
+    torch.save({"epoch": 0, "batch": step, "model_state_dict": model.state_dict()}, path)
+    loaded = bit.load_model(path)
+    result = bit.evaluate(*loaded, cut_text(texts[1], table.valid_bytes, work))
+    text = bit.generate(*loaded, "", SAMPLE)
+    remove_folder(out)
+    return {
+        **{key: round(value, 5) for key, value in result.items()},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": step,
+        "trained_tokens": step * 16 * 512,
+        "seconds": round(now, 1),
+        "train_seconds": round(now, 1),
+        "curve": [],
+        "clock": CLOCK,
+        "text": text,
+    }
+
+
+def link_data(shared: Path, out: Path) -> None:
+    (out / "data").mkdir(parents=True)
+    for name in ("tokenizer.json", "data/train.bin", "data/validation.bin", "data/manifest.json"):
+        os.link(shared / name, out / name)
+
+
+def remove_folder(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+# -----------------------------------------------------------------------------
+# Lists of runs, and what comes of them
+
+
+def read_rows(path: Path, table: str = "") -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [row for row in rows if not table or row["table"] == table]
+
+
+def commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def run_table(name: str, flags: argparse.Namespace) -> int:
+    """Every variant and seed that has no row yet, one after the other, each in its own process."""
+    table = TABLES[name]
+    seeds = range(flags.seeds or table.seeds)
+    for seed in seeds:  # the first seed of all, then the second
+        for variant in table.variants:
+            if flags.only and flags.only not in variant.name:
+                continue
+            key = {"table": name, "variant": variant.name, "seed": seed}
+            if any(all(row[k] == v for k, v in key.items()) for row in read_rows(flags.results)):
+                continue
+            command = [sys.executable, __file__, "one", name, "--variant", variant.name]
+            command += ["--seed", str(seed), "--train", str(flags.train)]
+            command += ["--valid", str(flags.valid), "--work", str(flags.work)]
+            threads = 1 if flags.clock == "cpu" else table.threads
+            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            environment["BITLLM_EXPERIMENTS_CLOCK"] = flags.clock
+            done = subprocess.run(
+                command, env=environment, stdout=subprocess.PIPE, text=True, check=False
+            )
+            if done.returncode:
+                print(f"{variant.name}, seed {seed}: exit {done.returncode}", file=sys.stderr)
+                continue
+            row = {**key, "commit": commit(), **json.loads(done.stdout.splitlines()[-1])}
+            with flags.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"{variant.name}, seed {seed}: {row['loss']:.4f}", flush=True)
+    return 0
+
+
+def spread(values: list[float], digits: int) -> str:
+    """mean ± half the range."""
+    half = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{half}"
+
+
+def report(name: str, rows: list[dict[str, Any]]) -> str:
+    """The table in Markdown: mean over the seeds, ± half the range."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["variant"], []).append(row)
+    lines = [
+        "| variant | seeds | parameters | steps | tokens | loss | bits per byte "
+        "| word perplexity | seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for variant, found in groups.items():
+
+        def column(key: str, digits: int, found: Any = found) -> str:
+            return spread([row[key] for row in found], digits)
+
+        first = found[0]
+        lines.append(
+            f"| {variant} | {len(found)} | {first['parameters'] / 1e6:.2f}M | "
+            f"{column('steps', 0)} | {column('trained_tokens', 0)} | "
+            f"{column('loss', 3)} | {column('bits_per_byte', 3)} | "
+            f"{column('word_perplexity', 1)} | {column('seconds', 0)} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Validation loss against tokens and against wall-clock: mean over the seeds, and their range.
+
+    The points of several seeds meet at the same tokens; at a clock's points, only nearly.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, places = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    for variant in dict.fromkeys(row["variant"] for row in rows if row["curve"]):
+        curves = [row["curve"] for row in rows if row["variant"] == variant]
+        shared = min(map(len, curves))
+        points = np.array([curve[:shared] for curve in curves])  # (seeds, points, 3)
+        for axes, column in zip(places, (0, 1), strict=True):
+            x, y = points[:, :, column].mean(0), points[:, :, 2]
+            (line,) = axes.plot(x, y.mean(0), ".-", label=variant)
+            axes.fill_between(x, y.min(0), y.max(0), alpha=0.25, color=line.get_color())
+    for axes, name in zip(places, ("training tokens", "seconds of wall-clock"), strict=True):
+        axes.set_xlabel(name)
+        axes.grid(alpha=0.3)
+    places[0].set_ylabel("validation loss, nats per token")
+    places[1].legend(fontsize=8)
+    figure.savefig(path, dpi=90)
+
+
+def costs(train_text: Path, work: Path) -> str:
+    """Bytes and generation speed of ternary models and their dense twins, in Markdown.
+
+    Neither depends on how long a model was trained: one step, of one window.
+    """
+    lines = [
+        "| model | linear | parameters | bytes | tokens/s |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, shape in {"ten minutes": SHORT, "first defaults": FIRST}.items():
+        for linear in ("ternary", "dense"):
+            model_part, _, _ = split_fields({**shape, "linear": linear})
+            model = bit.ModelConfig(**model_part)
+            out = work / "runs" / f"{os.getpid()}-{linear}"
+            window = model.max_position_embeddings
+            train = bit.TrainConfig(max_steps=1, batch_tokens=window, eval_tokens=window)
+            bit.train(model, bit.DataConfig(data=str(train_text)), train, out, callbacks=[])
+            size = 2 * model.num_parameters  # float16
+            if linear == "ternary":
+                size = bit.export_packed(out, out / "packed.safetensors").size
+            net, _ = bit.load_model(out)
+            sampling = bit.SamplingConfig(max_new_tokens=100, seed=0)
+            taken = []
+            for _ in range(3):
+                start = time.perf_counter()
+                count = len(list(bit.generate_tokens(net, [[0]], sampling)))
+                taken.append((time.perf_counter() - start) / count)
+            remove_folder(out)
+            lines.append(
+                f"| {name} | {linear} | {model.num_parameters / 1e6:.2f}M | {size:,} "
+                f"| {1 / min(taken):.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Make the tables of docs/results.md.")
+    parser.add_argument("command", choices=("run", "one", "report", "draw", "costs", "list"))
+    parser.add_argument("table", nargs="*", help=", ".join(TABLES))
+    parser.add_argument("--train", type=Path, default=Path("train.txt"), help="training text")
+    parser.add_argument("--valid", type=Path, default=Path("valid.txt"), help="validation text")
+    parser.add_argument("--work", type=Path, default=Path("runs/experiments"), help="for its files")
+    parser.add_argument("--results", type=Path, help="default: results.jsonl in --work")
+    parser.add_argument("--seeds", type=int, help="how many; default: the table's")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="of minutes")
+    parser.add_argument("--only", default="", help="variants whose name holds this")
+    parser.add_argument("--out", type=Path, help="of draw: a .png file")
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
+    flags = parser.parse_args(arguments)
+    flags.results = flags.results or flags.work / "results.jsonl"
+    flags.work.mkdir(parents=True, exist_ok=True)
+    for name in flags.table:
+        bit.require(name in TABLES, "table", name, f"one of {', '.join(TABLES)}")
+    if flags.command == "list":
+        for name, table in TABLES.items():
+            print(f"{name}: {table.about}; {len(table.variants)} variants")
+    elif flags.command == "one":
+        table = TABLES[flags.table[0]]
+        variant = next(v for v in table.variants if v.name == flags.variant)
+        row = run_one(table, variant, flags.seed, (flags.train, flags.valid), flags.work)
+        print(json.dumps({**row, "machine": bit.machine()}))
+    elif flags.command == "costs":
+        print(costs(flags.valid, flags.work))
+    elif flags.command == "draw":
+        rows = [r for name in flags.table for r in read_rows(flags.results, name)]
+        draw([r for r in rows if flags.only in r["variant"]], flags.out)
+    elif flags.command == "run":
+        for name in flags.table or TABLES:
+            run_table(name, flags)
+    else:
+        for name in flags.table or TABLES:
+            print(f"\n### {name}: {TABLES[name].about}\n")
+            print(report(name, read_rows(flags.results, name)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

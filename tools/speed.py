@@ -1,0 +1,336 @@
+"""Measure what docs/performance.md reports; prints one JSON object.
+
+    python tools/speed.py                          # all parts, half an hour on two slow cores
+    python tools/speed.py seed generation          # some of them
+    python tools/speed.py growth --figure docs/growth.png
+
+What is compared takes turns in one process, so that a busy machine slows both; ratios are medians
+of such turns. Every part runs in a process of its own, for its memory and its compilations.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SHAPE = {  # of the comparison with the seed script, whose feed-forward is 2048 wide and not gated
+    "vocab_size": 30_000,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 512,
+}
+
+
+def median_ratio(rounds, slow, fast):
+    pairs = [(slow(), fast()) for _ in range(rounds)]
+    return statistics.median(a / b for a, b in pairs), pairs
+
+
+def seed(rounds=4):
+    """A step of the seed script's model in float32, as it stands, against one of ours."""
+    import torch
+
+    import bitllm_core as bit
+    from tests.seed_model import MiLLM
+
+    net = MiLLM(30_000, 512, 8, 2048, 6, 512)
+    optimizer, loss = torch.optim.AdamW(net.parameters(), lr=1e-4), torch.nn.CrossEntropyLoss()
+    ids = torch.randint(30_000, (16, 512))
+
+    def theirs():
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        loss(net(ids).view(-1, 30_000), ids.view(-1)).backward()
+        optimizer.step()
+        return time.perf_counter() - start
+
+    ours = bit.bench_step(bit.ModelConfig(**SHAPE), bit.choose_device(), 16)
+    theirs()
+    ours()
+    ratio, pairs = median_ratio(rounds, theirs, ours)
+    speeds = [8192 / statistics.median(column) for column in zip(*pairs, strict=True)]
+    return {"ratio": ratio, "seed_tokens_per_s": speeds[0], "tokens_per_s": speeds[1]}
+
+
+def bench():
+    """`bitllm_core.py bench`: ternary against dense, FLOP use, memory."""
+    command = [sys.executable, str(ROOT / "bitllm_core.py"), "bench"]
+    return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+
+
+def start():
+    """Seconds that the first step of `demo` takes longer than others: eager, compiled, cached."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
+        for name in ("eager", "compiled", "compiled_again"):
+            code = (
+                "import bitllm_core as bit\n"
+                f"if {name == 'eager'}: bit.why_not_compile = lambda device: 'eager'\n"
+                "step = bit.bench_step(bit.PRESETS['demo'][0], bit.choose_device(), 32)\n"
+                "first, others = step(), [step() for _ in range(4)]\n"
+                "print(first - min(others), 4096 / min(others))"
+            )
+            run = [sys.executable, "-c", code]
+            done = subprocess.run(run, capture_output=True, check=True, cwd=ROOT, env=environment)
+            found[f"{name}_s"], found[f"{name}_tokens_per_s"] = map(float, done.stdout.split())
+    return found
+
+
+def importing(rounds=5):
+    """Seconds that `import bitllm_core` takes after `import torch`."""
+    code = (
+        "import time, torch\nstart = time.perf_counter()\nimport bitllm_core\n"
+        "print(time.perf_counter() - start)"
+    )
+    run = [sys.executable, "-c", code]
+    return {
+        "seconds": statistics.median(
+            float(subprocess.run(run, capture_output=True, check=True, cwd=ROOT).stdout)
+            for _ in range(rounds)
+        )
+    }
+
+
+def text_of(megabytes):
+    """Python's reference, as often as makes so many megabytes."""
+    import bitllm_core as bit
+
+    pieces = bit.read_pieces("pydocs", "train", bit.DataConfig())
+    text = "".join(piece for piece, _ in pieces)
+    return (text * (1 + int(megabytes * 1e6) // len(text)))[: int(megabytes * 1e6)]
+
+
+def tokenising(source=None, megabytes=10.0, rounds=3):
+    """`prepare_data` from file to token file against the library's own call on the same text."""
+    import bitllm_core as bit
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "text.txt")
+        if source:
+            path.write_bytes(Path(source).read_bytes())
+        else:
+            path.write_text(text_of(megabytes), encoding="utf-8")
+        config = bit.DataConfig(data=str(path))
+        pieces = [p for p, _ in bit.read_pieces(str(path), "train", config)]
+        tokenizer = bit.train_tokenizer(pieces, 8192)
+        size = path.stat().st_size / 1e6
+
+        def ours():
+            begin = time.perf_counter()
+            bit._tokenize(tokenizer, (("train", p, True) for p in pieces), Path(folder), None)
+            return time.perf_counter() - begin
+
+        def library():
+            begin = time.perf_counter()
+            tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+            return time.perf_counter() - begin
+
+        with contextlib.redirect_stderr(io.StringIO()):
+            ratio, pairs = median_ratio(rounds, library, ours)
+        return {"ratio": ratio, "megabytes": size, "mb_per_s": size / min(p[1] for p in pairs)}
+
+
+def waiting():
+    """Shares of a training's time that making batches and saving take: 40 steps of `demo`."""
+    import bitllm_core as bit
+
+    model, data, train = bit.PRESETS["demo"]
+    spent, batch = [], bit.TokenData.batch
+
+    def timed(*arguments):
+        begin = time.perf_counter()
+        result = batch(*arguments)
+        spent.append(time.perf_counter() - begin)
+        return result
+
+    bit.TokenData.batch = timed
+    with tempfile.TemporaryDirectory() as folder:
+        train = replace(train, max_steps=40, eval_every_steps=0, save_every_steps=20)
+        state = bit.train(model, data, train, Path(folder, "run"))
+    return {
+        "data_share": sum(spent) / state.train_seconds,
+        "save_s": state.save_seconds / 2,
+        "save_share_at_5_minutes": state.save_seconds / 2 / 300,
+    }
+
+
+def memory():
+    """Peak bytes of training the `seed` preset, over its weights, gradients and optimizer."""
+    import torch
+
+    import bitllm_core as bit
+
+    device = bit.choose_device()
+    before = bit.memory_in_use(device)
+    model, _, train = bit.PRESETS["seed"]
+    step = bit.bench_step(model, device, 16, train)
+    for _ in range(2):
+        step()
+    state, peak = bit.estimate_memory(model, train), bit.memory_in_use(device)
+    return {
+        "peak_bytes": peak,
+        "of_it_before_the_model": before,
+        "weights_gradients_optimizer_bytes": state,
+        "ratio": peak / state,
+        "ratio_without_libraries": (peak - before) / state,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def generation(tokens=248):
+    """Ours, transformers of the exported model, and the seed script without a cache, in turn."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import bitllm_core as bit
+    from tests.seed_model import MiLLM
+
+    model, _, train = bit.PRESETS["t4-1h"]
+    model = replace(model, max_position_embeddings=256, vocab_size=4096)
+    train = replace(train, max_steps=1, batch_tokens=1024, eval_every_steps=0, compile="off")
+    with tempfile.TemporaryDirectory() as folder:
+        bit.train(model, bit.DataConfig(data="pydocs"), train, Path(folder, "run"))
+        net, _ = bit.load_model(Path(folder, "run"))
+        exported = bit.export_hf(Path(folder, "run"), Path(folder, "hf"))
+        theirs = AutoModelForCausalLM.from_pretrained(exported.path).eval()
+    script = MiLLM(30_000, 512, 8, 2048, 6, 512).eval()
+    ids = torch.tensor([[1]])
+
+    def transformers():
+        begin = time.perf_counter()
+        theirs.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        return tokens / (time.perf_counter() - begin)
+
+    @torch.no_grad()
+    def no_cache(tokens=24):
+        """The seed's loop: the whole text again for each token, here from 232 to 256 tokens."""
+        text, begin = torch.ones(1, 232, dtype=torch.int64), time.perf_counter()
+        for _ in range(tokens):
+            text = torch.cat([text, script(text)[:, -1:].argmax(-1)], dim=1)
+        return tokens / (time.perf_counter() - begin)
+
+    transformers()
+    ours, hf, loop = zip(
+        *[(bit.bench_generation(net, tokens, 1), transformers(), no_cache()) for _ in range(3)],
+        strict=True,
+    )
+    return {
+        "parameters": model.num_parameters,
+        "tokens_per_s": max(ours),
+        "transformers_tokens_per_s": max(hf),
+        "seed_loop_tokens_per_s": max(loop),
+        "to_transformers": statistics.median(a / b for a, b in zip(ours, hf, strict=True)),
+        "to_seed_loop": statistics.median(a / b for a, b in zip(ours, loop, strict=True)),
+    }
+
+
+WIDTHS = {3: (192, 4), 10: (384, 5), 30: (640, 6), 100: (1024, 8)}  # millions: hidden, layers
+
+
+def growth(figure=None):
+    """Tokens a second and peak memory by size, context and batch; eager, each a process."""
+
+    def measured(hidden=256, layers=4, context=256, windows=4):
+        code = (
+            "import json, bitllm_core as bit\n"
+            "bit.why_not_compile = lambda device: 'eager'\n"
+            "device = bit.choose_device()\n"
+            f"model = bit.ModelConfig(vocab_size=4096, hidden_size={hidden}, "
+            f"intermediate_size={3 * hidden}, num_hidden_layers={layers}, "
+            f"num_attention_heads={hidden // 64}, max_position_embeddings={context})\n"
+            f"step = bit.bench_step(model, device, {windows})\nstep()\n"
+            f"speed = {windows * context} / min(step() for _ in range(2))\n"
+            "print(json.dumps([model.num_parameters, speed, bit.memory_in_use(device)]))"
+        )
+        run = [sys.executable, "-c", code]
+        done = subprocess.run(run, capture_output=True, check=True, cwd=ROOT)
+        return json.loads(done.stdout)
+
+    found = {
+        "parameters": [measured(hidden=h, layers=n) for h, n in WIDTHS.values()],
+        "context": [
+            [c, *measured(context=c, windows=2048 // c)[1:]] for c in (128, 256, 512, 1024, 2048)
+        ],
+        "batch": [[w * 256, *measured(windows=w)[1:]] for w in (1, 2, 4, 8, 16, 32)],
+    }
+    if figure:
+        draw(found, figure)
+    return found
+
+
+def draw(found, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, rows = plt.subplots(2, 3, figsize=(11, 6), layout="constrained", sharex="col")
+    labels = {"parameters": "parameters", "context": "context", "batch": "tokens an optimizer step"}
+    for column, (name, points) in zip(rows.T, found.items(), strict=True):
+        x, speed, peak = zip(*points, strict=True)
+        column[0].loglog(x, speed, "o-", label="measured")
+        if name == "parameters":
+            line = [speed[0] * x[0] / n for n in x]
+            column[0].loglog(x, line, "--", color="grey", label="1 / parameters")
+            column[0].legend()
+        column[1].loglog(x, [p / 2**20 for p in peak], "o-")
+        column[1].set_xlabel(labels[name])
+    rows[0][0].set_ylabel("tokens a second")
+    rows[1][0].set_ylabel("peak memory, MiB")
+    figure.savefig(path, dpi=110)
+
+
+PARTS = {
+    part.__name__: part
+    for part in (
+        *(seed, bench, start, importing, tokenising),
+        *(waiting, memory, generation, growth),
+    )
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--text", help="file to tokenise; default: Python's reference, repeated")
+    parser.add_argument("--figure", help="PNG file for the part growth")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    for name in flags.parts:
+        if name not in PARTS:
+            parser.error(f"no part {name!r}: expected some of {', '.join(PARTS)}")
+    if flags.here:
+        options = {"tokenising": {"source": flags.text}, "growth": {"figure": flags.figure}}
+        with contextlib.redirect_stdout(sys.stderr):
+            found = PARTS[flags.parts[0]](**options.get(flags.parts[0], {}))
+        print(json.dumps(found))
+        return
+    result = {}
+    for name in flags.parts or PARTS:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        command = [sys.executable, __file__, name, "--here"]
+        for option in ("text", "figure"):
+            if getattr(flags, option):
+                command += [f"--{option}", getattr(flags, option)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+        result[name] = json.loads(done.stdout)
+    import bitllm_core as bit
+
+    print(json.dumps({**result, "machine": bit.machine()}, indent=1))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()
