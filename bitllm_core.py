@@ -78,12 +78,14 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -297,7 +299,7 @@ class DataConfig:
     text_column: str | None = None
     """column of .jsonl, .parquet or hub rows; default: text, or the only column of strings"""
     max_train_tokens: int | None = None
-    """read no more than this many training tokens (hub sources are then streamed)"""
+    """train on no more than this many; hub sources and folders then come in while training runs"""
     tokenizer: str = "bpe"
     """bpe (byte-level, lossless) or wordpiece (the seed's)"""
 
@@ -1423,6 +1425,11 @@ _PIECE_CHARS = 1 << 16  # lines are joined to pieces of about this length
 _LONGEST_PIECE = 1 << 20  # a longer row is cut at white space
 _TOKENIZER_CHARS = 100_000_000  # text a tokenizer is trained on at most
 _STREAM_VALIDATION_CHARS = 2_000_000  # held out at the beginning of a source of unknown length
+_STREAM_TOKENIZER_CHARS = 20_000_000  # text a tokenizer is trained on where training waits for it
+_STREAM_ROWS = 64  # of a stream read at once
+_BLOCK_TOKENS = 1 << 22  # of a stream that come, and are shuffled, together
+STREAM_RETRY_S = (1.0, 60.0, 10)
+"""Seconds until a broken stream is opened again: at first, doubling, at most; and how often."""
 
 Piece = tuple[str, bool]  # text, and whether a document ends with it
 
@@ -1532,17 +1539,20 @@ def _cut_long(pieces: Iterable[Piece]) -> Iterator[Piece]:
         yield text, ends
 
 
-def _file_pieces(files: Sequence[Path], column: str | None) -> Iterator[Piece]:
+def _file_rows(path: Path) -> Any:
     import datasets
 
+    kind = _BUILDERS[path.suffix]
+    options = {"keep_linebreaks": True, "encoding": "utf-8-sig"} if kind == "text" else {}
+    files = {"train": [str(path)]}
+    return datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **options)
+
+
+def _file_pieces(files: Sequence[Path], column: str | None) -> Iterator[Piece]:
     for path in files:
-        kind = _BUILDERS[path.suffix]
-        options = {"keep_linebreaks": True, "encoding": "utf-8-sig"} if kind == "text" else {}
         try:
-            rows: Any = datasets.load_dataset(
-                kind, data_files={"train": [str(path)]}, split="train", streaming=True, **options
-            )
-            if kind == "text":
+            rows = _file_rows(path)
+            if path.suffix == ".txt":
                 yield from _one_document(_join_lines(_rows(rows, "text")))
             else:
                 for text in _rows(rows, _text_column(rows, column, str(path))):
@@ -1555,18 +1565,22 @@ def _file_pieces(files: Sequence[Path], column: str | None) -> Iterator[Piece]:
             raise ValueError(f"{path}: cannot be read as {path.suffix} ({error})") from error
 
 
-def _hub_pieces(hub: _Hub, split: str, column: str | None, streaming: bool) -> Iterator[Piece]:
+def _hub_rows(hub: _Hub, split: str, streaming: bool) -> Any:
     import datasets
     from datasets.exceptions import DatasetsError
 
     try:
-        rows: Any = datasets.load_dataset(hub.name, hub.config, split=split, streaming=streaming)
+        return datasets.load_dataset(hub.name, hub.config, split=split, streaming=streaming)
     except (OSError, DatasetsError) as error:
         raise ConnectionError(
             f"the data set {hub.name} could not be loaded from the Hugging Face hub "
             f"({' '.join(str(error).split())[:200]}). Without a connection, give a local file "
             "(--data FILE.txt) or the text that comes with Python (--data pydocs)"
         ) from error
+
+
+def _hub_pieces(hub: _Hub, split: str, column: str | None, streaming: bool) -> Iterator[Piece]:
+    rows = _hub_rows(hub, split, streaming)
     texts = _rows(rows, _text_column(rows, hub.column or column, hub.name))
     if hub.lines:
         return ((text, False) for text in _join_lines(texts))
@@ -1615,15 +1629,6 @@ def _split_tail(pieces: Iterable[Piece], train_chars: int) -> Iterator[tuple[str
             seen, train_chars = 1, 0
 
 
-def _split_head(pieces: Iterable[Piece], validation_chars: int) -> Iterator[tuple[str, str, bool]]:
-    """For a stream, whose end is unknown: its first documents validate, the rest trains."""
-    seen, validating = 0, True
-    for text, ends in pieces:
-        yield "validation" if validating else "train", text, ends
-        seen += len(text)
-        validating = validating and not (ends and seen >= validation_chars)
-
-
 def _splits(config: DataConfig) -> Callable[[], Iterator[tuple[str, str, bool]]]:
     """A function that reads the source from its beginning, each piece with its split."""
     held: str | None = config.validation_data
@@ -1638,13 +1643,42 @@ def _splits(config: DataConfig) -> Callable[[], Iterator[tuple[str, str, bool]]]
                 yield "validation", text, ends
 
         return read_own
-    if not _is_local(config.data) and config.max_train_tokens is not None:
-        return lambda: _split_head(
-            read_pieces(config.data, "train", config), _STREAM_VALIDATION_CHARS
-        )
     total = sum(len(text) for text, _ in read_pieces(config.data, "train", config))
     train_chars = round(total * (1 - config.validation_fraction))
     return lambda: _split_tail(read_pieces(config.data, "train", config), train_chars)
+
+
+def is_streamed(config: DataConfig) -> bool:
+    """Whether tokens are brought in while training runs: a budget of a hub's set or a folder."""
+    local = Path(config.data).expanduser()
+    small = config.data == "pydocs" or local.is_file()
+    return config.max_train_tokens is not None and not small
+
+
+def _stream(
+    config: DataConfig, state: dict[str, Any] | None = None
+) -> Iterator[tuple[list[Piece], dict[str, Any]]]:
+    """The training text some rows at once, with the `state` that goes on after them."""
+    state = state or {"source": 0, "column": None, "rows": None}
+    files = _local_files(Path(config.data).expanduser()) if _is_local(config.data) else []
+    hub = None if files else _hub_source(config.data)
+    for number in range(state["source"], len(files) or 1):
+        if hub:
+            rows, lines, wanted = _hub_rows(hub, "train", True), hub.lines, hub.column
+        else:
+            rows, lines, wanted = _file_rows(files[number]), files[number].suffix == ".txt", None
+        # looking for the column reads the first rows: once is enough
+        column = state["column"] or _text_column(rows, wanted or config.text_column, config.data)
+        if state["rows"]:
+            rows.load_state_dict(state["rows"])
+        for batch in rows.iter(batch_size=_STREAM_ROWS):
+            texts: Iterable[str] = filter(None, batch[column])
+            pieces = [(t, not lines) for t in (_join_lines(texts) if lines else texts)]
+            at = {"source": number, "column": column, "rows": rows.state_dict()}
+            yield list(_cut_long(pieces)), at
+        state = {"source": number + 1, "column": None, "rows": None}
+        if lines:
+            yield [("", True)], state
 
 
 def open_new(path: Path) -> Any:
@@ -1754,19 +1788,36 @@ def source_fingerprint(source: str) -> str | None:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass
 class TokenData:
     """Tokenised text of a run: two memory-mapped arrays and what is known of them."""
 
     training: np.ndarray
     validation: np.ndarray
     manifest: dict[str, Any]
+    streamed: bool = False
+    """whether tokens come while training runs; then ask whether a step is `ready`"""
+    error: Exception | None = None
+    """what ended a stream before its end"""
+
+    def ready(self, config: TrainConfig, context: int, step: int) -> bool:
+        """Whether the tokens of a step have come."""
+        return True
+
+    def coming(self, tokenizer: Any) -> Any:
+        """A block in which more tokens are brought in, where there are any."""
+        return contextlib.nullcontext()
 
     @property
     def bytes_per_token(self) -> float:
         """UTF-8 bytes of text a validation token stands for, on average."""
         counts = self.manifest["validation"]
         return counts["bytes"] / max(counts["tokens"], 1)
+
+    @property
+    def sha256(self) -> str:
+        """Of the tokens that tell these from any others."""
+        return self.manifest["train"]["sha256"]
 
     def batch(self, config: TrainConfig, context: int, step: int) -> np.ndarray:
         """The windows of optimizer step `step` (from 0), (windows, context + 1), int64.
@@ -1794,22 +1845,243 @@ def _epoch_order(seed: int, epoch: int, windows: int, tokens: int) -> tuple[int,
     return int(generator.integers(tokens)), generator.permutation(windows)
 
 
+class StreamedData(TokenData):
+    """Tokens of which a thread brings in more while training reads what is there.
+
+    Windows are shuffled inside blocks of `_BLOCK_TOKENS`, so that a step's are a function of (seed,
+    step) whenever they came. train.bin grows; progress.json beside it tells how far it is whole
+    and from where to go on.
+    """
+
+    def __init__(self, folder: Path, validation: np.ndarray, manifest: dict[str, Any]) -> None:
+        super().__init__(np.empty(0, dtype=manifest["dtype"]), validation, manifest)
+        self.streamed, self.folder, self.ended = True, folder, False
+        self.budget: int = manifest["asked"]["data"]["max_train_tokens"]
+
+    @property
+    def sha256(self) -> str:
+        return self.manifest["validation"]["sha256"]  # the beginning of the same source
+
+    def refresh(self) -> None:
+        """See what has come."""
+        progress = read_json(self.folder / "progress.json") or {"parts": [], "ended": False}
+        count = progress["parts"][-1]["tokens"] if progress["parts"] else 0
+        if count > len(self.training):
+            path, dtype = self.folder / "train.bin", self.manifest["dtype"]
+            self.training = np.memmap(path, dtype=dtype, mode="r", shape=(count,))
+        self.ended = progress["ended"]
+
+    def _in_all(self) -> int:
+        """Tokens an epoch: the budget, or as many as the source has."""
+        return len(self.training) if self.ended else self.budget
+
+    def ready(self, config: TrainConfig, context: int, step: int) -> bool:
+        """Whether the tokens of a step have come."""
+        last = (step + 1) * (config.batch_tokens // context) - 1
+        needed = (last // self._block(context) + 1) * self._block(context) * context + 1
+        for look in (lambda: None, self.refresh):
+            look()
+            if self.ended and len(self.training) <= context:
+                count = len(self.training)
+                self.error = ValueError(
+                    f"{count} tokens in the stream; expected more than a window"
+                )
+            elif self.ended or len(self.training) >= min(needed, self.budget):
+                return True
+        return False
+
+    def _block(self, context: int) -> int:
+        """Windows shuffled together: fewer where the budget is small, so that training begins."""
+        return max(min(_BLOCK_TOKENS, self.budget // 16) // context, 1)
+
+    def batch(self, config: TrainConfig, context: int, step: int) -> np.ndarray:
+        """The windows of a step that is `ready`, as `TokenData.batch`."""
+        windows, block, N = config.batch_tokens // context, self._block(context), self._in_all()
+        starts = np.empty(windows, dtype=np.int64)
+        for row, number in enumerate(range(step * windows, (step + 1) * windows)):
+            epoch, within = divmod(number, N // context)
+            first = within // block * block
+            size = min(block, N // context - first)
+            order = _block_order(config.seed, epoch, first, size)
+            starts[row] = (first + order[within - first]) * context
+        return self.training[(starts[:, None] + np.arange(context + 1)) % N].astype(np.int64)
+
+    def steps_per_epoch(self, config: TrainConfig, context: int) -> float:
+        return (self._in_all() // context) / (config.batch_tokens // context)
+
+    @contextlib.contextmanager
+    def coming(self, tokenizer: Any) -> Iterator[None]:
+        """Bring the rest in, in the background, until the end of the block."""
+        self.refresh()
+        closed = threading.Event()
+        work = partial(self._bring_all, tokenizer, closed)
+        thread = threading.Thread(target=work, name="stream", daemon=True)
+        if not self.ended:
+            thread.start()
+        try:
+            yield
+        finally:
+            closed.set()
+            if thread.is_alive():
+                thread.join(5)  # one that waits for the network finds out later, and writes nothing
+
+    def _bring_all(self, tokenizer: Any, closed: threading.Event) -> None:
+        wait, most, tries = STREAM_RETRY_S
+        failures, before = 0, -1
+        while not closed.is_set():
+            try:
+                self._bring(tokenizer, closed)
+                return
+            except Exception as error:  # each layer of the hub's clients has kinds of its own
+                self.refresh()
+                failures = failures + 1 if len(self.training) == before else 1
+                before = len(self.training)
+                if isinstance(error, ValueError) or failures > tries:
+                    self.error = error
+                    return
+                pause = min(wait * 2.0 ** (failures - 1), most)
+                if not closed.is_set():
+                    say(f"data: {first_line(error)}; trying again in {pause:.0f} s")
+                closed.wait(pause)
+
+    def _bring(self, tokenizer: Any, closed: threading.Event) -> None:
+        """Append what comes, from where the last part ended, until the budget is reached."""
+        config, eot = DataConfig(**self.manifest["asked"]["data"]), end_of_text_id(tokenizer)
+        parts = (read_json(self.folder / "progress.json") or {"parts": []})["parts"]
+        state = parts[-1]["state"] if parts else self.manifest["stream_state"]
+        dtype = np.dtype(self.manifest["dtype"])
+        done, new, size = (parts[-1]["tokens"] if parts else 0), bytearray(), 0
+
+        def write(ended: bool) -> None:
+            nonlocal done, new, size
+            if closed.is_set():
+                return
+            with path.open("r+b") as file:
+                file.seek(done * dtype.itemsize)  # what a kill left after it is overwritten
+                file.write(new)
+                file.flush()
+                os.fsync(file.fileno())
+            done += len(new) // dtype.itemsize
+            part = {"tokens": done, "bytes": size, "sha256": hashlib.sha256(new).hexdigest()}
+            parts.append({**part, "state": state})
+            text = json.dumps({"parts": parts, "ended": ended})
+            write_atomically(self.folder / "progress.json", text.encode())
+            new, size = bytearray(), 0
+
+        path = self.folder / "train.bin"
+        path.touch()
+        at_once = min(_BLOCK_TOKENS, self.budget // 16) * dtype.itemsize
+        room = (self.budget - done) * dtype.itemsize
+        try:
+            for pieces, after in _stream(config, state):
+                texts = [text for text, _ in pieces]
+                encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+                for (text, ends), tokens in zip(pieces, encoded, strict=True):
+                    ids = tokens.ids + ([eot] if ends and eot is not None else [])
+                    new += np.asarray(ids, dtype=dtype).tobytes()
+                    size += len(text.encode())
+                state = after
+                if closed.is_set():
+                    return
+                if len(new) >= room:
+                    break
+                if len(new) >= at_once:
+                    room -= len(new)
+                    write(ended=False)
+        except BaseException:
+            if new:
+                write(ended=False)  # it need not come again
+            raise
+        del new[room:]
+        write(ended=True)
+
+
+@lru_cache(maxsize=4)
+def _block_order(seed: int, epoch: int, first: int, size: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch, first]).permutation(size)
+
+
+def _read_split(folder: Path, manifest: dict[str, Any], split: str) -> np.ndarray | None:
+    """A token file, or None where it is missing or not what the manifest says."""
+    path, expected, dtype = folder / f"{split}.bin", manifest[split], manifest["dtype"]
+    if dtype not in ("uint16", "uint32") or not path.is_file() or not expected["tokens"]:
+        return None
+    if path.stat().st_size != expected["tokens"] * np.dtype(dtype).itemsize:
+        return None
+    tokens = np.memmap(path, dtype=dtype, mode="r")
+    if file_hash(path) != expected["sha256"]:
+        return None
+    if tokens.max() >= manifest["asked"]["vocab_size"]:  # it has no row in the embedding
+        return None
+    return tokens
+
+
 def _read_tokens(folder: Path, manifest: dict[str, Any]) -> TokenData | None:
-    """The token files, or None where one is missing or not what the manifest says."""
-    arrays = []
-    for split in ("train", "validation"):
-        path, expected, dtype = folder / f"{split}.bin", manifest[split], manifest["dtype"]
-        if dtype not in ("uint16", "uint32") or not path.is_file() or not expected["tokens"]:
-            return None
-        if path.stat().st_size != expected["tokens"] * np.dtype(dtype).itemsize:
-            return None
-        tokens = np.memmap(path, dtype=dtype, mode="r")
-        if file_hash(path) != expected["sha256"]:
-            return None
-        if tokens.max() >= manifest["asked"]["vocab_size"]:  # it has no row in the embedding
-            return None
-        arrays.append(tokens)
-    return TokenData(arrays[0], arrays[1], manifest)
+    """Whatever data a manifest tells of, or None where a file is not what it says."""
+    validation = _read_split(folder, manifest, "validation")
+    if validation is None:
+        return None
+    if "stream_state" in manifest:
+        _mend_stream(folder, manifest)
+        return StreamedData(folder, validation, manifest)
+    training = _read_split(folder, manifest, "train")
+    return None if training is None else TokenData(training, validation, manifest)
+
+
+def _mend_stream(folder: Path, manifest: dict[str, Any]) -> None:
+    """Take a stream back to where train.bin is what was written."""
+    progress = read_json(folder / "progress.json") or {"parts": []}
+    itemsize, good, end = np.dtype(manifest["dtype"]).itemsize, [], 0
+    with contextlib.suppress(FileNotFoundError), (folder / "train.bin").open("rb") as file:
+        for part in progress["parts"]:
+            data = file.read((part["tokens"] - end) * itemsize)
+            if hashlib.sha256(data).hexdigest() != part["sha256"]:
+                break
+            good, end = [*good, part], part["tokens"]
+    if len(good) < len(progress["parts"]):
+        say(f"data: train.bin is not what was written after token {end:,}; that is read again")
+        text = json.dumps({"parts": good, "ended": False})
+        write_atomically(folder / "progress.json", text.encode())
+
+
+def _begin_stream(config: DataConfig, tokenizer: Any, folder: Path) -> dict[str, Any]:
+    """Write validation.bin; return what the manifest says of a stream that begins after it."""
+    for name in ("train.bin", "progress.json"):
+        (folder / name).unlink(missing_ok=True)
+    state: dict[str, Any] = {}
+    held = config.validation_data
+    own = read_pieces(held or config.data, "train" if held else "validation", config)
+    first = next(own, None)
+
+    seen, limit = (
+        0.0,
+        min(
+            _STREAM_VALIDATION_CHARS,
+            4 * config.validation_fraction * (config.max_train_tokens or 0),
+        ),
+    )
+
+    def pieces() -> Iterator[tuple[str, str, bool]]:
+        nonlocal seen
+        if first is not None:
+            yield from (("validation", *piece) for piece in itertools.chain([first], own))
+            seen = limit
+            return
+        for batch, after in _stream(config):
+            yield from (("validation", *piece) for piece in batch)
+            seen += sum(len(text) for text, _ in batch)
+            state.update(after)
+            if seen >= limit:
+                return
+
+    counts = _tokenize(tokenizer, pieces(), folder, None)
+    if seen < limit:
+        raise ValueError(
+            f"data={config.data!r}: all of its {seen:,.0f} characters would validate, for a "
+            "stream's beginning does; leave max_train_tokens out for a text as short as this"
+        )
+    to_come = {"tokens": config.max_train_tokens, "bytes": 0, "sha256": ""}
+    return {**counts, "train": to_come, "stream_state": state or None}
 
 
 _JSON_BYTES = 16 << 20  # configurations and manifests have a few thousand
@@ -1864,8 +2136,9 @@ def prepare_data(
         _check_unchanged(config, found[0].manifest)
         return found
     folder.mkdir(parents=True, exist_ok=True)
-    fingerprint = source_fingerprint(config.data)
-    read = _splits(config)
+    streamed = is_streamed(config)
+    fingerprint = None if streamed else source_fingerprint(config.data)
+    read = (lambda: _stream_texts(config)) if streamed else _splits(config)
     path = out / "tokenizer.json"
     if path.is_file():
         tokenizer = load_tokenizer(path)
@@ -1873,7 +2146,10 @@ def prepare_data(
     else:
         start = time.perf_counter()
         texts = (text for split, text, _ in read() if split == "train")
-        tokenizer = train_tokenizer(_limited(texts, _TOKENIZER_CHARS), vocab_size, config.tokenizer)
+        chars = _TOKENIZER_CHARS
+        if streamed:
+            chars = min(_STREAM_TOKENIZER_CHARS, 8 * (config.max_train_tokens or 0))
+        tokenizer = train_tokenizer(_limited(texts, chars), vocab_size, config.tokenizer)
         say(f"tokenizer: {tokenizer.get_vocab_size()} tokens, {time.perf_counter() - start:.1f} s")
     check_tokenizer(tokenizer, vocab_size, path)
     manifest = {
@@ -1881,7 +2157,11 @@ def prepare_data(
         "asked": {"data": asdict(config), "vocab_size": vocab_size},
         "source_sha256": fingerprint,
         "tokenizer_sha256": tokenizer_hash(tokenizer),
-        **_tokenize(tokenizer, read(), folder, config.max_train_tokens),
+        **(
+            _begin_stream(config, tokenizer, folder)
+            if streamed
+            else _tokenize(tokenizer, read(), folder, config.max_train_tokens)
+        ),
     }
     for split, needed in (("train", context + 1), ("validation", 2)):
         if manifest[split]["tokens"] < needed:
@@ -1896,7 +2176,14 @@ def prepare_data(
     return tokens, tokenizer
 
 
+def _stream_texts(config: DataConfig) -> Iterator[tuple[str, str, bool]]:
+    for pieces, _ in _stream(config):
+        yield from (("train", *piece) for piece in pieces)
+
+
 def _check_unchanged(config: DataConfig, manifest: dict[str, Any]) -> None:
+    if is_streamed(config):  # reading all of it again is what a stream is there to avoid
+        return
     now = source_fingerprint(config.data)
     if now is not None and now != manifest["source_sha256"]:
         raise ValueError(
@@ -1906,8 +2193,9 @@ def _check_unchanged(config: DataConfig, manifest: dict[str, Any]) -> None:
 
 
 def say(line: str) -> None:
-    """One line to stderr; results alone go to stdout."""
-    print(line, file=sys.stderr, flush=True)
+    """One line to stderr, from the first process alone; results alone go to stdout."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -2064,6 +2352,196 @@ def generate(
 
 # -----------------------------------------------------------------------------
 # 7 Optimization
+# Also the processes that share the work. One alone takes the same way: its share is all of it.
+
+
+def parameters_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[Tensor]:
+    """All parameters, in the optimizers' order."""
+    return [p for o in optimizers for group in o.param_groups for p in group["params"]]
+
+
+PROCESS_TIMEOUT_S = 600.0
+"""Seconds without an answer from the other processes after which one gives up."""
+BUCKET_NUMBERS = 1 << 23
+"""Numbers of a message between processes, 32 MB; a larger tensor is one message."""
+MESSAGES_UNDER_WAY = 4
+
+
+@contextlib.contextmanager
+def told_of_the_dead() -> Iterator[None]:
+    """A block that talks to the other processes; ConnectionError where one is gone."""
+    try:
+        yield
+    except RuntimeError as error:  # of gloo, NCCL and the rendezvous alike
+        raise ConnectionError(
+            f"another process has ended or has not answered for {PROCESS_TIMEOUT_S:.0f} s "
+            f"({first_line(error)}). The same command goes on from the last checkpoint"
+        ) from error
+
+
+class World:
+    """The processes that train one model together; this one alone unless torchrun started it.
+
+    Each holds the whole model, takes its share of a step's windows, and updates its share of the
+    parameters, which the others receive. All methods but `part` and `owners` are for all processes
+    to call in the same order.
+    """
+
+    rank, size = 0, 1
+
+    @classmethod
+    def of_environment(cls, device: torch.device) -> World:
+        """Meet the others that torchrun's environment tells of, once in the life of a process.
+
+        Raises:
+            ValueError: this machine has fewer GPUs than processes.
+        """
+        world = cls()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+            if not dist.is_initialized():
+                world._meet(device)
+            world.rank, world.size = dist.get_rank(), dist.get_world_size()
+        return world
+
+    def _meet(self, device: torch.device) -> None:
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
+
+        backend, wait = "gloo", timedelta(seconds=PROCESS_TIMEOUT_S)
+        if device.type == "cuda":
+            backend, local = "cpu:gloo,cuda:nccl", int(os.environ.get("LOCAL_RANK", "0"))
+            there = torch.cuda.device_count()
+            require(local < there, "LOCAL_RANK", local, f"one of this machine's {there} GPUs")
+            torch.cuda.set_device(local)
+        with told_of_the_dead():
+            store, rank, size = next(rendezvous("env://", timeout=wait))
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                # torchrun's own store outlives a restart, with the addresses of the dead in it
+                store = PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+            options = {"store": store, "rank": rank, "world_size": size}
+            dist.init_process_group(backend, timeout=wait, **options)
+
+    def part(self, count: int) -> slice:
+        """Which of `count` things in a row are for this process."""
+        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def most(self, value: float) -> float:
+        """The largest of the values that the processes give."""
+        return self._reduced(value, "MAX")
+
+    def total(self, value: float) -> float:
+        """The sum of the values that the processes give."""
+        return self._reduced(value, "SUM")
+
+    def _reduced(self, value: float, operation: str) -> float:
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(float(value), dtype=torch.float64)
+        with told_of_the_dead():
+            dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
+        return tensor.item()
+
+    def first(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns where the first process calls it; None on the others.
+
+        They wait as long as it takes, and end where it fails.
+        """
+        if self.size == 1:
+            return work()
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
+        if self.rank == 0:
+            threading.Thread(target=run, name="first", daemon=True).start()
+        while self.most(self.rank == 0 and not future.done()):
+            time.sleep(0.05)
+        failed = self.most(self.rank == 0 and future.exception() is not None)
+        if self.rank == 0:
+            return future.result()
+        if failed:
+            raise ChildProcessError("the first process could not begin; its message says why")
+        return None
+
+    def add_up(self, tensors: Iterable[Tensor]) -> None:
+        """Put the sum over all processes into each tensor, in few large messages."""
+        if self.size > 1:
+            _exchange((b, dist.all_reduce) for b in _buckets(tensors))
+
+    def owners(self, optimizers: Iterable[torch.optim.Optimizer]) -> list[int]:
+        """Which process updates each of `parameters_of`, so that all have about as much to do.
+
+        Muon's Newton-Schulz multiplies a matrix by its square, which costs its size times its
+        shorter side; AdamW passes over its numbers once.
+        """
+        cost = []
+        for optimizer in optimizers:
+            once = isinstance(optimizer, torch.optim.AdamW)
+            cost += [p.numel() * (1 if once else min(p.shape)) for p in parameters_of([optimizer])]
+        load, owner = [0] * self.size, [0] * len(cost)
+        for i in sorted(range(len(cost)), key=lambda i: (-cost[i], i)):
+            owner[i] = min(range(self.size), key=load.__getitem__)
+            load[owner[i]] += cost[i]
+        return owner
+
+    @torch.no_grad()
+    def spread(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
+        """Give every process the owner's values of each tensor."""
+        for rank in range(self.size if self.size > 1 else 0):
+            of_rank = (t for t, owner in zip(tensors, owners, strict=True) if owner == rank)
+            _exchange((b, partial(dist.broadcast, src=rank)) for b in _buckets(of_rank))
+
+    def gathered(self, tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """On the first process: what all have, by two names, that of the others on the CPU."""
+        if self.size == 1:
+            return tensors
+        shapes: list[Any] = [None] * self.size
+        own = [(a, b, t.shape, t.dtype) for a, inner in tensors.items() for b, t in inner.items()]
+        with told_of_the_dead():
+            dist.all_gather_object(shapes, own)
+            for rank in range(1, self.size):
+                for a, b, shape, dtype in shapes[rank]:
+                    if self.rank == 0:
+                        tensors.setdefault(a, {})[b] = torch.empty(shape, dtype=dtype)
+                        dist.recv(tensors[a][b], rank)
+                    elif self.rank == rank:
+                        dist.send(tensors[a][b].cpu(), 0)
+        return tensors
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    bucket, size = [], 0
+    for tensor in tensors:
+        if bucket and size + tensor.numel() > BUCKET_NUMBERS:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.numel()
+    if bucket:
+        yield bucket
+
+
+def _exchange(messages: Iterable[tuple[list[Tensor], Callable[..., Any]]]) -> None:
+    """Send each bucket as one tensor and take over what comes back; a few are under way at once."""
+
+    def receive(bucket: list[Tensor], flat: Tensor, work: Any) -> None:
+        work.wait()
+        for tensor, values in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+            tensor.copy_(values.view_as(tensor))
+
+    sent: list[tuple[list[Tensor], Tensor, Any]] = []
+    with told_of_the_dead():
+        for bucket, send in messages:
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            sent.append((bucket, flat, send(flat, async_op=True)))
+            if len(sent) == MESSAGES_UNDER_WAY:
+                receive(*sent.pop(0))
+        for message in sent:
+            receive(*message)
 
 
 def learning_rate_factor(config: TrainConfig, step: int) -> float:
@@ -2172,9 +2650,13 @@ def _clip(optimizers: list[torch.optim.Optimizer], limit: float) -> Tensor:
 
 
 def apply_gradients(
-    optimizers: list[torch.optim.Optimizer], scaler: Any, factor: float, max_grad_norm: float
+    optimizers: list[torch.optim.Optimizer],
+    scaler: Any,
+    factor: float,
+    max_grad_norm: float,
+    world: World | None = None,
 ) -> float:
-    """One optimizer step on the gradients there are, with the rates times `factor`.
+    """One optimizer step on the gradients of all processes, with the rates times `factor`.
 
     Nothing is changed where a gradient is not finite: with two optimizers, GradScaler.step would
     let one step and skip the other.
@@ -2182,14 +2664,21 @@ def apply_gradients(
     Returns:
         the norm of all gradients; not finite where the step was skipped.
     """
+    world, parameters = world or World(), parameters_of(optimizers)
+    world.add_up(p.grad for p in parameters if p.grad is not None)
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
     norm = _clip(optimizers, max_grad_norm).item()  # waits for the device
     if math.isfinite(norm):
+        owners = world.owners(optimizers)
+        for parameter, owner in zip(parameters, owners, strict=True):
+            if owner != world.rank:
+                parameter.grad = None  # the optimizer passes over it
         for optimizer in optimizers:
             optimizer.step()
+        world.spread(parameters, owners)
     if scaler.is_enabled():
         scaler.update()
     for optimizer in optimizers:
@@ -2922,7 +3411,10 @@ class Mirror:
         text = b"".join(source.read("manifest.json"))
         if "manifest.json" in target.names() and b"".join(target.read("manifest.json")) == text:
             return
+        counts = json.loads(text)
         for split in ("train", "validation"):
+            if not counts[split]["sha256"]:  # a stream's: they come from their source again
+                continue
             name = f"{split}.bin"
             self._bytes = [0, source.size(name)]
             if copy_file(source, name, target, self._progress) != target.digest(name):
@@ -3172,6 +3664,62 @@ def estimate_memory(model: ModelConfig, train: TrainConfig) -> int:
     )
 
 
+def activation_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes that a token's activations take in one block until the backward pass, uncompiled.
+
+    Measured on the processor: what autograd keeps of 16 tokens in two blocks, less that in one.
+    """
+
+    def kept(layers: int) -> int:
+        config = dataclasses.replace(
+            model, num_hidden_layers=layers, vocab_size=MIN_VOCAB_SIZE, tie_word_embeddings=True
+        )
+        net = BitLM(dataclasses.replace(config, max_position_embeddings=16), seed=None)
+        tensors: list[Tensor] = []  # kept alive, so that no address comes twice
+
+        def note(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
+            return tensor
+
+        ids = torch.zeros(1, 16, dtype=torch.int64)
+        with (
+            net.hold_weights(dtype),
+            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+            Device(torch.device("cpu"), dtype, "").autocast(),
+        ):
+            net.loss(ids, ids)
+            weights = [*net.parameters(), *(layer.held for layer in net.bit_linears().values())]
+        found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        for weight in weights:
+            found.pop(weight.untyped_storage().data_ptr() if weight is not None else 0, None)
+        return sum(found.values())
+
+    return (kept(2) - kept(1)) // 16
+
+
+def memory_parts(
+    model: ModelConfig, train: TrainConfig, dtype: torch.dtype, processes: int = 1
+) -> dict[str, int]:
+    """Bytes that training takes on each of so many devices, by part, whatever the micro-batch.
+
+    Activations come on top: `activation_bytes` for each token at once and each layer.
+    """
+    D, V, P = model.hidden_size, model.vocab_size, model.num_parameters
+    kv = model.num_kv_heads * model.head_dim
+    up = 2 if model.block == "seed" else 3
+    matrices = model.num_hidden_layers * (2 * D * D + 2 * D * kv + up * D * model.intermediate_size)
+    states = 4 * (matrices if train.optimizer == "muon" else 2 * matrices) + 8 * (P - matrices)
+    at_once = MESSAGES_UNDER_WAY * 4 * max(BUCKET_NUMBERS, V * D)
+    return {
+        "weights": 4 * P,
+        "gradients": 4 * P,
+        "optimizer": states // processes,
+        "quantized weights": dtype.itemsize * (matrices + V * D),
+        "gradient of the head": dtype.itemsize * V * D,
+        "messages": min(at_once, 4 * P) if processes > 1 else 0,
+    }
+
+
 def check_memory(model: ModelConfig, train: TrainConfig, device: Device) -> None:
     """Refuse what cannot fit before anything of it is made; ValueError tells both sizes."""
     if device.device.type == "cuda":
@@ -3311,6 +3859,8 @@ class TrainState:
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     config: TrainConfig
+    world: World = field(default_factory=World)
+    """the processes that train together; callbacks hear of the first one's state"""
     step: int = 0
     """optimizer steps done"""
     skipped: int = 0
@@ -3375,7 +3925,7 @@ class TrainState:
         return {
             **{name: getattr(self, name) for name in self._SAVED},
             "model": self.model.state_dict(),
-            "optimizers": [_optimizer_state(self.model, o) for o in self.optimizers],
+            "optimizers": [_optimizer_state(self.model, o, self.world) for o in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
             "trits": self.trits,
@@ -3393,8 +3943,11 @@ class TrainState:
                 raise TypeError(f"{name} is {saved[name]!r:.80}")
             setattr(self, name, saved[name])
         self.model.load_state_dict(saved["model"])
+        owners = self.world.owners(self.optimizers)
+        shared = zip(parameters_of(self.optimizers), owners, strict=True)
+        mine = {id(p) for p, owner in shared if owner == self.world.rank}
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-            _load_optimizer_state(self.model, optimizer, state["state"])
+            _load_optimizer_state(self.model, optimizer, state["state"], mine)
         if saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"]["torch"])
@@ -3407,24 +3960,27 @@ class TrainState:
         self.trits = dict(saved["trits"])
 
 
-def _optimizer_state(model: BitLM, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _optimizer_state(
+    model: BitLM, optimizer: torch.optim.Optimizer, world: World
+) -> dict[str, Any]:
     """An optimizer's tensors by parameter name; its rates are the configuration's."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {"state": {names[id(p)]: dict(state) for p, state in optimizer.state.items()}}
+    own = {names[id(p)]: dict(state) for p, state in optimizer.state.items()}
+    return {"state": world.gathered(own)}
 
 
 def _load_optimizer_state(
-    model: BitLM, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    model: BitLM, optimizer: torch.optim.Optimizer, state: dict[str, Any], mine: set[int]
 ) -> None:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = parameters_of([optimizer])
     by_number = {}
     for number, parameter in enumerate(parameters):  # as the optimizer itself numbers them
         tensors = state.get(names[id(parameter)], {})
         for key, tensor in tensors.items():
             if tensor.shape not in (parameter.shape, torch.Size([])):
                 raise ValueError(f"{key} of {names[id(parameter)]} has shape {tuple(tensor.shape)}")
-        if tensors:
+        if tensors and id(parameter) in mine:
             by_number[number] = tensors
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": by_number, "param_groups": groups})
@@ -3503,12 +4059,13 @@ class MetricsLog:
     Args:
         saved: the lines that the checkpoint holds; they count where the file lacks one of them.
 
-    A line that the disk does not take is kept, and written with the next one.
+    A line that the disk does not take is kept, and written with the next one. Without a path, as in
+    all processes but the first, all are only kept.
     """
 
-    def __init__(self, path: Path, step: int, saved: Sequence[dict[str, Any]] = ()) -> None:
+    def __init__(self, path: Path | None, step: int, saved: Sequence[dict[str, Any]] = ()) -> None:
         self.path = path
-        there = [line for line in self.read(path) if line["step"] <= step]
+        there = [line for line in (self.read(path) if path else ()) if line["step"] <= step]
         self.lines = there if there[: len(saved)] == list(saved) else list(saved)
         self.behind = True
         self._catch_up()
@@ -3525,6 +4082,8 @@ class MetricsLog:
 
     def write(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
+        if not self.path:
+            return
         try:
             if self.behind or not self.path.is_file():
                 self._catch_up()
@@ -3537,8 +4096,9 @@ class MetricsLog:
             self.behind = True
 
     def _catch_up(self) -> None:
-        text = "".join(json.dumps(line) + "\n" for line in self.lines)
-        write_atomically(self.path, text.encode())
+        if self.path:
+            text = "".join(json.dumps(line) + "\n" for line in self.lines)
+            write_atomically(self.path, text.encode())
         self.behind = False
 
 
@@ -3699,11 +4259,12 @@ class _Trainer:
         data_config: DataConfig,
         config: TrainConfig,
         out: Path,
-        lock: FolderLock,
+        world: World,
+        lock: FolderLock | None,
         callbacks: Sequence[Callback],
     ) -> None:
         self.model_config, self.config, self.out = model_config, config, out
-        self.lock, self.callbacks = lock, callbacks
+        self.world, self.lock, self.callbacks = world, lock, callbacks
         self.settings = {
             "model": asdict(model_config),
             "data": asdict(data_config),
@@ -3712,13 +4273,19 @@ class _Trainer:
         self.context = model_config.max_position_embeddings
         self.device = choose_device(config.device, config.dtype)
         check_memory(model_config, config, self.device)
-        self.data, self.tokenizer = prepare_data(
-            data_config, model_config.vocab_size, self.context, out
-        )
-        self.micro_batch = windows_at_once(model_config, config, self.device)
+        prepare = partial(prepare_data, data_config, model_config.vocab_size, self.context, out)
+        prepared = world.first(prepare)
+        if not prepared and not same_data(out, data_config, model_config.vocab_size):
+            raise FileNotFoundError(
+                f"{out}: the tokens that the first process left there are not to be seen from here "
+                f"({platform.node()}). Processes on several machines need a folder that all share"
+            )
+        self.data, self.tokenizer = prepared or prepare()
+        self.micro_batch = windows_at_once(model_config, self.of_largest_share(), self.device)
         torch.manual_seed(config.seed)  # nothing draws from it yet; a checkpoint holds its state
         model = BitLM(model_config, config.seed).to(self.device.device)
-        self.state = TrainState(model, make_optimizers(model, config), self.device.scaler(), config)
+        optimizers = make_optimizers(model, config)
+        self.state = TrainState(model, optimizers, self.device.scaler(), config, world)
         self.loss: Callable[[Tensor, Tensor], Tensor] = model.loss
         self.unproven = False  # compiled, but no step has shown yet that it works
         self.log: MetricsLog  # from when it is known which step a run goes on from
@@ -3727,6 +4294,11 @@ class _Trainer:
         self.begun_step = -1  # of the newest checkpoint begun
         self.retry_at = math.inf  # when a failed save is tried again
         self.mirror_status = ""
+
+    def of_largest_share(self) -> TrainConfig:
+        """The configuration of one process' share of a step, the largest of them."""
+        windows = -(-self.config.batch_tokens // self.context // self.world.size)
+        return dataclasses.replace(self.config, batch_tokens=windows * self.context)
 
     def tell(self, event: str, *values: Any) -> None:
         for callback in self.callbacks:
@@ -3747,6 +4319,7 @@ class _Trainer:
         say(
             f"steps: {config.max_steps} of {config.batch_tokens:,} tokens, "
             f"{self.micro_batch} windows of {self.context} at once"
+            + (f" on each of {self.world.size} processes" if self.world.size > 1 else "")
         )
         for limit in model.export_limits:
             say(f"note: this model trains, but not every client will load it: {limit}")
@@ -3772,8 +4345,11 @@ class _Trainer:
         self.loss, self.unproven = self.state.model.loss, False
 
     def backward(self, batch: Tensor) -> float:
-        """Mean loss of the windows in `batch`, (windows, T + 1), its gradient accumulated."""
-        tokens = batch[:, 1:].numel()
+        """Loss of the windows in `batch`, (windows, T + 1), its gradient accumulated.
+
+        It is the share of these windows in the mean over all tokens of the step.
+        """
+        tokens = self.config.batch_tokens
         total = torch.zeros((), device=self.device.device)
         for part in batch.split(self.micro_batch):
             part = part.to(self.device.device, non_blocking=True)
@@ -3808,12 +4384,19 @@ class _Trainer:
     def train_step(self) -> float:
         """One optimizer step; returns the norm of its gradient."""
         state = self.state
-        batch = torch.from_numpy(self.data.batch(self.config, self.context, state.step))
+        windows = self.data.batch(self.config, self.context, state.step)
+        batch = torch.from_numpy(windows[self.world.part(len(windows))])
         with state.model.hold_weights(self.device.dtype):
-            state.loss = self.backward_or_less(batch)
+            share = self.backward_or_less(batch)
+        state.loss = self.world.total(share)
+        smallest = -int(self.world.most(-self.micro_batch))
+        if smallest < self.micro_batch:
+            say(f"another process is out of memory: {smallest} windows at once from here on")
+            self.micro_batch = smallest
         self.unproven = False
         factor = learning_rate_factor(self.config, state.step)
-        norm = apply_gradients(state.optimizers, state.scaler, factor, self.config.max_grad_norm)
+        limit = self.config.max_grad_norm
+        norm = apply_gradients(state.optimizers, state.scaler, factor, limit, self.world)
         state.step += 1
         if math.isfinite(norm):
             state.skipped_in_a_row = 0
@@ -3859,8 +4442,12 @@ class _Trainer:
     def evaluate(self, whole: bool) -> dict[str, Any]:
         """Loss on a fixed slice of the validation tokens, or on all of them."""
         tokens = self.data.validation if whole else self.data.validation[: self.config.eval_tokens]
-        first = end_of_text_id(self.tokenizer) or 0
-        loss = total_loss(self.state.model, tokens, first, self.device) / len(tokens)
+        first, part = end_of_text_id(self.tokenizer) or 0, self.world.part(len(tokens))
+        begin, end = (at // self.context * self.context for at in (part.start, part.stop))
+        end = len(tokens) if self.world.rank == self.world.size - 1 else end
+        first = int(tokens[begin - 1]) if begin else first
+        nats = total_loss(self.state.model, tokens[begin:end], first, self.device)
+        loss = self.world.total(nats) / len(tokens)
         return {
             "step": self.state.step,
             "val_loss": loss,
@@ -3878,16 +4465,18 @@ class _Trainer:
 
     def checkpoint_contents(self, kind: str) -> dict[str, Any]:
         """All of a run but its tokens; of the best, what generating needs."""
-        contents = self.state.state_dict()
+        state = self.state
         if kind == "best":
-            contents = {name: contents[name] for name in ("step", "model", "val_loss")}
+            contents = {"step": state.step, "val_loss": state.val_loss}
+            contents["model"] = state.model.state_dict()
         else:
-            contents |= {
+            contents = state.state_dict() | {
                 "metrics": self.log.lines,
                 "tokenizer_sha256": self.data.manifest["tokenizer_sha256"],
-                "data_sha256": self.data.manifest["train"]["sha256"],
+                "data_sha256": self.data.sha256,
                 "device": str(self.device),
                 "micro_batch": self.micro_batch,
+                "processes": self.world.size,
             }
         text = self.tokenizer.to_str()
         return {**contents, "config": self.settings, "tokenizer": text, "versions": versions()}
@@ -3906,23 +4495,28 @@ class _Trainer:
         """Begin a checkpoint; a disk that refuses does not end the training."""
         if kind == "step":
             self.state.save_requested = False
-            if self.begun_step == self.state.step:  # asked for twice
+            if not self.world.most(self.begun_step != self.state.step):  # asked for twice
                 return
-        if self.lock.taken():
+        start = time.perf_counter()
+        contents = self.checkpoint_contents(kind)  # every process gives its part
+        if self.lock:
+            self.write(contents, kind, self.lock)
+        self.state.save_seconds += time.perf_counter() - start
+        if kind == "step":
+            self.last_save, self.begun_step = time.monotonic(), self.state.step
+
+    def write(self, contents: dict[str, Any], kind: str, lock: FolderLock) -> None:
+        if lock.taken():
             raise ValueError(
                 f"{self.out}: another process has taken this run over; stopped at step "
                 f"{self.state.step}, the last checkpoint of this one is of step "
                 f"{self.state.last_saved_step}"
             )
-        start = time.perf_counter()
         try:
             self.write_settings()
-            self.writer.save(self.checkpoint_contents(kind), kind)
+            self.writer.save(contents, kind)
         except OSError as error:
             self.save_failed(f"{kind}_{self.state.step:08d}", error)
-        self.state.save_seconds += time.perf_counter() - start
-        if kind == "step":
-            self.last_save, self.begun_step = time.monotonic(), self.state.step
 
     def save_failed(self, name: str, error: OSError) -> None:
         last = self.state.last_saved_step
@@ -3944,9 +4538,10 @@ class _Trainer:
     def save_to_the_end(self) -> None:
         """Save this step and wait until it is safe; OSError where it cannot be."""
         self.collect_saves(wait=True)
-        if self.begun_step != self.state.step:
+        if self.world.most(self.begun_step != self.state.step):
             self.save()
             self.collect_saves(wait=True)
+        self.state.last_saved_step = int(self.world.most(self.state.last_saved_step))
         if self.state.last_saved_step != self.state.step:
             raise OSError(
                 f"step {self.state.step} could not be saved in {self.out} (see above); the last "
@@ -3973,18 +4568,19 @@ class _Trainer:
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         for name in ("tokenizer_sha256", "data_sha256"):
-            there = {**self.data.manifest, "data_sha256": self.data.manifest["train"]["sha256"]}
+            there = {**self.data.manifest, "data_sha256": self.data.sha256}
             if checkpoint[name] != there[name]:
                 raise ValueError(
                     f"it was trained on other tokens: {name} differs; put tokenizer.json and data/ "
                     "back"
                 )
-        now = {**versions(), "device": str(self.device)}
+        now = {**versions(), "device": str(self.device), "processes": self.world.size}
         before = {**checkpoint["versions"], "device": checkpoint["device"]}
+        before["processes"] = checkpoint.get("processes", 1)
         changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
         if changed:
             say(f"note: not bit for bit as before, for these changed: {', '.join(changed)}")
-        if not self.config.micro_batch_size:
+        if not self.config.micro_batch_size and before["processes"] == self.world.size:
             self.micro_batch = int(checkpoint["micro_batch"])
         check_weights(self.model_config, checkpoint["model"], self.out / "checkpoints")
         self.state.load_state_dict(checkpoint)
@@ -4019,16 +4615,40 @@ class _Trainer:
                 self.save("best")
         if config.save_every_epoch and self.epoch_ended():
             self.save("epoch")
-        if self.save_is_due():
+        if self.world.most(self.save_is_due()):
             self.save()
         self.collect_saves()
         self.watch_mirror()
+
+    def stop_asked(self) -> bool:
+        """Whether any process has been told to stop; the same answer in all."""
+        number = int(self.world.most(self.state.stop_signal))
+        self.state.stop_signal = number or self.state.stop_signal  # one may have come just now
+        return number != 0
+
+    def tokens_came(self) -> bool:
+        """Whether the next step's tokens are there, after waiting for them; False: stop first."""
+        data, state, started = self.data, self.state, time.monotonic()
+        while data.streamed and self.world.most(
+            not data.ready(self.config, self.context, state.step)
+        ):
+            if self.world.most(data.error is not None):
+                state.stop_signal = state.stop_signal or signal.SIGTERM
+            if self.stop_asked():
+                return False
+            if started < time.monotonic() - 10:
+                say(f"waiting for more text to come in; {len(data.training):,} tokens are there")
+                started = time.monotonic() + 50
+            time.sleep(0.1)
+        return True
 
     def run(self) -> None:
         """Steps until all are done, a signal came, or the loss stays non-finite."""
         state, config = self.state, self.config
         steps_logged, started = 0, time.perf_counter()
-        while not state.finished and not state.stop_signal:
+        while not state.finished and not self.stop_asked():
+            if not self.tokens_came():
+                continue
             start = time.perf_counter()
             norm = self.train_step()
             state.train_seconds += time.perf_counter() - start
@@ -4054,9 +4674,9 @@ class _Trainer:
     def wait_while_paused(self) -> float:
         """Seconds spent here, which belong to no step; stopping and saving work meanwhile."""
         start = time.perf_counter()
-        while self.state.paused and not self.state.stop_signal:
+        while self.world.most(self.state.paused) and not self.stop_asked():
             self.tell("on_pause")
-            if self.state.save_requested:
+            if self.world.most(self.state.save_requested):
                 self.save()
             self.collect_saves()
             self.watch_mirror()
@@ -4081,11 +4701,12 @@ class _Trainer:
 
     def session(self) -> None:
         """Train to the end or to a stop, and leave everything safe."""
-        with _stop_on_signals(self.state):
+        coming = self.data.coming(self.tokenizer) if self.lock else contextlib.nullcontext()
+        with _stop_on_signals(self.state), coming:
             self.tell("on_start")
             try:
                 self.run()
-                if self.state.stop_signal:
+                if self.stop_asked():
                     self.save_to_the_end()
                 else:
                     self.finish()
@@ -4094,6 +4715,12 @@ class _Trainer:
                 self.writer.worker.shutdown()
                 self.tell("on_end")
             self.close_mirror()
+            if self.data.error:
+                raise ConnectionError(
+                    f"data={self.settings['data']['data']!r} could not be read on "
+                    f"({first_line(self.data.error)}). Step {self.state.step} is saved; the same "
+                    "command goes on from there"
+                ) from self.data.error
 
     def close_mirror(self) -> None:
         if self.state.mirror:
@@ -4145,8 +4772,10 @@ def _fetch_data(mirror: Path, out: Path, config: DataConfig, vocab_size: int) ->
     if same_data(out, config, vocab_size) or not same_data(mirror, config, vocab_size):
         return
     (out / "data").mkdir(exist_ok=True)
+    there = Folder(mirror / "data")
     for name in ("train.bin", "validation.bin", "manifest.json"):
-        copy_file(Folder(mirror / "data"), name, Folder(out / "data"))
+        if name in there.names():  # of a stream, what trains comes from its source again
+            copy_file(there, name, Folder(out / "data"))
     say(f"fetched {mirror / 'data'}")
 
 
@@ -4180,36 +4809,47 @@ def _train(
     configs: tuple[ModelConfig, DataConfig, TrainConfig],
     out: Path,
     resume: str,
-    lock: FolderLock,
+    world: World,
+    lock: FolderLock | None,
     copier: Mirror | None,
     callbacks: Sequence[Callback],
 ) -> TrainState:
-    """`train`, alone in its folders."""
+    """`train`, alone in its folders; `lock` and `copier` are the first process' own."""
     model_config, data_config, train_config = configs
     mirror = copier.folder if copier else None
-    if resume == "never":
-        for place in (out, mirror):
-            if place:
-                set_aside(place, same_data(place, data_config, model_config.vocab_size))
-    names = ("model", "data", "train")
-    settings = {name: asdict(part) for name, part in zip(names, configs, strict=True)}
-    checkpoint = open_run(out, settings, resume, mirror)
-    if checkpoint:
-        _bring_back(out, mirror, data_config, checkpoint)
-    trainer = _Trainer(model_config, data_config, train_config, out, lock, callbacks)
+
+    def begin() -> dict[str, Any] | None:
+        if resume == "never":
+            for place in (out, mirror):
+                if place:
+                    set_aside(place, same_data(place, data_config, model_config.vocab_size))
+        names = ("model", "data", "train")
+        settings = {name: asdict(part) for name, part in zip(names, configs, strict=True)}
+        checkpoint = open_run(out, settings, resume, mirror)
+        if checkpoint:
+            _bring_back(out, mirror, data_config, checkpoint)
+        return checkpoint
+
+    checkpoint = world.first(begin)
+    step = int(world.most(checkpoint["step"] if checkpoint else -1))
+    if step >= 0 and not checkpoint:
+        checkpoint = load_checkpoint(out / "checkpoints" / f"step_{step:08d}.safetensors")
+    trainer = _Trainer(model_config, data_config, train_config, out, world, lock, callbacks)
     state = trainer.state
     state.mirror = trainer.writer.mirror = copier
     saved_metrics = checkpoint.get("metrics", []) if checkpoint else []
     if checkpoint:
         trainer.restore(checkpoint)
         del checkpoint
-    trainer.write_settings()
-    trainer.log = MetricsLog(out / "metrics.jsonl", state.step, saved_metrics)
+    if lock:
+        trainer.write_settings()
+    path = out / "metrics.jsonl" if lock else None
+    trainer.log = MetricsLog(path, state.step, saved_metrics)
     final = _final_metrics(trainer.log.lines, state.step)
     if copier:
         copier.offer_newest()
-    if state.finished and final:
-        state.val_loss = final["val_loss"]
+    if state.finished and world.most(bool(final)):
+        state.val_loss = final.get("val_loss", state.val_loss)
         trainer.close_mirror()
         return state
     trainer.announce()
@@ -4241,6 +4881,8 @@ def train(
             mounted drive; a run is also gone on with from there. Its parent must exist.
         callbacks: see `Callback`; default: a progress bar.
 
+    Under torchrun, the processes share the work; the first alone writes and calls back.
+
     Returns:
         the state after the last step; its `stop_signal` is set when it was interrupted, after a
         checkpoint. A finished run comes back at once.
@@ -4255,21 +4897,29 @@ def train(
     mirror = Path(mirror).expanduser() if mirror else None
     require(resume in ("auto", "never", "must"), "resume", resume, "auto, never or must")
     check_configs(model_config, train_config)
-    check_memory(model_config, train_config, choose_device(train_config.device))
-    check_run_folder(out)
-    if mirror:
-        check_mirror(out, mirror)
+    device = choose_device(train_config.device)
+    check_memory(model_config, train_config, device)
     callbacks = [ProgressBar()] if callbacks is None else callbacks
-    out.mkdir(parents=True, exist_ok=True)
+    configs = (model_config, data_config, train_config)
     with contextlib.ExitStack() as stack:
-        lock = stack.enter_context(FolderLock(out))
-        copier = Mirror(out, mirror, keep_of(train_config)) if mirror else None
-        if copier:
-            stack.callback(copier.close, 1.0)  # after an error; else it has been closed before
         stack.enter_context(_repeatable_kernels(train_config.deterministic))
-        return _train(
-            (model_config, data_config, train_config), out, resume, lock, copier, callbacks
-        )
+        world = World.of_environment(device.device)
+        windows = train_config.batch_tokens // model_config.max_position_embeddings
+        require(world.size <= windows, "WORLD_SIZE", world.size, f"at most the {windows} windows")
+
+        def enter() -> tuple[FolderLock, Mirror | None]:
+            check_run_folder(out)
+            if mirror:
+                check_mirror(out, mirror)
+            out.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(FolderLock(out))
+            copier = Mirror(out, mirror, keep_of(train_config)) if mirror else None
+            if copier:
+                stack.callback(copier.close, 1.0)  # after an error; else it has been closed before
+            return lock, copier
+
+        lock, copier = world.first(enter) or (None, None)
+        return _train(configs, out, resume, world, lock, copier, callbacks if lock else ())
 
 
 # -----------------------------------------------------------------------------
@@ -6203,7 +6853,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--quick", action="store_true", help="a small shape, seconds")
     command.set_defaults(run=_bench_command)
 
-    command = commands.add_parser("info", help="device, versions and presets")
+    command = commands.add_parser("info", help="device, versions, presets; or plan a training")
+    command.add_argument("--preset", help="plan this, or what the flags change in it")
+    command.add_argument("--gpus", type=int, metavar="N", help="plan for so many GPUs")
+    for config in (ModelConfig, TrainConfig):
+        _add_fields(command, config, preset_gives=True)
     command.set_defaults(run=_info_command)
     return parser
 
@@ -6230,11 +6884,16 @@ def _settings_of_run(out: Path, mirror: str | None) -> dict[str, Any] | None:
     return None
 
 
+def _preset(name: str) -> str:
+    require(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
+    return name
+
+
 def _configs_from_flags(flags: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The preset's, or the run's own where no preset is named, with the flags laid over."""
     kinds = (ModelConfig, DataConfig, TrainConfig)
     if flags.preset is not None:
-        require(flags.preset in PRESETS, "preset", flags.preset, f"one of {', '.join(PRESETS)}")
+        _preset(flags.preset)
     saved = None if flags.preset else _settings_of_run(Path(flags.out), flags.mirror)
     if saved:
         parts = zip(kinds, ("model", "data", "train"), strict=True)
@@ -6250,7 +6909,11 @@ def _configs_from_flags(flags: argparse.Namespace) -> tuple[Any, Any, Any]:
 def _train_command(flags: argparse.Namespace) -> int:
     configs = _configs_from_flags(flags)
     state = train(*configs, flags.out, resume=flags.resume, mirror=flags.mirror)
+    if state.world.size > 1:
+        dist.destroy_process_group()
     out = Path(flags.out)
+    if state.world.rank != 0:
+        return 128 + state.stop_signal if state.stop_signal else 0
     if state.stop_signal:
         say(f"stopped at step {state.step} of {state.config.max_steps}; saved in {out}")
         return 128 + state.stop_signal
@@ -6429,7 +7092,61 @@ def machine() -> dict[str, Any]:
     return {**found, "threads": torch.get_num_threads(), **versions()}
 
 
+GPUS = {
+    "T4": (14.6, 65e12, 0.2, 5e9),
+    "A100": (40, 312e12, 0.35, 200e9),
+    "H100": (80, 989e12, 0.35, 300e9),
+}
+"""GiB, FLOP/s of 16-bit products, the assumed share of it, bytes/s assumed from one to another."""
+
+
+def _plan(model: ModelConfig, config: TrainConfig, gpus: int) -> Iterator[str]:
+    """Size, memory by part and time of a training on several GPUs of a kind, line by line."""
+    dtype = torch.float32 if config.dtype == "float32" else torch.float16
+    context, layers, P = (
+        model.max_position_embeddings,
+        model.num_hidden_layers,
+        model.num_parameters,
+    )
+    tokens = config.batch_tokens * config.max_steps
+    per_token = 6 * P + 6 * layers * context * model.hidden_size  # and causal attention's
+    parts = memory_parts(model, config, dtype, gpus)
+    window = activation_bytes(model, dtype) * layers * context
+    share = -(-config.batch_tokens // context // gpus)
+    yield f"parameters: {P:,}"
+    yield f"tokens: {tokens:,} in {config.max_steps:,} steps of {config.batch_tokens:,}"
+    yield f"FLOP: {per_token * tokens:.2e}, {per_token:.2e} a token"
+    yield f"memory on each of {gpus}, {str(dtype).removeprefix('torch.')} products:"
+    yield from (f"  {name:22} {size / 2**20:8,.0f} MB" for name, size in parts.items() if size)
+    yield f"  {'sum':22} {sum(parts.values()) / 2**20:8,.0f} MB"
+    yield f"  and for each window of {context} tokens at once {window / 2**20:,.0f} MB, uncompiled"
+    sent = 12 * P * (gpus - 1) / gpus if gpus > 1 else 0  # gradients there and back, and weights
+    for name, (gib, peak, used, between) in GPUS.items():
+        fit = int((0.7 * gib * 2**30 - sum(parts.values())) // window)  # temporaries besides
+        if fit < 1:
+            yield f"{gpus} x {name} ({gib} GiB): does not fit"
+            continue
+        seconds = per_token * tokens / (gpus * peak * used) + config.max_steps * sent / between
+        yield (
+            f"{gpus} x {name} ({gib} GiB): {min(fit, share)} of {share} windows at once, "
+            f"{seconds / 3600:,.1f} hours"
+        )
+    used = ", ".join(f"{n} {share:.0%} of {peak:.3g}" for n, (_, peak, share, _) in GPUS.items())
+    yield f"hours: a guess, nothing measured; assumed FLOP a second: {used}"
+
+
 def _info_command(flags: argparse.Namespace) -> int:
+    names = {item.name for kind in (ModelConfig, TrainConfig) for item in fields(kind)}
+    if flags.preset or flags.gpus is not None or names & vars(flags).keys():
+        model, _, config = PRESETS[_preset(flags.preset or "demo")]
+        model = _from_flags(ModelConfig, flags, model)
+        config = _from_flags(TrainConfig, flags, config)
+        check_configs(model, config)
+        gpus = 1 if flags.gpus is None else flags.gpus
+        require(gpus >= 1, "gpus", gpus, "at least 1")
+        for line in _plan(model, config, gpus):
+            print(line)
+        return 0
     device = choose_device()
     print(f"device: {device}")
     print(f"torch.compile: {why_not_compile(device) or 'available'}")

@@ -1,0 +1,241 @@
+"""Several processes that train one model: the same run, whatever their number and their fate."""
+
+import dataclasses
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bitllm_core as bit
+from tests import together
+from tests.conftest import ROOT, assert_same_bits, state_of, without_times
+
+SCRIPT = Path(together.__file__)
+
+
+def environment(**more):
+    quiet = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": ""}
+    own = {k: v for k, v in os.environ.items() if not k.startswith(("COV", "PYTEST"))}
+    return {k: v for k, v in {**own, **quiet, **more}.items() if v}
+
+
+def run_together(processes, folder, *tasks, **more):
+    """Let `tests/together.py` run in so many processes; (exit code, stdout, stderr) of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(processes):
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
+        world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **more}
+        command = [sys.executable, str(SCRIPT), str(folder), *tasks]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        variables = environment(**{k: str(v) for k, v in world.items()})
+        started.append(subprocess.Popen(command, env=variables, encoding="utf-8", **pipes))
+    try:
+        answers = [process.communicate(timeout=400) for process in started]
+    finally:
+        for process in started:  # those of which one hangs
+            process.kill()
+            process.communicate()
+    return [(p.returncode, *answer) for p, answer in zip(started, answers, strict=True)]
+
+
+def train_alone(folder, task):
+    """The same task in this process."""
+    try:
+        return together.train(folder, task)
+    finally:
+        bit.apply_gradients, bit.BitLM.loss = together.plain_apply, together.plain_loss
+
+
+def curve(folder):
+    lines = bit.MetricsLog.read(folder / "metrics.jsonl")
+    return [(x["step"], x.get("loss", x.get("val_loss"))) for x in lines]
+
+
+def assert_same_curve(a, b, rel):
+    assert [step for step, _ in a] == [step for step, _ in b]
+    assert [loss for _, loss in a] == pytest.approx([loss for _, loss in b], rel=rel)
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_corpus, tmp_path_factory):
+    """Runs of two processes, one after the other in one session, and of one."""
+    folder = tmp_path_factory.mktemp("runs")
+    shutil.copy(tiny_corpus, folder / "text.txt")
+    tasks = [
+        "few:batch_tokens=16",
+        "dense2:linear=dense",
+        "stopped:linear=dense:stop=5",
+        "ternary2",
+    ]
+    tasks += ["memory:memory=4", "nan:nan=4"]
+    results = run_together(2, folder, *tasks)
+    assert [code for code, *_ in results] == [0, 0], results
+    train_alone(folder, "dense1:linear=dense")
+    return folder, results
+
+
+def test_the_curve_is_that_of_one_process(runs):
+    """The dense twin's: a ternary one turns rounding into trits, as with another micro-batch."""
+    folder, _ = runs
+    assert_same_curve(curve(folder / "dense1"), curve(folder / "dense2"), rel=1e-5)
+    assert len(curve(folder / "dense1")) == 12 + 4
+
+
+def test_stopped_on_two_it_goes_on_with_one_and_with_three(runs, capsys):
+    folder, results = runs
+    for _, told, _ in results:  # the signal came to process 1 alone
+        assert "stopped:linear=dense:stop=5 5 0 15" in told
+    assert [p.name for p in bit.list_checkpoints(folder / "stopped" / "checkpoints")] == [
+        "step_00000003.safetensors",
+        "step_00000005.safetensors",
+    ]
+    shutil.copytree(folder / "stopped", folder / "three")
+    train_alone(folder, "stopped:linear=dense")
+    assert "processes 2 -> 1" in capsys.readouterr().err
+    three = run_together(3, folder, "three:linear=dense")
+    assert [code for code, *_ in three] == [0, 0, 0], three
+    assert "processes 2 -> 3" in three[0][2]
+    assert three[1][2] == ""  # the first speaks for all
+    for name in ("stopped", "three"):
+        assert_same_curve(curve(folder / "dense1"), curve(folder / name), rel=1e-5)
+
+
+def test_a_killed_process_ends_the_others(runs):
+    folder, _ = runs
+    other, killed = run_together(2, folder, "killed:kill=8")
+    assert killed[0] == -9
+    assert other[0] == 1
+    assert "another process has ended" in other[2]
+    assert "goes on from the last checkpoint" in other[2]
+    assert bit.newest_checkpoint(folder / "killed" / "checkpoints")["step"] == 6
+
+
+def test_a_hanging_process_is_waited_for_so_long_and_no_longer(runs):
+    folder, _ = runs
+    first, hanging = run_together(2, folder, "hung:hang=4", TIMEOUT=8)
+    assert first[0] == 1
+    assert "has not answered for 8 s" in first[2]
+    assert hanging[0] == 1
+
+
+def test_torchrun_starts_it_again_by_itself(runs):
+    folder, _ = runs
+    options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=0.1"]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, str(SCRIPT), str(folder)]
+    result = subprocess.run(
+        [*command, "again:kill=8"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert (folder / "again" / "did-kill.tmp").exists()
+    assert "going on from step 6" in result.stderr
+    assert_same_bits(state_of(folder / "ternary2"), state_of(folder / "again"))
+    assert without_times(folder / "ternary2") == without_times(folder / "again")
+
+
+def test_too_little_memory_in_one_is_told_to_all(runs):
+    folder, results = runs
+    assert "another process is out of memory: 1 windows at once" in results[0][2]
+    saved = bit.newest_checkpoint(folder / "memory" / "checkpoints")
+    assert (
+        saved["micro_batch"]
+        < bit.newest_checkpoint(folder / "ternary2" / "checkpoints")["micro_batch"]
+    )
+
+
+def test_a_gradient_that_is_not_finite_in_one_is_skipped_by_all(runs):
+    _, results = runs
+    for _, told, _ in results:
+        assert "nan:nan=4 12 1 0" in told
+
+
+def test_more_processes_than_windows_are_refused(runs):
+    folder, results = runs
+    for _, told, _ in results:
+        assert "refused: WORLD_SIZE=2: expected at most the 1 windows" in told
+    assert not (folder / "few").exists()
+
+
+def test_work_is_shared_evenly_and_completely():
+    model = bit.BitLM(bit.PRESETS["ci"][0])
+    optimizers = bit.make_optimizers(model, bit.TrainConfig())
+    for size in (1, 2, 3, 8, 50):
+        world = bit.World()
+        world.size = size
+        parts = []
+        for world.rank in range(size):
+            part = world.part(10)
+            parts += range(part.start, part.stop)
+        assert parts == list(range(10))
+        owners = world.owners(optimizers)
+        assert len(owners) == len(list(model.parameters()))
+        assert set(owners) == set(range(min(size, len(owners))))
+    world.size = 2
+    cost = [0, 0]
+    for owner, p in zip(world.owners(optimizers), bit.parameters_of(optimizers), strict=True):
+        cost[owner] += p.numel() * min(p.shape) if p.dim() == 2 and len(p) != 512 else 0
+    assert max(cost) / sum(cost) < 0.6
+
+
+def test_the_plan_counts_what_training_holds(tiny_config):
+    model, config = bit.BitLM(tiny_config), bit.TrainConfig()
+    optimizers = bit.make_optimizers(model, config)
+    ids = torch.randint(300, (4, 16))
+    with model.hold_weights(torch.float32):
+        model.loss(ids, ids).backward()
+        held = [layer.held for layer in model.bit_linears().values()]
+        held_bytes = sum(weight.nbytes for weight in held) + model.model.embed_tokens.weight.nbytes
+    gradients = sum(p.grad.nbytes for p in model.parameters())
+    bit.apply_gradients(optimizers, torch.amp.GradScaler("cpu", enabled=False), 1.0, 1.0)
+    states = [t for o in optimizers for state in o.state.values() for t in state.values()]
+    parts = bit.memory_parts(tiny_config, config, torch.float32)
+    assert parts["weights"] == parts["gradients"] == gradients
+    assert parts["quantized weights"] == held_bytes
+    assert parts["optimizer"] == sum(t.nbytes for t in states if t.dim())
+    three = bit.memory_parts(tiny_config, config, torch.float32, 3)
+    assert three["optimizer"] == parts["optimizer"] // 3
+
+
+def test_the_plan_of_activations_is_what_autograd_keeps(tiny_config):
+    config = dataclasses.replace(tiny_config, num_hidden_layers=5, max_position_embeddings=64)
+    model, kept = bit.BitLM(config), {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # and alive
+        return tensor
+
+    ids = torch.randint(300, (8, 64))
+    with (
+        model.hold_weights(),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+    ):
+        model.loss(ids, ids)
+        weights = [*model.parameters(), *(m.held for m in model.bit_linears().values())]
+    for weight in weights:
+        kept.pop(weight.untyped_storage().data_ptr(), None)
+    found = sum(t.untyped_storage().nbytes() for t in kept.values())
+    planned = bit.activation_bytes(config, torch.float32) * 5 * ids.numel()
+    assert planned == pytest.approx(found, rel=0.1)  # embedding, last norm and head besides
+
+
+def test_info_plans_for_several_gpus(capsys):
+    assert bit.main(["info", "--preset", "ci", "--hidden-size", "128", "--gpus", "2"]) == 0
+    told = capsys.readouterr().out
+    size = dataclasses.replace(bit.PRESETS["ci"][0], hidden_size=128).num_parameters
+    assert f"parameters: {size:,}" in told
+    assert "memory on each of 2" in told
+    assert "2 x T4" in told
+    assert bit.main(["info", "--gpus", "0"]) == 2
+    assert "gpus=0: expected at least 1" in capsys.readouterr().err

@@ -1,0 +1,105 @@
+"""What each process of a test does that trains with several: `python together.py FOLDER TASK ...`.
+
+A task is NAME or NAME:KEY=VALUE:...; its run goes to FOLDER/NAME. KEY is a field of TrainConfig,
+`linear`, or what shall go wrong in process 1: `kill`, `stop`, `hang`, `memory`, `nan`=STEP.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import bitllm_core as bit
+
+MODEL = bit.ModelConfig(
+    vocab_size=300,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=16,
+)
+TRAIN = bit.TrainConfig(
+    max_steps=12,
+    batch_tokens=160,  # 10 windows: no whole share for three
+    warmup_steps=2,
+    log_every_steps=1,
+    eval_every_steps=4,
+    eval_tokens=250,
+    save_every_steps=3,
+    dtype="float32",
+    compile="off",
+)
+TROUBLES = ("kill", "stop", "hang", "memory", "nan")
+plain_apply, plain_loss = bit.apply_gradients, bit.BitLM.loss
+
+
+class Trouble(bit.Callback):
+    """Makes process 1 fail at a step, as asked; once, where a file can tell that it did."""
+
+    def __init__(self, out: Path, asked: dict[str, int]) -> None:
+        self.out, self.asked, self.step = out, asked, 0
+
+    def now(self, name: str) -> bool:
+        here = os.environ.get("RANK") == "1" and self.asked.get(name) == self.step + 1
+        mark = self.out / f"did-{name}.tmp"
+        if not here or mark.exists():
+            return False
+        mark.touch()
+        return True
+
+    def apply(self, optimizers, *rest):
+        if self.now("kill"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.now("stop"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.now("hang"):
+            time.sleep(14)
+        if self.now("nan"):
+            optimizers[0].param_groups[0]["params"][0].grad[0, 0] = float("nan")
+        self.step += 1
+        return plain_apply(optimizers, *rest)
+
+    def loss(self, model, input_ids, targets):
+        if torch.is_grad_enabled() and len(input_ids) > 2 and self.now("memory"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain_loss(model, input_ids, targets)
+
+
+def train(folder: Path, task: str) -> bit.TrainState:
+    name, *options = task.split(":")
+    asked = {key: value for key, _, value in (option.partition("=") for option in options)}
+    trouble = Trouble(folder / name, {k: int(asked.pop(k)) for k in TROUBLES if k in asked})
+    bit.apply_gradients = trouble.apply
+    bit.BitLM.loss = lambda *arguments: trouble.loss(*arguments)
+    model = dataclasses.replace(MODEL, linear=asked.pop("linear", "ternary"))
+    changes = {key: json.loads(value) for key, value in asked.items()}
+    config = dataclasses.replace(TRAIN, **changes)
+    data = bit.DataConfig(data=str(folder / "text.txt"))
+    return bit.train(model, data, config, folder / name, callbacks=())
+
+
+def main() -> int:
+    folder = Path(sys.argv[1])
+    bit.PROCESS_TIMEOUT_S = float(os.environ.get("TIMEOUT", "300"))
+    for task in sys.argv[2:]:
+        try:
+            state = train(folder, task)
+        except ValueError as error:
+            print(task, f"refused: {error}", flush=True)
+        except OSError as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            return 1
+        else:
+            print(task, state.step, state.skipped, state.stop_signal, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
