@@ -104,7 +104,7 @@ def test_a_list_goes_on_where_it_was_stopped(tiny_corpus, tmp_path, monkeypatch,
     experiments.main(["run", "two", *arguments])
     assert done[4:] == [("plain", "1")]
     rows = experiments.read_rows(results, "two")
-    assert "| other | 2 | 1.00M | 2 ± 0 |" in experiments.report("two", rows)
+    assert "| other | 2 | 1.00M | 2 | 2 | 2.000 ± 0.000 |" in experiments.report("two", rows)
     experiments.main(["draw", "two", "--out", str(tmp_path / "a.png"), *arguments])
     assert (tmp_path / "a.png").stat().st_size > 5000
 

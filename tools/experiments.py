@@ -2,7 +2,7 @@
 
     python tools/experiments.py run rates --train train.txt --valid valid.txt
     python tools/experiments.py report rates          # its table, in Markdown
-    python tools/experiments.py draw rates --out a.png  # loss against tokens and against time
+    python tools/experiments.py draw rates            # rates.png: against tokens, or against time
     python tools/experiments.py costs                 # bytes and generation speed
     python tools/experiments.py list
 
@@ -636,55 +636,73 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def report(name: str, rows: list[dict[str, Any]]) -> str:
-    """The table in Markdown: mean over the seeds, ± half the range."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(row["variant"], []).append(row)
+    """The table in Markdown, in its order: mean over the seeds, ± half the range."""
     lines = [
-        "| variant | seeds | parameters | steps | tokens | loss | bits per byte "
-        "| word perplexity | seconds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| variant | seeds | parameters | steps | tokens "
+        "| loss | bits per byte | word perplexity |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for variant, found in groups.items():
-
-        def column(key: str, digits: int, found: Any = found) -> str:
-            return spread([row[key] for row in found], digits)
-
-        first = found[0]
+    for variant in TABLES[name].variants:
+        found = [row for row in rows if row["variant"] == variant.name]
+        if not found:
+            continue
+        cells = [
+            spread([row[key] for row in found], digits)
+            for key, digits in (("loss", 3), ("bits_per_byte", 3), ("word_perplexity", 0))
+        ]
+        steps, tokens = (
+            f"{statistics.mean(row[key] for row in found):,.0f}"
+            for key in ("steps", "trained_tokens")
+        )
+        size = f"{found[0]['parameters'] / 1e6:.2f}M"
         lines.append(
-            f"| {variant} | {len(found)} | {first['parameters'] / 1e6:.2f}M | "
-            f"{column('steps', 0)} | {column('trained_tokens', 0)} | "
-            f"{column('loss', 3)} | {column('bits_per_byte', 3)} | "
-            f"{column('word_perplexity', 1)} | {column('seconds', 0)} |"
+            "| " + " | ".join([variant.name, str(len(found)), size, steps, tokens, *cells]) + " |"
         )
     return "\n".join(lines)
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Validation loss against tokens and against wall-clock: mean over the seeds, and their range.
+def draw(name: str, rows: list[dict[str, Any]], path: Path) -> None:
+    """Bits per byte against tokens, and where the budget is time, against it, over the seeds.
 
-    The points of several seeds meet at the same tokens; at a clock's points, only nearly.
+    Lines are means, areas ranges. Bits per byte, since vocabularies differ: the watched slice's
+    loss is turned into them as the final one. The clock's points of several seeds are not at quite
+    the same tokens.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, places = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
-    for variant in dict.fromkeys(row["variant"] for row in rows if row["curve"]):
-        curves = [row["curve"] for row in rows if row["variant"] == variant]
-        shared = min(map(len, curves))
-        points = np.array([curve[:shared] for curve in curves])  # (seeds, points, 3)
-        for axes, column in zip(places, (0, 1), strict=True):
-            x, y = points[:, :, column].mean(0), points[:, :, 2]
-            (line,) = axes.plot(x, y.mean(0), ".-", label=variant)
-            axes.fill_between(x, y.min(0), y.max(0), alpha=0.25, color=line.get_color())
-    for axes, name in zip(places, ("training tokens", "seconds of wall-clock"), strict=True):
-        axes.set_xlabel(name)
+    names = ["thousand training tokens"]
+    if TABLES[name].minutes:
+        names.append("seconds, everything counted")
+    figure, places = plt.subplots(
+        1,
+        len(names),
+        figsize=(5 * len(names) + 1, 4),
+        layout="constrained",
+        sharey=True,
+        squeeze=False,
+    )
+    for variant in TABLES[name].variants:
+        found = [row for row in rows if row["variant"] == variant.name and row["curve"]]
+        if not found:
+            continue
+        shared = min(len(row["curve"]) for row in found)
+        points = np.array([row["curve"][:shared] for row in found])  # (seeds, points, 3)
+        scales = np.array([row["bits_per_byte"] / row["loss"] for row in found])
+        bits = points[:, :, 2] * scales[:, None]
+        for axes, column in zip(places[0], (0, 1), strict=False):
+            x = points[:, :, column].mean(0) / (1000 if column == 0 else 1)
+            (line,) = axes.plot(x, bits.mean(0), ".-", label=variant.name)
+            axes.fill_between(x, bits.min(0), bits.max(0), alpha=0.25, color=line.get_color())
+    for axes, label in zip(places[0], names, strict=True):
+        axes.set_xlabel(label)
         axes.grid(alpha=0.3)
-    places[0].set_ylabel("validation loss, nats per token")
-    places[1].legend(fontsize=8)
+    places[0][0].set_ylabel("validation, bits per byte")
+    places[0][-1].legend(fontsize=8)
     figure.savefig(path, dpi=90)
+    plt.close(figure)
 
 
 def costs(train_text: Path, work: Path) -> str:
@@ -733,7 +751,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, help="how many; default: the table's")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="of minutes")
     parser.add_argument("--only", default="", help="variants whose name holds this")
-    parser.add_argument("--out", type=Path, help="of draw: a .png file")
+    parser.add_argument("--out", type=Path, help="of draw: the .png file")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     flags = parser.parse_args(arguments)
@@ -752,8 +770,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif flags.command == "costs":
         print(costs(flags.valid, flags.work))
     elif flags.command == "draw":
-        rows = [r for name in flags.table for r in read_rows(flags.results, name)]
-        draw([r for r in rows if flags.only in r["variant"]], flags.out)
+        for name in flags.table:
+            draw(name, read_rows(flags.results, name), flags.out or Path(f"{name}.png"))
     elif flags.command == "run":
         for name in flags.table or TABLES:
             run_table(name, flags)
