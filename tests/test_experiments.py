@@ -62,9 +62,9 @@ def test_a_clock_ends_a_run_and_cools_it_down(run, table, monkeypatch):
     monkeypatch.setattr(experiments, "seconds", lambda: float(next(ticks)))
     rates, factor, apply = [], bit.learning_rate_factor, bit.apply_gradients
 
-    def watch(optimizers, scaler, factor, limit):
+    def watch(optimizers, scaler, factor, *others):
         rates.append(factor)
-        return apply(optimizers, scaler, factor, limit)
+        return apply(optimizers, scaler, factor, *others)
 
     monkeypatch.setattr(bit, "apply_gradients", watch)
     row = run(clocked)

@@ -329,8 +329,8 @@ TABLES: dict[str, Table] = {
         [
             *rates("ternary", "muon", 0.01, 0.02, 0.04, 0.08),
             *rates("dense", "muon", 0.01, 0.02, 0.04),
-            *rates("dense", "adamw", 0.003, 0.006),
-            *rates("ternary", "adamw", 0.003),
+            *rates("dense", "adamw", 0.0015, 0.003, 0.006),
+            *rates("ternary", "adamw", 0.0015, 0.003),
         ],
         tokens=262_144,
     ),
