@@ -616,13 +616,14 @@ def run_table(name: str, flags: argparse.Namespace) -> int:
             threads = 1 if flags.clock == "cpu" else table.threads
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
             environment["BITLLM_EXPERIMENTS_CLOCK"] = flags.clock
+            key["commit"] = commit()  # of when it begins
             done = subprocess.run(
                 command, env=environment, stdout=subprocess.PIPE, text=True, check=False
             )
             if done.returncode:
                 print(f"{variant.name}, seed {seed}: exit {done.returncode}", file=sys.stderr)
                 continue
-            row = {**key, "commit": commit(), **json.loads(done.stdout.splitlines()[-1])}
+            row = {**key, **json.loads(done.stdout.splitlines()[-1])}
             with flags.results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             print(f"{variant.name}, seed {seed}: {row['loss']:.4f}", flush=True)
