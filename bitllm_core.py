@@ -353,6 +353,8 @@ class TrainConfig:
     """of matrix products: auto, float32, bfloat16, float16. Master weights are float32"""
     compile: str = "auto"
     """torch.compile: auto (where it pays), on, off"""
+    fsdp: bool = False
+    """share out the model itself over several processes (FSDP): for what does not fit on one GPU"""
     deterministic: bool = False
     """ask a GPU for repeatable kernels (slower); a CPU always is"""
     log_every_steps: int = 10
@@ -647,6 +649,40 @@ class _Held(torch.autograd.Function):
         return grad[0].to(ctx.dtype), None
 
 
+class _Gathered(torch.autograd.Function):
+    """F.linear by a weight whose memory FSDP frees between forward and backward pass.
+
+    Autograd would keep what multiplies, quantized or cast, of every block: in the end a whole
+    model. Here it is made of the weight again, which FSDP then gathers again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, linear: str) -> Tensor:
+        kind = x.device.type
+        dtype = x.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        ctx.linear, ctx.dtype, x = linear, x.dtype, x.to(dtype)
+        ctx.save_for_backward(x, weight)
+        with torch.autocast(kind, enabled=False):
+            return F.linear(x, _Gathered.multiplier(weight, linear, dtype))
+
+    @staticmethod
+    def multiplier(weight: Tensor, linear: str, dtype: torch.dtype) -> Tensor:
+        if linear != "dense":
+            ternary, scale = weight_quant(weight.detach())
+            weight = ternary.mul_(scale)
+        return weight.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Any) -> Any:
+        x, weight = ctx.saved_tensors
+        d_y = grad[0]
+        d_x = d_y @ _Gathered.multiplier(weight, ctx.linear, x.dtype)
+        d_weight = d_y.flatten(0, -2).T @ x.flatten(0, -2)
+        return d_x.to(ctx.dtype), d_weight.to(weight.dtype), None
+
+
 def held_for(parameter: Tensor, held: Tensor) -> Tensor:
     """`held`, made from `parameter` beforehand; its gradient reaches the parameter unchanged."""
     return _Held.apply(parameter, held) if torch.is_grad_enabled() else held
@@ -791,6 +827,7 @@ class BitLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
         self.linear = linear
         self.held: Tensor | None = None  # see BitLM.hold_weights
+        self.sharded = False  # see sharded_model
         self.kernel_call: Any = None  # with this layer and those that share its input
 
     @property
@@ -849,6 +886,8 @@ class BitLinear(nn.Linear):
         return x if self.frozen else quantize_input(x, self.linear)
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.sharded:
+            return _Gathered.apply(input, self.weight, self.linear)
         return self._infer(input) if self.frozen else F.linear(input, self.effective_weight())
 
     def at_two_bits(self, x: Tensor) -> bool:
@@ -1074,10 +1113,15 @@ class BitLM(nn.Module):
         self.held_head: Tensor | None = None  # the tied head's weight, see hold_weights
         if not config.tie_word_embeddings:
             self.lm_head = BitLinear(config.hidden_size, config.vocab_size, config.linear)
-        table = _rope_table(config) if config.block == "bitnet" else torch.zeros(0)
-        self.register_buffer("rope", table, persistent=False)
+        self.fill_rope()
         if seed is not None:
             initialize(self, torch.Generator().manual_seed(seed))
+
+    def fill_rope(self) -> None:
+        """Make the table of positions, anew where the model was made without memory."""
+        bitnet = self.config.block == "bitnet"
+        table = _rope_table(self.config) if bitnet else torch.zeros(0)
+        self.register_buffer("rope", table, persistent=False)
 
     def bit_linears(self) -> dict[str, BitLinear]:
         """Every BitLinear under its parameter name."""
@@ -1094,14 +1138,14 @@ class BitLM(nn.Module):
         """Quantize each weight once, to `dtype`, for an optimizer step, an evaluation or a text.
 
         Gradients pass through what is held. What a step of an optimizer changes in the meantime
-        has no effect before the end.
+        has no effect before the end. Nothing is held of a sharded model: see `_Gathered`.
         """
-        layers = list(self.bit_linears().values())
+        layers = [layer for layer in self.bit_linears().values() if not layer.sharded]
         try:
             with torch.no_grad():
                 for layer in layers:
                     layer.hold(dtype)
-                if self.lm_head is None:
+                if self.lm_head is None and layers:
                     self.held_head = self.model.embed_tokens.weight.detach().to(dtype)
             yield
         finally:
@@ -1207,8 +1251,12 @@ class BitLM(nn.Module):
 
 
 @torch.no_grad()
-def initialize(model: BitLM, generator: torch.Generator) -> None:
+def initialize(
+    model: BitLM, generator: torch.Generator, keep: Callable[[Tensor, Tensor], Any] | None = None
+) -> None:
     """Fill every parameter, in the order of their names, from one generator.
+
+    With `keep`, each is made beside the model, on the CPU, and `keep(parameter, values)` called.
 
         parameter                            distribution
         embed_tokens, embed_positions        normal, std 0.02 (the tied head starts near uniform)
@@ -1223,14 +1271,17 @@ def initialize(model: BitLM, generator: torch.Generator) -> None:
     depth = (2 * model.config.num_hidden_layers) ** -0.5
     depth *= 0.1 if model.config.block == "bitnet" else 1.0
     for name, parameter in sorted(model.named_parameters()):
+        values = torch.empty(parameter.shape) if keep else parameter
         if "norm" in name:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            values.fill_(0.0 if name.endswith("bias") else 1.0)
         elif "embed" in name:
-            parameter.normal_(0.0, 0.02, generator=generator)
+            values.normal_(0.0, 0.02, generator=generator)
         else:
-            bound = (3 / parameter.shape[1]) ** 0.5
+            bound = (3 / values.shape[1]) ** 0.5
             gain = depth if "o_proj" in name or "down_proj" in name else 1.0
-            parameter.uniform_(-gain * bound, gain * bound, generator=generator)
+            values.uniform_(-gain * bound, gain * bound, generator=generator)
+        if keep:
+            keep(parameter, values)
 
 
 _SEED_NAMES = [
@@ -2385,9 +2436,11 @@ class World:
     Each holds the whole model, takes its share of a step's windows, and updates its share of the
     parameters, which the others receive. All methods but `part` and `owners` are for all processes
     to call in the same order.
+
+    Where `sharded`, each holds and updates its rows of every parameter instead (`sharded_model`).
     """
 
-    rank, size = 0, 1
+    rank, size, sharded = 0, 1, False
 
     @classmethod
     def of_environment(cls, device: torch.device) -> World:
@@ -2469,7 +2522,7 @@ class World:
 
     def add_up(self, tensors: Iterable[Tensor]) -> None:
         """Put the sum over all processes into each tensor, in few large messages."""
-        if self.size > 1:
+        if self.size > 1 and not self.sharded:  # FSDP did it in the backward pass
             _exchange((b, dist.all_reduce) for b in _buckets(tensors))
 
     def owners(self, optimizers: Iterable[torch.optim.Optimizer]) -> list[int]:
@@ -2482,6 +2535,8 @@ class World:
         for optimizer in optimizers:
             once = isinstance(optimizer, torch.optim.AdamW)
             cost += [p.numel() * (1 if once else min(p.shape)) for p in parameters_of([optimizer])]
+        if self.sharded:
+            return [self.rank] * len(cost)
         load, owner = [0] * self.size, [0] * len(cost)
         for i in sorted(range(len(cost)), key=lambda i: (-cost[i], i)):
             owner[i] = min(range(self.size), key=load.__getitem__)
@@ -2491,14 +2546,27 @@ class World:
     @torch.no_grad()
     def spread(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
         """Give every process the owner's values of each tensor."""
-        for rank in range(self.size if self.size > 1 else 0):
+        for rank in range(self.size if self.size > 1 and not self.sharded else 0):
             of_rank = (t for t, owner in zip(tensors, owners, strict=True) if owner == rank)
             _exchange((b, partial(dist.broadcast, src=rank)) for b in _buckets(of_rank))
+
+    def wholes(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """On the first process: each whole, on the CPU; on the others nothing. One at a time."""
+        if not self.sharded:
+            return tensors
+        found = {}
+        for name, tensor in tensors.items():
+            found[name] = whole(tensor.detach()).cpu()
+            if self.rank:
+                found.clear()
+        return found
 
     def gathered(self, tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
         """On the first process: what all have, by two names, that of the others on the CPU."""
         if self.size == 1:
             return tensors
+        if self.sharded:
+            return {name: self.wholes(of_one) for name, of_one in tensors.items()}
         shapes: list[Any] = [None] * self.size
         own = [(a, b, t.shape, t.dtype) for a, inner in tensors.items() for b, t in inner.items()]
         with told_of_the_dead():
@@ -2544,6 +2612,79 @@ def _exchange(messages: Iterable[tuple[list[Tensor], Callable[..., Any]]]) -> No
             receive(*message)
 
 
+def is_shared(tensor: Any) -> bool:
+    """Whether it is a DTensor, of which each process holds some rows; its module imports slowly."""
+    return hasattr(tensor, "full_tensor")
+
+
+def own_rows(tensor: Any) -> Tensor:
+    """What lies in this process of a tensor that processes share; else all of it."""
+    return tensor.to_local() if is_shared(tensor) else tensor
+
+
+def whole(tensor: Any) -> Tensor:
+    """All of a tensor that processes share, for which all have to ask; else itself."""
+    with told_of_the_dead():
+        return tensor.full_tensor() if is_shared(tensor) else tensor
+
+
+def _rows_of(tensor: Any) -> list[slice]:
+    """Which rows lie in each process: as even as FSDP has it, the last may have fewer or none."""
+    count, size = len(tensor), tensor.device_mesh.size()
+    most = -(-count // size)
+    return [slice(min(r * most, count), min((r + 1) * most, count)) for r in range(size)]
+
+
+@torch.no_grad()
+def sharded_like(parameter: Any, values: Tensor) -> Tensor:
+    """`values`, all of it, shared by the processes as `parameter` is; itself where that is not."""
+    if not is_shared(parameter):
+        return values
+    if values.shape != parameter.shape:  # AdamW's count of steps
+        return values.clone()
+    shared = torch.empty_like(parameter, dtype=values.dtype)
+    rows = _rows_of(parameter)[parameter.device_mesh.get_local_rank()]
+    own_rows(shared).copy_(values[rows])
+    return shared
+
+
+def sharded_model(config: ModelConfig, seed: int, device: torch.device) -> BitLM:
+    """`BitLM(config, seed)` of which each process holds its rows of every parameter (FSDP2).
+
+    It is made without memory, and filled one parameter at a time: no process holds all of it. The
+    blocks are gathered one by one as they compute, in float32, and freed again; embedding and head
+    stay for a forward and backward pass. Gradients are summed over the processes.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    with torch.device("meta"):
+        model = BitLM(config, seed=None)
+    for part in [*model.model.layers, model]:
+        fully_shard(part, mesh=mesh)
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(model, "loss")
+    model.to_empty(device=device)
+    model.fill_rope()
+    model.rope = model.rope.to(device)
+    for layer in model.bit_linears().values():
+        layer.sharded = True
+
+    def keep(parameter: Tensor, values: Tensor) -> None:
+        parameter.copy_(sharded_like(parameter, values))
+
+    initialize(model, torch.Generator().manual_seed(seed), keep)
+    return model
+
+
+def reshard(model: Any) -> None:
+    """Free what a sharded model has gathered without a backward pass after it."""
+    for part in [*model.model.layers, model]:
+        part.reshard()
+
+
 def learning_rate_factor(config: TrainConfig, step: int) -> float:
     """What multiplies the peak rates at optimizer step `step` (from 0), in (0, 1].
 
@@ -2578,15 +2719,65 @@ class Float32Muon(torch.optim.Muon):
     def step(self, closure: Any = None) -> None:
         assert closure is None
         for group in self.param_groups:
-            for weight in (p for p in group["params"] if p.grad is not None):
-                state, momentum = self.state[weight], group["momentum"]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(weight)
-                mean = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
-                update = weight.grad.lerp(mean, momentum)
+            weights = [p for p in group["params"] if p.grad is not None]
+            for weight, update in self.updates(weights, group):
                 rate = group["lr"] * math.sqrt(max(1, weight.shape[0] / weight.shape[1]))
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(_orthogonalize(update, group), alpha=-rate)
+                own = own_rows(weight)
+                own.mul_(1 - group["lr"] * group["weight_decay"])
+                own.add_(update, alpha=-rate)
+
+    def updates(
+        self, weights: list[Tensor], group: dict[str, Any]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for weight in weights:
+            yield weight, _orthogonalize(self.mean(weight, group["momentum"]), group)
+
+    def mean(self, weight: Tensor, momentum: float) -> Tensor:
+        """What is to be made orthogonal, of the rows that lie here."""
+        assert weight.grad is not None
+        state, grad = self.state[weight], own_rows(weight.grad)
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        mean = own_rows(state["momentum_buffer"]).lerp_(grad, 1 - momentum)
+        return grad.lerp(mean, momentum)
+
+
+class ShardedMuon(Float32Muon):
+    """Muon for matrices of which each process holds some rows.
+
+    The iteration needs whole ones. So in each turn every process is sent the rows of one matrix,
+    makes it orthogonal and sends the rows back: the work is shared out, and a process holds one
+    whole matrix at a time. The iteration's dtype is torch's, or float32 as in Float32Muon.
+    """
+
+    def updates(
+        self, weights: list[Tensor], group: dict[str, Any]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        alike = sorted(weights, key=lambda w: (w.numel() * min(w.shape), w.shape))  # in one turn
+        size = dist.get_world_size()
+        for start in range(0, len(alike), size):
+            turn = alike[start : start + size]
+            yield from zip(turn, self._turn(turn, group), strict=True)
+
+    def _turn(self, turn: list[Any], group: dict[str, Any]) -> list[Tensor]:
+        mesh = turn[0].device_mesh
+        rank, processes = mesh.get_local_rank(), mesh.get_group()
+        dtype = torch.bfloat16 if has_bfloat16(turn[0].device) else torch.float32
+        mine = turn[rank] if rank < len(turn) else None
+        rows = [] if mine is None else [s.stop - s.start for s in _rows_of(mine)]
+        here = [0] * mesh.size() if mine is None else [n * mine.shape[1] for n in rows]
+        own = [self.mean(weight, group["momentum"]).to(dtype) for weight in turn]
+        there = [rows.numel() for rows in own] + [0] * (mesh.size() - len(own))
+        flat = torch.cat([rows.flatten() for rows in own])
+        received = flat.new_empty(sum(here))
+        with told_of_the_dead():
+            dist.all_to_all_single(received, flat, here, there, processes)
+        if mine is not None:
+            received = _orthogonalize(received.view(mine.shape), group).flatten()
+        with told_of_the_dead():
+            dist.all_to_all_single(flat, received, there, here, processes)
+        parts = flat.split(there)[: len(turn)]
+        return [part.view_as(rows) for part, rows in zip(parts, own, strict=True)]
 
 
 def _orthogonalize(update: Tensor, group: dict[str, Any]) -> Tensor:
@@ -2614,6 +2805,7 @@ def make_optimizers(model: BitLM, config: TrainConfig) -> list[torch.optim.Optim
     optimizers: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon":
         muon = torch.optim.Muon if has_bfloat16(matrices[0].device) else Float32Muon
+        muon = ShardedMuon if is_shared(matrices[0]) else muon
         optimizers.append(
             muon(
                 matrices,
@@ -2636,12 +2828,16 @@ def make_optimizers(model: BitLM, config: TrainConfig) -> list[torch.optim.Optim
     return optimizers
 
 
-def _clip(optimizers: list[torch.optim.Optimizer], limit: float) -> Tensor:
+def _clip(
+    optimizers: list[torch.optim.Optimizer], limit: float, world: World | None = None
+) -> Tensor:
     """Clip the gradients AdamW will read; return the norm of all of them, before, shape ()."""
     norms = []
     for optimizer in optimizers:
         grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = torch.nn.utils.get_total_norm([own_rows(grad) for grad in grads])
+        if world and world.sharded:
+            norm = norm.new_tensor(world.total(norm.item() ** 2) ** 0.5)
         if limit and isinstance(optimizer, torch.optim.AdamW):
             parameters = [p for g in optimizer.param_groups for p in g["params"]]
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
@@ -2667,10 +2863,11 @@ def apply_gradients(
     world, parameters = world or World(), parameters_of(optimizers)
     world.add_up(p.grad for p in parameters if p.grad is not None)
     for optimizer in optimizers:
-        scaler.unscale_(optimizer)
+        with told_of_the_dead():  # it asks the others where the model is sharded
+            scaler.unscale_(optimizer)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-    norm = _clip(optimizers, max_grad_norm).item()  # waits for the device
+    norm = _clip(optimizers, max_grad_norm, world).item()  # waits for the device
     if math.isfinite(norm):
         owners = world.owners(optimizers)
         for parameter, owner in zip(parameters, owners, strict=True):
@@ -2942,11 +3139,12 @@ def read_manifest(folder: Folder, name: str) -> dict[str, Any]:
     return manifest
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, mapped: bool = False) -> dict[str, Any]:
     """Read a checkpoint as data: nothing in it is executed, all tensors on the CPU.
 
     Args:
         path: a checkpoint file, its manifest beside it; or a run folder: its newest whole one.
+        mapped: leave the tensors in the file, which must stay as it is while they are used.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -2964,13 +3162,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     manifest = read_manifest(folder, path.name)
     if folder.size(path.name) != manifest["size"] or folder.digest(path.name) != manifest["sha256"]:
         raise ValueError(f"{path}: damaged (its size or sha256 is not its manifest's)")
-    contents = _read_safetensors(path)
+    contents = _read_safetensors(path, mapped)
     if contents.get("step") != manifest["step"]:
         raise ValueError(f"{path}: its step is {contents.get('step')!r}, not its manifest's")
     return contents
 
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
+def _read_safetensors(path: Path, mapped: bool) -> dict[str, Any]:
     """A tree that `_checkpoint_blocks` wrote; ValueError for any other file."""
     from safetensors import SafetensorError, safe_open
 
@@ -2978,7 +3176,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             tree = json.loads(file.metadata()["contents"])
             # copied, since the library's tensors lie in the file, which may be deleted any time
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = tensors if mapped else {name: t.clone() for name, t in tensors.items()}
         contents = _join_tensors(tree, tensors)
         if not isinstance(contents["format_version"], int):
             raise ValueError("no format version in it")
@@ -3720,7 +3919,9 @@ def memory_parts(
     }
 
 
-def check_memory(model: ModelConfig, train: TrainConfig, device: Device) -> None:
+def check_memory(
+    model: ModelConfig, train: TrainConfig, device: Device, processes: int = 1
+) -> None:
     """Refuse what cannot fit before anything of it is made; ValueError tells both sizes."""
     if device.device.type == "cuda":
         there = torch.cuda.mem_get_info()[1]
@@ -3728,12 +3929,12 @@ def check_memory(model: ModelConfig, train: TrainConfig, device: Device) -> None
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:
         return
-    needed = estimate_memory(model, train)
+    needed = estimate_memory(model, train) // (processes if train.fsdp else 1)
     if needed > there:
         raise ValueError(
             f"{model.num_parameters:,} parameters need {needed / 2**30:,.1f} GiB for weights, "
             f"gradients and optimizer; {device.device} has {there / 2**30:,.1f} GiB. "
-            "Choose a smaller hidden_size, num_hidden_layers or vocab_size"
+            "Choose a smaller hidden_size, num_hidden_layers or vocab_size, or --fsdp on several"
         )
 
 
@@ -3760,6 +3961,12 @@ def total_loss(
                     total += model.loss(x, y).item()
                     before = int(part[-1])
     return total
+
+
+def loss_calls(count: int, context: int, batch_size: int = 16) -> int:
+    """How often `total_loss` calls the model for so many tokens."""
+    batches, rest = divmod(count, context * batch_size)
+    return batches + (rest >= context) + (rest % context > 0)
 
 
 @torch.no_grad()
@@ -3924,7 +4131,7 @@ class TrainState:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         return {
             **{name: getattr(self, name) for name in self._SAVED},
-            "model": self.model.state_dict(),
+            "model": self.world.wholes(self.model.state_dict()),
             "optimizers": [_optimizer_state(self.model, o, self.world) for o in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
@@ -3942,7 +4149,8 @@ class TrainState:
             if not isinstance(saved[name], (int, float)):
                 raise TypeError(f"{name} is {saved[name]!r:.80}")
             setattr(self, name, saved[name])
-        self.model.load_state_dict(saved["model"])
+        weights, own = saved["model"], self.model.state_dict()
+        self.model.load_state_dict({n: sharded_like(own[n], weights[n]) for n in weights})
         owners = self.world.owners(self.optimizers)
         shared = zip(parameters_of(self.optimizers), owners, strict=True)
         mine = {id(p) for p, owner in shared if owner == self.world.rank}
@@ -3957,7 +4165,8 @@ class TrainState:
         for name, trits in saved["trits"].items():
             if trits.shape != shapes[name]:
                 raise ValueError(f"trits of {name} have shape {tuple(trits.shape)}")
-        self.trits = dict(saved["trits"])
+        keeps = self.world.rank == 0 or not self.world.sharded  # they are the telemetry's
+        self.trits = dict(saved["trits"]) if keeps else {}
 
 
 def _optimizer_state(
@@ -3981,7 +4190,7 @@ def _load_optimizer_state(
             if tensor.shape not in (parameter.shape, torch.Size([])):
                 raise ValueError(f"{key} of {names[id(parameter)]} has shape {tuple(tensor.shape)}")
         if tensors and id(parameter) in mine:
-            by_number[number] = tensors
+            by_number[number] = {k: sharded_like(parameter, t) for k, t in tensors.items()}
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": by_number, "param_groups": groups})
 
@@ -4130,7 +4339,7 @@ MAX_SKIPPED_STEPS = 25
 """Non-finite steps in a row that end a run. float16's first loss scale takes some to settle."""
 
 _MAY_CHANGE = ("micro_batch_size", "device", "dtype", "compile", "deterministic", "max_steps")
-_MAY_CHANGE += ("patience",)
+_MAY_CHANGE += ("patience", "fsdp")
 _MAY_CHANGE += ("log_every_steps", "eval_every_steps", "eval_tokens", "sample_prompt")
 _MAY_CHANGE += ("save_every_steps", "save_every_minutes", "save_every_epoch", "keep_checkpoints")
 
@@ -4272,7 +4481,7 @@ class _Trainer:
         }
         self.context = model_config.max_position_embeddings
         self.device = choose_device(config.device, config.dtype)
-        check_memory(model_config, config, self.device)
+        check_memory(model_config, config, self.device, world.size)
         prepare = partial(prepare_data, data_config, model_config.vocab_size, self.context, out)
         prepared = world.first(prepare)
         if not prepared and not same_data(out, data_config, model_config.vocab_size):
@@ -4283,7 +4492,12 @@ class _Trainer:
         self.data, self.tokenizer = prepared or prepare()
         self.micro_batch = windows_at_once(model_config, self.of_largest_share(), self.device)
         torch.manual_seed(config.seed)  # nothing draws from it yet; a checkpoint holds its state
-        model = BitLM(model_config, config.seed).to(self.device.device)
+        world.sharded = config.fsdp
+        if world.sharded:  # they compute together, each the same number of times
+            self.micro_batch = -int(world.most(-self.micro_batch))
+            model = sharded_model(model_config, config.seed, self.device.device)
+        else:
+            model = BitLM(model_config, config.seed).to(self.device.device)
         optimizers = make_optimizers(model, config)
         self.state = TrainState(model, optimizers, self.device.scaler(), config, world)
         self.loss: Callable[[Tensor, Tensor], Tensor] = model.loss
@@ -4327,6 +4541,7 @@ class _Trainer:
     def compile(self) -> None:
         """Wrap the loss in torch.compile where asked for, or where it pays."""
         asked, why_not = self.config.compile, why_not_compile(self.device)
+        why_not = "not with fsdp" if self.world.sharded else why_not
         wanted = asked == "on" or (
             asked == "auto" and _pays_to_compile(self.model_config, self.config, self.device)
         )
@@ -4359,6 +4574,25 @@ class _Trainer:
             total += loss.detach()
         return total.item()
 
+    def backward_sharded(self, batch: Tensor) -> float:
+        """`backward` in as many turns as the largest share of a process takes.
+
+        Blocks are gathered in each, so all have to take part; one's own may count for nothing.
+        """
+        config, total = self.config, torch.zeros((), device=self.device.device)
+        windows = self.of_largest_share().batch_tokens // self.context
+        with told_of_the_dead():
+            for start in range(0, windows, self.micro_batch):
+                counts = start < len(batch)
+                part = batch[start : start + self.micro_batch] if counts else batch[:1]
+                part = part.to(self.device.device, non_blocking=True)
+                with self.device.autocast():
+                    nats = self.loss(part[:, :-1].contiguous(), part[:, 1:].contiguous())
+                loss = nats * (counts / config.batch_tokens)
+                self.state.scaler.scale(loss).backward()
+                total += loss.detach()
+        return total.item()
+
     def backward_or_less(self, batch: Tensor) -> float:
         """`backward`; in halves when the GPU's memory does not do, eager when compiling fails."""
         while True:
@@ -4386,8 +4620,11 @@ class _Trainer:
         state = self.state
         windows = self.data.batch(self.config, self.context, state.step)
         batch = torch.from_numpy(windows[self.world.part(len(windows))])
-        with state.model.hold_weights(self.device.dtype):
-            share = self.backward_or_less(batch)
+        if self.world.sharded:
+            share = self.backward_sharded(batch)
+        else:
+            with state.model.hold_weights(self.device.dtype):
+                share = self.backward_or_less(batch)
         state.loss = self.world.total(share)
         smallest = -int(self.world.most(-self.micro_batch))
         if smallest < self.micro_batch:
@@ -4413,8 +4650,11 @@ class _Trainer:
         for name, linear in self.state.model.bit_linears().items():
             if name == "lm_head":
                 continue
-            layer, trits = int(name.split(".")[2]), linear.ternary()[0].cpu()
+            layer, weight = int(name.split(".")[2]), whole(linear.weight.detach())
+            trits = weight_quant(weight)[0].to(torch.int8).cpu()
             sizes[layer] += trits.numel()
+            if self.world.sharded and self.world.rank:
+                continue  # it only had to give its rows
             zeros[layer] += (trits == 0).sum().item()
             if name in self.state.trits:
                 flips[layer] += (trits != self.state.trits[name]).sum().item()
@@ -4446,7 +4686,10 @@ class _Trainer:
         begin, end = (at // self.context * self.context for at in (part.start, part.stop))
         end = len(tokens) if self.world.rank == self.world.size - 1 else end
         first = int(tokens[begin - 1]) if begin else first
-        nats = total_loss(self.state.model, tokens[begin:end], first, self.device)
+        if self.world.sharded:
+            nats = self.total_loss_sharded(tokens[begin:end], first)
+        else:
+            nats = total_loss(self.state.model, tokens[begin:end], first, self.device)
         loss = self.world.total(nats) / len(tokens)
         return {
             "step": self.state.step,
@@ -4457,18 +4700,39 @@ class _Trainer:
             **({"final": True} if whole else {}),
         }
 
+    def total_loss_sharded(self, tokens: np.ndarray, first: int) -> float:
+        """`total_loss`, and as many computations more as others take that have more tokens."""
+        model, calls = self.state.model, loss_calls(len(tokens), self.context)
+        spare = int(self.world.most(calls)) - calls
+        with told_of_the_dead():
+            nats = total_loss(model, tokens, first, self.device)
+            for _ in range(spare):
+                total_loss(model, self.data.validation[:1], first, self.device)
+        reshard(model)
+        return nats
+
     def sample(self) -> str:
         """A text of fixed seed; it touches no random state of the training."""
         sampling = SamplingConfig(max_new_tokens=60, seed=0)
-        prompt = self.config.sample_prompt
-        return prompt + generate(self.state.model, self.tokenizer, prompt, sampling)
+        prompt, model = self.config.sample_prompt, self.state.model
+        if self.world.sharded:
+            weights = self.world.wholes(model.state_dict())
+            if not weights:
+                return ""
+            with torch.device("meta"):
+                model = BitLM(self.model_config, seed=None)
+            model.load_state_dict(weights, assign=True)
+            del weights  # each goes as its layer is packed
+            model.fill_rope()
+            model.freeze()
+        return prompt + generate(model, self.tokenizer, prompt, sampling)
 
     def checkpoint_contents(self, kind: str) -> dict[str, Any]:
         """All of a run but its tokens; of the best, what generating needs."""
         state = self.state
         if kind == "best":
             contents = {"step": state.step, "val_loss": state.val_loss}
-            contents["model"] = state.model.state_dict()
+            contents["model"] = self.world.wholes(state.model.state_dict())
         else:
             contents = state.state_dict() | {
                 "metrics": self.log.lines,
@@ -4575,8 +4839,10 @@ class _Trainer:
                     "back"
                 )
         now = {**versions(), "device": str(self.device), "processes": self.world.size}
+        now["fsdp"] = self.config.fsdp
         before = {**checkpoint["versions"], "device": checkpoint["device"]}
         before["processes"] = checkpoint.get("processes", 1)
+        before["fsdp"] = checkpoint["config"]["train"].get("fsdp", False)
         changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
         if changed:
             say(f"note: not bit for bit as before, for these changed: {', '.join(changed)}")
@@ -4833,7 +5099,8 @@ def _train(
     checkpoint = world.first(begin)
     step = int(world.most(checkpoint["step"] if checkpoint else -1))
     if step >= 0 and not checkpoint:
-        checkpoint = load_checkpoint(out / "checkpoints" / f"step_{step:08d}.safetensors")
+        path = out / "checkpoints" / f"step_{step:08d}.safetensors"
+        checkpoint = load_checkpoint(path, mapped=train_config.fsdp)
     trainer = _Trainer(model_config, data_config, train_config, out, world, lock, callbacks)
     state = trainer.state
     state.mirror = trainer.writer.mirror = copier
@@ -4898,7 +5165,14 @@ def train(
     require(resume in ("auto", "never", "must"), "resume", resume, "auto, never or must")
     check_configs(model_config, train_config)
     device = choose_device(train_config.device)
-    check_memory(model_config, train_config, device)
+    several = int(os.environ.get("WORLD_SIZE", "1"))
+    require(
+        several > 1 or not train_config.fsdp,
+        "fsdp",
+        True,
+        "several processes, as of torchrun --nproc-per-node=2 bitllm_core.py train ...",
+    )
+    check_memory(model_config, train_config, device, several)
     callbacks = [ProgressBar()] if callbacks is None else callbacks
     configs = (model_config, data_config, train_config)
     with contextlib.ExitStack() as stack:

@@ -13,7 +13,7 @@ import torch
 
 import bitllm_core as bit
 from tests import together
-from tests.conftest import ROOT, assert_same_bits, state_of, without_times
+from tests.conftest import ROOT, assert_same_bits, state_of, weights_of, without_times
 
 SCRIPT = Path(together.__file__)
 
@@ -76,10 +76,29 @@ def runs(tiny_corpus, tmp_path_factory):
         "ternary2",
     ]
     tasks += ["memory:memory=4", "nan:nan=4"]
+    dense, sharded = "linear=dense:fsdp=true", "fsdp=true:eval_tokens=20"
+    tasks += [f"sharded2:{dense}", f"sharded-stopped:{dense}:stop=5", "sharded-nan:nan=4:fsdp=true"]
+    tasks += [f"sharded3:{sharded}", f"again3:{sharded}:stop=5", f"again3:{sharded}"]
+    still = "max_steps=1:learning_rate=1e-30:adamw_learning_rate=1e-30"
+    tasks += [f"begun:fsdp=true:{still}"]
     results = run_together(2, folder, *tasks)
     assert [code for code, *_ in results] == [0, 0], results
     train_alone(folder, "dense1:linear=dense")
     return folder, results
+
+
+@pytest.fixture(scope="module")
+def on_three(runs):
+    """What was stopped on two, gone on with by three."""
+    folder, _ = runs
+    for name in ("stopped", "sharded-stopped"):
+        shutil.copytree(folder / name, folder / f"{name}-three")
+    # one window at once: four turns for the process with four windows, and so for all
+    tasks = ["stopped-three:linear=dense"]
+    tasks += ["sharded-stopped-three:linear=dense:fsdp=true:micro_batch_size=1"]
+    results = run_together(3, folder, *tasks)
+    assert [code for code, *_ in results] == [0, 0, 0], results
+    return results
 
 
 def test_the_curve_is_that_of_one_process(runs):
@@ -89,7 +108,7 @@ def test_the_curve_is_that_of_one_process(runs):
     assert len(curve(folder / "dense1")) == 12 + 4
 
 
-def test_stopped_on_two_it_goes_on_with_one_and_with_three(runs, capsys):
+def test_stopped_on_two_it_goes_on_with_one_and_with_three(runs, on_three, capsys):
     folder, results = runs
     for _, told, _ in results:  # the signal came to process 1 alone
         assert "stopped:linear=dense:stop=5 5 0 15" in told
@@ -97,15 +116,82 @@ def test_stopped_on_two_it_goes_on_with_one_and_with_three(runs, capsys):
         "step_00000003.safetensors",
         "step_00000005.safetensors",
     ]
-    shutil.copytree(folder / "stopped", folder / "three")
     train_alone(folder, "stopped:linear=dense")
     assert "processes 2 -> 1" in capsys.readouterr().err
-    three = run_together(3, folder, "three:linear=dense")
-    assert [code for code, *_ in three] == [0, 0, 0], three
-    assert "processes 2 -> 3" in three[0][2]
-    assert three[1][2] == ""  # the first speaks for all
-    for name in ("stopped", "three"):
+    assert on_three[0][2].count("processes 2 -> 3\n") == 2
+    assert on_three[1][2] == ""  # the first speaks for all
+    for name in ("stopped", "stopped-three"):
         assert_same_curve(curve(folder / "dense1"), curve(folder / name), rel=1e-5)
+
+
+def test_a_sharded_model_learns_as_a_whole_one(runs):
+    folder, _ = runs
+    assert_same_curve(curve(folder / "dense1"), curve(folder / "sharded2"), rel=1e-5)
+    whole, sharded = weights_of(folder / "dense1"), weights_of(folder / "sharded2")
+    assert whole.keys() == sharded.keys()
+    for name, weight in whole.items():
+        torch.testing.assert_close(sharded[name], weight, rtol=1e-4, atol=1e-5)
+    lines = [bit.MetricsLog.read(folder / n / "metrics.jsonl") for n in ("dense1", "sharded2")]
+    for one, other in zip(*lines, strict=True):
+        assert one.keys() == other.keys()
+        assert one.get("grad_norm", 0) == pytest.approx(other.get("grad_norm", 0), rel=1e-5)
+
+
+def test_a_sharded_model_begins_with_the_same_values(runs):
+    """At a rate below rounding the first step changes nothing."""
+    folder, _ = runs
+    found = bit.newest_checkpoint(folder / "begun" / "checkpoints")
+    assert found["step"] == 1
+    assert_same_bits(dict(bit.BitLM(together.MODEL, seed=0).state_dict()), found["model"])
+
+
+def test_sharded_it_stops_and_goes_on_whole_and_on_three(runs, on_three, capsys):
+    folder, results = runs
+    for _, told, _ in results:
+        assert "sharded-stopped:linear=dense:fsdp=true:stop=5 5 0 15" in told
+        assert "sharded-nan:nan=4:fsdp=true 12 1 0" in told
+    train_alone(folder, "sharded-stopped:linear=dense")
+    assert "processes 2 -> 1, fsdp True -> False" in capsys.readouterr().err
+    for name in ("sharded-stopped", "sharded-stopped-three"):
+        assert_same_curve(curve(folder / "dense1"), curve(folder / name), rel=1e-5)
+
+
+def test_sharded_and_stopped_it_goes_on_bit_for_bit(runs):
+    """Ternary; and evaluated on so few tokens that one process has none of them."""
+    folder, results = runs
+    assert "again3:fsdp=true:eval_tokens=20:stop=5 5 0 15" in results[0][1]
+    assert "going on from step 5" in results[0][2]
+    assert_same_bits(state_of(folder / "sharded3"), state_of(folder / "again3"))
+    assert without_times(folder / "sharded3") == without_times(folder / "again3")
+    flips = [x for x in bit.MetricsLog.read(folder / "again3" / "metrics.jsonl") if "loss" in x]
+    assert min(x["flip_rate"][0] for x in flips[1:]) > 0
+
+
+def test_a_killed_process_of_a_sharded_model_ends_the_others(runs):
+    folder, _ = runs
+    other, killed = run_together(2, folder, "sharded-killed:linear=dense:fsdp=true:kill=8")
+    assert (killed[0], other[0]) == (-9, 1)
+    assert "another process has ended" in other[2]
+    assert "Traceback" not in other[2]
+    assert bit.newest_checkpoint(folder / "sharded-killed" / "checkpoints")["step"] == 6
+    train_alone(folder, "sharded-killed:linear=dense")
+    assert_same_curve(curve(folder / "dense1"), curve(folder / "sharded-killed"), rel=1e-5)
+
+
+def test_one_process_has_nobody_to_share_a_model_with(runs):
+    folder, _ = runs
+    with pytest.raises(ValueError, match=r"fsdp=True: expected several processes, as of torchrun"):
+        train_alone(folder, "alone:fsdp=true")
+    assert not (folder / "alone").exists()
+
+
+@pytest.mark.parametrize("count", [0, 1, 16, 17, 250, 256, 257, 520])
+def test_calls_of_an_evaluation_are_foreseen(tiny_config, monkeypatch, count):
+    calls, loss = [], bit.BitLM.loss
+    monkeypatch.setattr(bit.BitLM, "loss", lambda *args: calls.append(1) or loss(*args))
+    tokens = torch.randint(300, (count,)).numpy()
+    bit.total_loss(bit.BitLM(tiny_config), tokens, 0, bit.choose_device("cpu", "float32"))
+    assert bit.loss_calls(count, 16) == len(calls)
 
 
 def test_a_killed_process_ends_the_others(runs):
