@@ -1050,7 +1050,7 @@ class _Trunk(nn.Module):
         self.norm = _norm(config, config.hidden_size)
 
 
-_CHUNK_BYTES = 32 << 20  # of logits in float32 at once; smaller is slower: docs/log.md
+CHUNK_BYTES = 32 << 20  # of logits in float32 at once; smaller is slower: docs/log.md
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -1074,7 +1074,7 @@ class _ChunkedLoss(torch.autograd.Function):
             w = weight.to(dtype)
             d_hidden, d_weight = (torch.zeros_like(t) if learning else t for t in (hidden, w))
             ctx.save_for_backward(d_hidden, d_weight)
-            rows = max(1, _CHUNK_BYTES // (4 * len(w)))
+            rows = max(1, CHUNK_BYTES // (4 * len(w)))
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
                 x, wanted = hidden[part].to(dtype), targets[part, None]
@@ -3863,6 +3863,7 @@ def estimate_memory(model: ModelConfig, train: TrainConfig) -> int:
     )
 
 
+@cache
 def activation_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes that a token's activations take in one block until the backward pass, uncompiled.
 
@@ -3897,26 +3898,47 @@ def activation_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
 
 
 def memory_parts(
-    model: ModelConfig, train: TrainConfig, dtype: torch.dtype, processes: int = 1
+    model: ModelConfig,
+    train: TrainConfig,
+    dtype: torch.dtype,
+    processes: int = 1,
+    windows: int = 1,
 ) -> dict[str, int]:
-    """Bytes that training takes on each of so many devices, by part, whatever the micro-batch.
+    """Bytes on each of so many devices, by part, at the moment of a step that takes the most.
 
-    Activations come on top: `activation_bytes` for each token at once and each layer.
+    That is when the loss of the second micro-batch, of so many windows, is there: gradients of the
+    first and activations of the second. Or the update, where those were small. Counted are tensors;
+    what an allocator keeps beyond them is its own affair (docs/scaling.md).
     """
     D, V, P = model.hidden_size, model.vocab_size, model.num_parameters
-    kv = model.num_kv_heads * model.head_dim
-    up = 2 if model.block == "seed" else 3
+    kv, up = model.num_kv_heads * model.head_dim, 2 if model.block == "seed" else 3
     matrices = model.num_hidden_layers * (2 * D * D + 2 * D * kv + up * D * model.intermediate_size)
     states = 4 * (matrices if train.optimizer == "muon" else 2 * matrices) + 8 * (P - matrices)
-    at_once = MESSAGES_UNDER_WAY * 4 * max(BUCKET_NUMBERS, V * D)
-    return {
-        "weights": 4 * P,
-        "gradients": 4 * P,
+    shared = processes if train.fsdp else 1
+    always = {
+        "weights": 4 * P // shared,
+        "gradients": 4 * P // shared,
         "optimizer": states // processes,
-        "quantized weights": dtype.itemsize * (matrices + V * D),
-        "gradient of the head": dtype.itemsize * V * D,
-        "messages": min(at_once, 4 * P) if processes > 1 else 0,
     }
+    size, tokens = dtype.itemsize, windows * model.max_position_embeddings
+    reduced, quantized = size < 4, model.linear != "dense"  # else what multiplies is the weight
+    head = size * V * D if reduced or (quantized and not model.tie_word_embeddings) else 0
+    held = head + (size * matrices if reduced or quantized else 0)
+    logits = min(CHUNK_BYTES, 4 * V * tokens)
+    work = {
+        "quantized weights": head if train.fsdp else held,
+        "gradient of the head": size * V * D,
+        "loss": logits * (4 + size) // 4 + size * tokens * D,  # logits, their log-softmax; d_hidden
+        "activations": activation_bytes(model, dtype) * model.num_hidden_layers * tokens,
+    }
+    if train.fsdp:
+        two, one = (dataclasses.replace(model, num_hidden_layers=n) for n in (2, 1))
+        block = two.num_parameters - one.num_parameters
+        work["gathered embedding and head"] = 4 * (P - model.num_hidden_layers * block)
+        work["gathered blocks"] = 2 * 4 * block  # one, and what another came in
+    at_once = MESSAGES_UNDER_WAY * 4 * max(BUCKET_NUMBERS, V * D)
+    update = {"messages": min(at_once, 4 * P) if processes > shared else 0}
+    return always | max(work, update, key=lambda parts: sum(parts.values()))
 
 
 def check_memory(
@@ -7384,25 +7406,32 @@ def _plan(model: ModelConfig, config: TrainConfig, gpus: int) -> Iterator[str]:
     )
     tokens = config.batch_tokens * config.max_steps
     per_token = 6 * P + 6 * layers * context * model.hidden_size  # and causal attention's
-    parts = memory_parts(model, config, dtype, gpus)
-    window = activation_bytes(model, dtype) * layers * context
+    memory = partial(memory_parts, model, config, dtype, gpus)
+    parts, window = memory(), activation_bytes(model, dtype) * layers * context
     share = -(-config.batch_tokens // context // gpus)
     yield f"parameters: {P:,}"
     yield f"tokens: {tokens:,} in {config.max_steps:,} steps of {config.batch_tokens:,}"
     yield f"FLOP: {per_token * tokens:.2e}, {per_token:.2e} a token"
-    yield f"memory on each of {gpus}, {str(dtype).removeprefix('torch.')} products:"
-    yield from (f"  {name:22} {size / 2**20:8,.0f} MB" for name, size in parts.items() if size)
-    yield f"  {'sum':22} {sum(parts.values()) / 2**20:8,.0f} MB"
-    yield f"  and for each window of {context} tokens at once {window / 2**20:,.0f} MB, uncompiled"
-    sent = 12 * P * (gpus - 1) / gpus if gpus > 1 else 0  # gradients there and back, and weights
+    kind = f"{str(dtype).removeprefix('torch.')} products{', fsdp' if config.fsdp else ''}"
+    yield f"memory on each of {gpus}, {kind}, one window of {context} tokens at once:"
+    yield from (f"  {name:27} {size / 2**20:8,.0f} MB" for name, size in parts.items() if size)
+    yield f"  {'sum':27} {sum(parts.values()) / 2**20:8,.0f} MB"
+    yield f"  and for each window more {window / 2**20:,.0f} MB, uncompiled"
+    if config.fsdp:
+        whole_state = 4 * P + memory_parts(model, config, dtype)["optimizer"]
+        yield f"while it saves, in the first's main memory: {whole_state / 2**20:,.0f} MB"
     for name, (gib, peak, used, between) in GPUS.items():
-        fit = int((0.7 * gib * 2**30 - sum(parts.values())) // window)  # temporaries besides
+        room = 0.7 * gib * 2**30  # CUDA and the gaps of its allocator are not counted
+        fit = max((n for n in range(1, share + 1) if sum(memory(n).values()) <= room), default=0)
         if fit < 1:
             yield f"{gpus} x {name} ({gib} GiB): does not fit"
             continue
+        # gradients there and back, and weights; with fsdp weights twice and gradients, each time
+        times = -(-share // fit) if config.fsdp else 1
+        sent = 12 * P * times * (gpus - 1) / gpus
         seconds = per_token * tokens / (gpus * peak * used) + config.max_steps * sent / between
         yield (
-            f"{gpus} x {name} ({gib} GiB): {min(fit, share)} of {share} windows at once, "
+            f"{gpus} x {name} ({gib} GiB): {fit} of {share} windows at once, "
             f"{seconds / 3600:,.1f} hours"
         )
     used = ", ".join(f"{n} {share:.0%} of {peak:.3g}" for n, (_, peak, share, _) in GPUS.items())
@@ -7418,6 +7447,7 @@ def _info_command(flags: argparse.Namespace) -> int:
         check_configs(model, config)
         gpus = 1 if flags.gpus is None else flags.gpus
         require(gpus >= 1, "gpus", gpus, "at least 1")
+        require(gpus > 1 or not config.fsdp, "gpus", gpus, "several with fsdp")
         for line in _plan(model, config, gpus):
             print(line)
         return 0
