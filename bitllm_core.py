@@ -2544,6 +2544,43 @@ def _exchange(messages: Iterable[tuple[list[Tensor], Callable[..., Any]]]) -> No
             receive(*message)
 
 
+class ExactSum:
+    """As a context: the gradients of several backward passes, added in float64.
+
+    There the sum of a few float32 numbers is all but always exact. So neither their order shows nor
+    which process had which of them; a ternary model would turn a last bit into a trit.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = parameters
+        self._sums: dict[Tensor, Tensor] = {}
+
+    def __enter__(self) -> None:
+        take = self._take
+        self._hooks = [p.register_post_accumulate_grad_hook(take) for p in self.parameters]
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _take(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        if parameter in self._sums:
+            self._sums[parameter] += parameter.grad
+        else:
+            self._sums[parameter] = parameter.grad.double()
+        parameter.grad = None
+
+    def clear(self) -> None:
+        self._sums.clear()
+
+    def write(self, world: World) -> None:
+        """Make the sums over all processes the parameters' gradients, rounded once."""
+        world.add_up(self._sums[p] for p in self.parameters)
+        for parameter in self.parameters:
+            parameter.grad = self._sums.pop(parameter).float()
+
+
 def learning_rate_factor(config: TrainConfig, step: int) -> float:
     """What multiplies the peak rates at optimizer step `step` (from 0), in (0, 1].
 
@@ -2656,7 +2693,7 @@ def apply_gradients(
     max_grad_norm: float,
     world: World | None = None,
 ) -> float:
-    """One optimizer step on the gradients of all processes, with the rates times `factor`.
+    """One optimizer step, on gradients that are the same in all processes; rates times `factor`.
 
     Nothing is changed where a gradient is not finite: with two optimizers, GradScaler.step would
     let one step and skip the other.
@@ -2665,7 +2702,6 @@ def apply_gradients(
         the norm of all gradients; not finite where the step was skipped.
     """
     world, parameters = world or World(), parameters_of(optimizers)
-    world.add_up(p.grad for p in parameters if p.grad is not None)
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
         for group in optimizer.param_groups:
@@ -3640,19 +3676,25 @@ def _pays_to_compile(model: ModelConfig, train: TrainConfig, device: Device) -> 
     return 6 * model.num_parameters * train.batch_tokens * train.max_steps > worth
 
 
-def windows_at_once(model: ModelConfig, train: TrainConfig, device: Device) -> int:
-    """Windows at once, a divisor of the windows of a step.
+def windows_at_once(
+    model: ModelConfig, train: TrainConfig, device: Device, processes: int = 1
+) -> int:
+    """Windows at once, a divisor of the windows of a step; each process has some of them.
 
     On a CPU as many as keep what the blocks hold for the backward pass below 192 MB, near its
-    caches: more is slower. On a GPU as many as a quarter of its free memory takes.
+    caches: more is slower. They are the same for up to four processes, and so are all bits. On a
+    GPU as many as a quarter of its free memory takes.
     """
     windows = train.batch_tokens // model.max_position_embeddings
-    if train.micro_batch_size:
-        return train.micro_batch_size
-    room = torch.cuda.mem_get_info()[0] // 4 if device.device.type == "cuda" else 192 << 20
+    on_gpu = device.device.type == "cuda"
+    room = torch.cuda.mem_get_info()[0] // 4 if on_gpu else 192 << 20
     numbers = model.num_hidden_layers * (8 * model.hidden_size + 3 * model.intermediate_size)
     at_once = room // (device.dtype.itemsize * numbers * model.max_position_embeddings)
-    return max(d for d in range(1, windows + 1) if windows % d == 0 and d <= max(at_once, 1))
+    at_once = min(at_once, windows // max(processes, 1 if on_gpu else 4))
+    if train.micro_batch_size:
+        at_once = min(train.micro_batch_size, windows // processes)
+    whole = train.micro_batch_size or windows
+    return max(d for d in range(1, whole + 1) if whole % d == 0 and d <= max(at_once, 1))
 
 
 def estimate_memory(model: ModelConfig, train: TrainConfig) -> int:
@@ -4281,11 +4323,12 @@ class _Trainer:
                 f"({platform.node()}). Processes on several machines need a folder that all share"
             )
         self.data, self.tokenizer = prepared or prepare()
-        self.micro_batch = windows_at_once(model_config, self.of_largest_share(), self.device)
+        self.micro_batch = windows_at_once(model_config, config, self.device, world.size)
         torch.manual_seed(config.seed)  # nothing draws from it yet; a checkpoint holds its state
         model = BitLM(model_config, config.seed).to(self.device.device)
         optimizers = make_optimizers(model, config)
         self.state = TrainState(model, optimizers, self.device.scaler(), config, world)
+        self.sum = ExactSum(parameters_of(optimizers))
         self.loss: Callable[[Tensor, Tensor], Tensor] = model.loss
         self.unproven = False  # compiled, but no step has shown yet that it works
         self.log: MetricsLog  # from when it is known which step a run goes on from
@@ -4294,11 +4337,6 @@ class _Trainer:
         self.begun_step = -1  # of the newest checkpoint begun
         self.retry_at = math.inf  # when a failed save is tried again
         self.mirror_status = ""
-
-    def of_largest_share(self) -> TrainConfig:
-        """The configuration of one process' share of a step, the largest of them."""
-        windows = -(-self.config.batch_tokens // self.context // self.world.size)
-        return dataclasses.replace(self.config, batch_tokens=windows * self.context)
 
     def tell(self, event: str, *values: Any) -> None:
         for callback in self.callbacks:
@@ -4349,15 +4387,14 @@ class _Trainer:
 
         It is the share of these windows in the mean over all tokens of the step.
         """
-        tokens = self.config.batch_tokens
-        total = torch.zeros((), device=self.device.device)
+        tokens, shares = self.config.batch_tokens, []
         for part in batch.split(self.micro_batch):
             part = part.to(self.device.device, non_blocking=True)
             with self.device.autocast():
                 loss = self.loss(part[:, :-1].contiguous(), part[:, 1:].contiguous()) / tokens
             self.state.scaler.scale(loss).backward()
-            total += loss.detach()
-        return total.item()
+            shares.append(loss.detach())
+        return math.fsum(torch.stack(shares).tolist())
 
     def backward_or_less(self, batch: Tensor) -> float:
         """`backward`; in halves when the GPU's memory does not do, eager when compiling fails."""
@@ -4367,7 +4404,7 @@ class _Trainer:
             except torch.OutOfMemoryError:
                 if self.micro_batch == 1:
                     raise
-                smaller = [d for d in range(1, self.micro_batch) if len(batch) % d == 0]
+                smaller = [d for d in range(1, self.micro_batch) if self.micro_batch % d == 0]
                 self.micro_batch = smaller[-1]
                 say(f"out of GPU memory: {self.micro_batch} windows at once from here on")
             except Exception as error:
@@ -4378,16 +4415,31 @@ class _Trainer:
                 self.back_to_eager(error)
             for optimizer in self.state.optimizers:
                 optimizer.zero_grad()
+            self.sum.clear()
             if self.device.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def gradients(self, batch: Tensor) -> float:
+        """The share of the loss of `batch`; each parameter has the gradient of the whole step."""
+        parameters = parameters_of(self.state.optimizers)
+        on_gpu = self.device.device.type == "cuda"  # which has neither room nor use for it
+        if on_gpu or (self.world.size == 1 and self.micro_batch == len(batch)):
+            share = self.backward_or_less(batch)
+            self.world.add_up(p.grad for p in parameters if p.grad is not None)
+            return share
+        with self.sum:
+            share = self.backward_or_less(batch)
+        self.sum.write(self.world)
+        return share
 
     def train_step(self) -> float:
         """One optimizer step; returns the norm of its gradient."""
         state = self.state
         windows = self.data.batch(self.config, self.context, state.step)
-        batch = torch.from_numpy(windows[self.world.part(len(windows))])
+        part = self.world.part(len(windows) // self.micro_batch)
+        mine = windows[part.start * self.micro_batch : part.stop * self.micro_batch]
         with state.model.hold_weights(self.device.dtype):
-            share = self.backward_or_less(batch)
+            share = self.gradients(torch.from_numpy(mine))
         state.loss = self.world.total(share)
         smallest = -int(self.world.most(-self.micro_batch))
         if smallest < self.micro_batch:
@@ -4577,11 +4629,14 @@ class _Trainer:
         now = {**versions(), "device": str(self.device), "processes": self.world.size}
         before = {**checkpoint["versions"], "device": checkpoint["device"]}
         before["processes"] = checkpoint.get("processes", 1)
+        micro, windows = int(checkpoint["micro_batch"]), self.config.batch_tokens // self.context
+        if not self.config.micro_batch_size and windows // micro >= self.world.size:
+            self.micro_batch = micro
+        if self.micro_batch == micro and self.device.device.type == "cpu":
+            now.pop("processes")  # ExactSum
         changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
         if changed:
             say(f"note: not bit for bit as before, for these changed: {', '.join(changed)}")
-        if not self.config.micro_batch_size and before["processes"] == self.world.size:
-            self.micro_batch = int(checkpoint["micro_batch"])
         check_weights(self.model_config, checkpoint["model"], self.out / "checkpoints")
         self.state.load_state_dict(checkpoint)
         self.state.last_saved_step = self.begun_step = self.state.step

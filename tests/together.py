@@ -61,15 +61,14 @@ class Trouble(bit.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
         if self.now("hang"):
             time.sleep(14)
-        if self.now("nan"):
-            optimizers[0].param_groups[0]["params"][0].grad[0, 0] = float("nan")
         self.step += 1
         return plain_apply(optimizers, *rest)
 
     def loss(self, model, input_ids, targets):
-        if torch.is_grad_enabled() and len(input_ids) > 2 and self.now("memory"):
+        if torch.is_grad_enabled() and len(input_ids) > 1 and self.now("memory"):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return plain_loss(model, input_ids, targets)
+        nats = plain_loss(model, input_ids, targets)
+        return nats * float("nan") if torch.is_grad_enabled() and self.now("nan") else nats
 
 
 def train(folder: Path, task: str) -> bit.TrainState:
