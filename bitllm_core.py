@@ -670,9 +670,20 @@ def unpack_trits(packed: Tensor, in_features: int) -> Tensor:
     return codes[:, :in_features].to(torch.int8) - 1
 
 
-_KERNEL = r"""
+_KERNELS = r"""
 #include <math.h>
 #include <stdint.h>
+
+/* y = x / sqrt(mean(x^2) + eps) * weight for B rows of I numbers. */
+void rms_norm(const float *x, const float *weight, float eps, int B, int I, float *y) {
+    for (int b = 0; b < B; b++, x += I, y += I) {
+        float sum = 0;
+        #pragma omp simd reduction(+ : sum)
+        for (int i = 0; i < I; i++) sum += x[i] * x[i];
+        const float factor = 1 / sqrtf(sum / I + eps);
+        for (int i = 0; i < I; i++) y[i] = x[i] * factor * weight[i];
+    }
+}
 
 /* The products of x, (B, I), rounded to 8 bits, and n ternary matrices, (O[m], I), packed as by
    pack_trits, side by side in y, (B, sum of O). q: room for one row of whole numbers. */
@@ -704,12 +715,15 @@ void ternary_linear(const float *x, int B, int I, int n, const uint8_t **w,
     }
 }
 """
-"""Plain C, for the compiler to vectorize: no torch operation multiplies by two-bit weights."""
+"""Plain C, for the compiler to vectorize, for a few rows on a CPU. No torch operation multiplies by
+two-bit weights, and torch's own norm takes eight operations, most of the time of a small model."""
+
+FEW_ROWS = 8  # above, unpacking once for a product of matrices is faster
 
 
 @cache
-def ternary_kernel() -> Any:
-    """The compiled `_KERNEL`, or None where there is no C compiler.
+def cpu_kernels() -> Any:
+    """The library of the compiled `_KERNELS`, or None where there is no C compiler.
 
     It takes a fraction of a second, so nothing is cached: a compiled file from elsewhere could have
     been made for another processor, or by somebody else.
@@ -719,16 +733,24 @@ def ternary_kernel() -> Any:
         return None
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "kernel.c"), Path(folder, "kernel.so")
-        source.write_text(_KERNEL)
+        source.write_text(_KERNELS)
         base = [compiler, "-O3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC"]
         for flags in (["-march=native", "-fopenmp"], ["-march=native"], []):
             command = [*base, *flags, str(source), "-o", str(library), "-lm"]
             if subprocess.run(command, capture_output=True).returncode == 0:
-                kernel = ctypes.CDLL(str(library)).ternary_linear
-                p, i = ctypes.c_void_p, ctypes.c_int
-                kernel.argtypes, kernel.restype = [p, i, i, i, p, p, p, p, p, i], None
-                return kernel
+                kernels = ctypes.CDLL(str(library))
+                p, i, f = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+                kernels.ternary_linear.argtypes = [p, i, i, i, p, p, p, p, p, i]
+                kernels.rms_norm.argtypes = [p, p, f, i, i, p]
+                kernels.ternary_linear.restype = kernels.rms_norm.restype = None
+                return kernels
     return None
+
+
+def for_kernels(x: Tensor) -> bool:
+    """Whether the kernels may read x, (..., I): a few rows on a CPU, nothing to learn."""
+    few = x.numel() <= FEW_ROWS * x.shape[-1] and x.device.type == "cpu"
+    return few and not torch.is_grad_enabled() and cpu_kernels() is not None
 
 
 class _KernelCall:
@@ -744,7 +766,7 @@ class _KernelCall:
             (ctypes.c_int * n)(*self.sizes),
         )
         self.width = sum(self.sizes)
-        self.kernel = ternary_kernel()
+        self.kernel = cpu_kernels().ternary_linear
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         x, (*batch, size) = x.float().contiguous(), x.shape
@@ -852,10 +874,9 @@ class BitLinear(nn.Linear):
         return self._infer(input) if self.frozen else F.linear(input, self.effective_weight())
 
     def at_two_bits(self, x: Tensor) -> bool:
-        """Whether the kernel multiplies by the packed weights: for few rows, on a CPU."""
-        few = x.numel() <= FEW_ROWS * self.in_features and x.device.type == "cpu"
+        """Whether the kernel multiplies by the packed weights."""
         packed = self.frozen and self.linear == "ternary" and self.held is None
-        return few and packed and ternary_kernel() is not None
+        return packed and for_kernels(x)
 
     def _infer(self, x: Tensor) -> Tensor:
         weight = self.trits.to(x.dtype) if self.held is None else self.held
@@ -863,9 +884,6 @@ class BitLinear(nn.Linear):
             return F.linear(x, weight) * self.weight_scale
         whole, scale = _to_8_bits(x)
         return F.linear(whole, weight) * (self.weight_scale / scale)
-
-
-FEW_ROWS = 8  # above, unpacking once for a product of matrices is faster
 
 
 # -----------------------------------------------------------------------------
@@ -883,7 +901,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+        if not for_kernels(x):
+            return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+        x, weight, size = x.float().contiguous(), self.weight.float(), x.shape[-1]
+        y = torch.empty_like(x)
+        pointers = (x.data_ptr(), weight.data_ptr(), y.data_ptr())
+        cpu_kernels().rms_norm(*pointers[:2], self.eps, x.numel() // size, size, pointers[2])
+        return y
 
 
 def _norm(config: ModelConfig, size: int) -> nn.Module:
@@ -2231,7 +2255,7 @@ def _at_two_bits(model: BitLM, rows: int) -> bool:
     layers = list(model.bit_linears().values())
     frozen = all(layer.frozen and layer.linear == "ternary" for layer in layers)
     on_cpu = next(model.buffers()).device.type == "cpu"
-    return frozen and on_cpu and rows <= FEW_ROWS and ternary_kernel() is not None
+    return frozen and on_cpu and rows <= FEW_ROWS and cpu_kernels() is not None
 
 
 @torch.inference_mode()
