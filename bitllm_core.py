@@ -706,9 +706,20 @@ def unpack_trits(packed: Tensor, in_features: int) -> Tensor:
     return codes[:, :in_features].to(torch.int8) - 1
 
 
-_KERNEL = r"""
+_KERNELS = r"""
 #include <math.h>
 #include <stdint.h>
+
+/* y = x / sqrt(mean(x^2) + eps) * weight for B rows of I numbers. */
+void rms_norm(const float *x, const float *weight, float eps, int B, int I, float *y) {
+    for (int b = 0; b < B; b++, x += I, y += I) {
+        float sum = 0;
+        #pragma omp simd reduction(+ : sum)
+        for (int i = 0; i < I; i++) sum += x[i] * x[i];
+        const float factor = 1 / sqrtf(sum / I + eps);
+        for (int i = 0; i < I; i++) y[i] = x[i] * factor * weight[i];
+    }
+}
 
 /* The products of x, (B, I), rounded to 8 bits, and n ternary matrices, (O[m], I), packed as by
    pack_trits, side by side in y, (B, sum of O). q: room for one row of whole numbers. */
@@ -740,12 +751,15 @@ void ternary_linear(const float *x, int B, int I, int n, const uint8_t **w,
     }
 }
 """
-"""Plain C, for the compiler to vectorize: no torch operation multiplies by two-bit weights."""
+"""Plain C, for the compiler to vectorize, for a few rows on a CPU. No torch operation multiplies by
+two-bit weights, and torch's own norm takes eight operations, most of the time of a small model."""
+
+FEW_ROWS = 8  # above, unpacking once for a product of matrices is faster
 
 
 @cache
-def ternary_kernel() -> Any:
-    """The compiled `_KERNEL`, or None where there is no C compiler.
+def cpu_kernels() -> Any:
+    """The library of the compiled `_KERNELS`, or None where there is no C compiler.
 
     It takes a fraction of a second, so nothing is cached: a compiled file from elsewhere could have
     been made for another processor, or by somebody else.
@@ -755,16 +769,24 @@ def ternary_kernel() -> Any:
         return None
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "kernel.c"), Path(folder, "kernel.so")
-        source.write_text(_KERNEL)
+        source.write_text(_KERNELS)
         base = [compiler, "-O3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC"]
         for flags in (["-march=native", "-fopenmp"], ["-march=native"], []):
             command = [*base, *flags, str(source), "-o", str(library), "-lm"]
             if subprocess.run(command, capture_output=True).returncode == 0:
-                kernel = ctypes.CDLL(str(library)).ternary_linear
-                p, i = ctypes.c_void_p, ctypes.c_int
-                kernel.argtypes, kernel.restype = [p, i, i, i, p, p, p, p, p, i], None
-                return kernel
+                kernels = ctypes.CDLL(str(library))
+                p, i, f = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+                kernels.ternary_linear.argtypes = [p, i, i, i, p, p, p, p, p, i]
+                kernels.rms_norm.argtypes = [p, p, f, i, i, p]
+                kernels.ternary_linear.restype = kernels.rms_norm.restype = None
+                return kernels
     return None
+
+
+def for_kernels(x: Tensor) -> bool:
+    """Whether the kernels may read x, (..., I): a few rows on a CPU, nothing to learn."""
+    few = x.numel() <= FEW_ROWS * x.shape[-1] and x.device.type == "cpu"
+    return few and not torch.is_grad_enabled() and cpu_kernels() is not None
 
 
 class _KernelCall:
@@ -780,7 +802,7 @@ class _KernelCall:
             (ctypes.c_int * n)(*self.sizes),
         )
         self.width = sum(self.sizes)
-        self.kernel = ternary_kernel()
+        self.kernel = cpu_kernels().ternary_linear
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         x, (*batch, size) = x.float().contiguous(), x.shape
@@ -891,10 +913,9 @@ class BitLinear(nn.Linear):
         return self._infer(input) if self.frozen else F.linear(input, self.effective_weight())
 
     def at_two_bits(self, x: Tensor) -> bool:
-        """Whether the kernel multiplies by the packed weights: for few rows, on a CPU."""
-        few = x.numel() <= FEW_ROWS * self.in_features and x.device.type == "cpu"
+        """Whether the kernel multiplies by the packed weights."""
         packed = self.frozen and self.linear == "ternary" and self.held is None
-        return few and packed and ternary_kernel() is not None
+        return packed and for_kernels(x)
 
     def _infer(self, x: Tensor) -> Tensor:
         weight = self.trits.to(x.dtype) if self.held is None else self.held
@@ -902,9 +923,6 @@ class BitLinear(nn.Linear):
             return F.linear(x, weight) * self.weight_scale
         whole, scale = _to_8_bits(x)
         return F.linear(whole, weight) * (self.weight_scale / scale)
-
-
-FEW_ROWS = 8  # above, unpacking once for a product of matrices is faster
 
 
 # -----------------------------------------------------------------------------
@@ -922,7 +940,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+        if not for_kernels(x):
+            return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+        x, weight, size = x.float().contiguous(), self.weight.float(), x.shape[-1]
+        y = torch.empty_like(x)
+        pointers = (x.data_ptr(), weight.data_ptr(), y.data_ptr())
+        cpu_kernels().rms_norm(*pointers[:2], self.eps, x.numel() // size, size, pointers[2])
+        return y
 
 
 def _norm(config: ModelConfig, size: int) -> nn.Module:
@@ -2282,7 +2306,7 @@ def _at_two_bits(model: BitLM, rows: int) -> bool:
     layers = list(model.bit_linears().values())
     frozen = all(layer.frozen and layer.linear == "ternary" for layer in layers)
     on_cpu = next(model.buffers()).device.type == "cpu"
-    return frozen and on_cpu and rows <= FEW_ROWS and ternary_kernel() is not None
+    return frozen and on_cpu and rows <= FEW_ROWS and cpu_kernels() is not None
 
 
 @torch.inference_mode()
@@ -2522,7 +2546,7 @@ class World:
 
     def add_up(self, tensors: Iterable[Tensor]) -> None:
         """Put the sum over all processes into each tensor, in few large messages."""
-        if self.size > 1 and not self.sharded:  # FSDP did it in the backward pass
+        if self.size > 1:
             _exchange((b, dist.all_reduce) for b in _buckets(tensors))
 
     def owners(self, optimizers: Iterable[torch.optim.Optimizer]) -> list[int]:
@@ -2683,6 +2707,43 @@ def reshard(model: Any) -> None:
     """Free what a sharded model has gathered without a backward pass after it."""
     for part in [*model.model.layers, model]:
         part.reshard()
+
+
+class ExactSum:
+    """As a context: the gradients of several backward passes, added in float64.
+
+    There the sum of a few float32 numbers is all but always exact. So neither their order shows nor
+    which process had which of them; a ternary model would turn a last bit into a trit.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = parameters
+        self._sums: dict[Tensor, Tensor] = {}
+
+    def __enter__(self) -> None:
+        take = self._take
+        self._hooks = [p.register_post_accumulate_grad_hook(take) for p in self.parameters]
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _take(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        if parameter in self._sums:
+            self._sums[parameter] += parameter.grad
+        else:
+            self._sums[parameter] = parameter.grad.double()
+        parameter.grad = None
+
+    def clear(self) -> None:
+        self._sums.clear()
+
+    def write(self, world: World) -> None:
+        """Make the sums over all processes the parameters' gradients, rounded once."""
+        world.add_up(self._sums[p] for p in self.parameters)
+        for parameter in self.parameters:
+            parameter.grad = self._sums.pop(parameter).float()
 
 
 def learning_rate_factor(config: TrainConfig, step: int) -> float:
@@ -2852,7 +2913,7 @@ def apply_gradients(
     max_grad_norm: float,
     world: World | None = None,
 ) -> float:
-    """One optimizer step on the gradients of all processes, with the rates times `factor`.
+    """One optimizer step, on gradients that are the same in all processes; rates times `factor`.
 
     Nothing is changed where a gradient is not finite: with two optimizers, GradScaler.step would
     let one step and skip the other.
@@ -2861,7 +2922,6 @@ def apply_gradients(
         the norm of all gradients; not finite where the step was skipped.
     """
     world, parameters = world or World(), parameters_of(optimizers)
-    world.add_up(p.grad for p in parameters if p.grad is not None)
     for optimizer in optimizers:
         with told_of_the_dead():  # it asks the others where the model is sharded
             scaler.unscale_(optimizer)
@@ -3839,19 +3899,25 @@ def _pays_to_compile(model: ModelConfig, train: TrainConfig, device: Device) -> 
     return 6 * model.num_parameters * train.batch_tokens * train.max_steps > worth
 
 
-def windows_at_once(model: ModelConfig, train: TrainConfig, device: Device) -> int:
-    """Windows at once, a divisor of the windows of a step.
+def windows_at_once(
+    model: ModelConfig, train: TrainConfig, device: Device, processes: int = 1
+) -> int:
+    """Windows at once, a divisor of the windows of a step; each process has some of them.
 
     On a CPU as many as keep what the blocks hold for the backward pass below 192 MB, near its
-    caches: more is slower. On a GPU as many as a quarter of its free memory takes.
+    caches: more is slower. They are the same for up to four processes, and so are all bits. On a
+    GPU as many as a quarter of its free memory takes.
     """
     windows = train.batch_tokens // model.max_position_embeddings
-    if train.micro_batch_size:
-        return train.micro_batch_size
-    room = torch.cuda.mem_get_info()[0] // 4 if device.device.type == "cuda" else 192 << 20
+    on_gpu = device.device.type == "cuda"
+    room = torch.cuda.mem_get_info()[0] // 4 if on_gpu else 192 << 20
     numbers = model.num_hidden_layers * (8 * model.hidden_size + 3 * model.intermediate_size)
     at_once = room // (device.dtype.itemsize * numbers * model.max_position_embeddings)
-    return max(d for d in range(1, windows + 1) if windows % d == 0 and d <= max(at_once, 1))
+    at_once = min(at_once, windows // max(processes, 1 if on_gpu else 4))
+    if train.micro_batch_size:
+        at_once = min(train.micro_batch_size, windows // processes)
+    whole = train.micro_batch_size or windows
+    return max(d for d in range(1, whole + 1) if whole % d == 0 and d <= max(at_once, 1))
 
 
 def estimate_memory(model: ModelConfig, train: TrainConfig) -> int:
@@ -3903,6 +3969,7 @@ def memory_parts(
     dtype: torch.dtype,
     processes: int = 1,
     windows: int = 1,
+    device: str = "cuda",
 ) -> dict[str, int]:
     """Bytes on each of so many devices, by part, at the moment of a step that takes the most.
 
@@ -3915,9 +3982,10 @@ def memory_parts(
     matrices = model.num_hidden_layers * (2 * D * D + 2 * D * kv + up * D * model.intermediate_size)
     states = 4 * (matrices if train.optimizer == "muon" else 2 * matrices) + 8 * (P - matrices)
     shared = processes if train.fsdp else 1
+    exact = device == "cpu" and not train.fsdp  # see ExactSum
     always = {
         "weights": 4 * P // shared,
-        "gradients": 4 * P // shared,
+        "gradients": (8 if exact else 4) * P // shared,
         "optimizer": states // processes,
     }
     size, tokens = dtype.itemsize, windows * model.max_position_embeddings
@@ -3936,8 +4004,8 @@ def memory_parts(
         block = two.num_parameters - one.num_parameters
         work["gathered embedding and head"] = 4 * (P - model.num_hidden_layers * block)
         work["gathered blocks"] = 2 * 4 * block  # one, and what another came in
-    at_once = MESSAGES_UNDER_WAY * 4 * max(BUCKET_NUMBERS, V * D)
-    update = {"messages": min(at_once, 4 * P) if processes > shared else 0}
+    at_once = min(MESSAGES_UNDER_WAY * max(BUCKET_NUMBERS, V * D), P)
+    update = {"messages": (8 if exact else 4) * at_once if processes > shared else 0}
     return always | max(work, update, key=lambda parts: sum(parts.values()))
 
 
@@ -4512,7 +4580,7 @@ class _Trainer:
                 f"({platform.node()}). Processes on several machines need a folder that all share"
             )
         self.data, self.tokenizer = prepared or prepare()
-        self.micro_batch = windows_at_once(model_config, self.of_largest_share(), self.device)
+        self.micro_batch = windows_at_once(model_config, config, self.device, world.size)
         torch.manual_seed(config.seed)  # nothing draws from it yet; a checkpoint holds its state
         world.sharded = config.fsdp
         if world.sharded:  # they compute together, each the same number of times
@@ -4522,6 +4590,7 @@ class _Trainer:
             model = BitLM(model_config, config.seed).to(self.device.device)
         optimizers = make_optimizers(model, config)
         self.state = TrainState(model, optimizers, self.device.scaler(), config, world)
+        self.sum = ExactSum(parameters_of(optimizers))
         self.loss: Callable[[Tensor, Tensor], Tensor] = model.loss
         self.unproven = False  # compiled, but no step has shown yet that it works
         self.log: MetricsLog  # from when it is known which step a run goes on from
@@ -4530,11 +4599,6 @@ class _Trainer:
         self.begun_step = -1  # of the newest checkpoint begun
         self.retry_at = math.inf  # when a failed save is tried again
         self.mirror_status = ""
-
-    def of_largest_share(self) -> TrainConfig:
-        """The configuration of one process' share of a step, the largest of them."""
-        windows = -(-self.config.batch_tokens // self.context // self.world.size)
-        return dataclasses.replace(self.config, batch_tokens=windows * self.context)
 
     def tell(self, event: str, *values: Any) -> None:
         for callback in self.callbacks:
@@ -4586,15 +4650,14 @@ class _Trainer:
 
         It is the share of these windows in the mean over all tokens of the step.
         """
-        tokens = self.config.batch_tokens
-        total = torch.zeros((), device=self.device.device)
+        tokens, shares = self.config.batch_tokens, []
         for part in batch.split(self.micro_batch):
             part = part.to(self.device.device, non_blocking=True)
             with self.device.autocast():
                 loss = self.loss(part[:, :-1].contiguous(), part[:, 1:].contiguous()) / tokens
             self.state.scaler.scale(loss).backward()
-            total += loss.detach()
-        return total.item()
+            shares.append(loss.detach())
+        return math.fsum(torch.stack(shares).tolist())
 
     def backward_sharded(self, batch: Tensor) -> float:
         """`backward` in as many turns as the largest share of a process takes.
@@ -4602,11 +4665,12 @@ class _Trainer:
         Blocks are gathered in each, so all have to take part; one's own may count for nothing.
         """
         config, total = self.config, torch.zeros((), device=self.device.device)
-        windows = self.of_largest_share().batch_tokens // self.context
+        turns = -(-config.batch_tokens // (self.context * self.micro_batch) // self.world.size)
+        parts = batch.split(self.micro_batch)
         with told_of_the_dead():
-            for start in range(0, windows, self.micro_batch):
-                counts = start < len(batch)
-                part = batch[start : start + self.micro_batch] if counts else batch[:1]
+            for turn in range(turns):
+                counts = turn < len(parts)
+                part = parts[turn] if counts else batch[:1]
                 part = part.to(self.device.device, non_blocking=True)
                 with self.device.autocast():
                     nats = self.loss(part[:, :-1].contiguous(), part[:, 1:].contiguous())
@@ -4623,7 +4687,7 @@ class _Trainer:
             except torch.OutOfMemoryError:
                 if self.micro_batch == 1:
                     raise
-                smaller = [d for d in range(1, self.micro_batch) if len(batch) % d == 0]
+                smaller = [d for d in range(1, self.micro_batch) if self.micro_batch % d == 0]
                 self.micro_batch = smaller[-1]
                 say(f"out of GPU memory: {self.micro_batch} windows at once from here on")
             except Exception as error:
@@ -4634,19 +4698,34 @@ class _Trainer:
                 self.back_to_eager(error)
             for optimizer in self.state.optimizers:
                 optimizer.zero_grad()
+            self.sum.clear()
             if self.device.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def gradients(self, batch: Tensor) -> float:
+        """The share of the loss of `batch`; each parameter has the gradient of the whole step."""
+        parameters = parameters_of(self.state.optimizers)
+        on_gpu = self.device.device.type == "cuda"  # which has neither room nor use for it
+        if on_gpu or (self.world.size == 1 and self.micro_batch == len(batch)):
+            share = self.backward_or_less(batch)
+            self.world.add_up(p.grad for p in parameters if p.grad is not None)
+            return share
+        with self.sum:
+            share = self.backward_or_less(batch)
+        self.sum.write(self.world)
+        return share
 
     def train_step(self) -> float:
         """One optimizer step; returns the norm of its gradient."""
         state = self.state
         windows = self.data.batch(self.config, self.context, state.step)
-        batch = torch.from_numpy(windows[self.world.part(len(windows))])
+        part = self.world.part(len(windows) // self.micro_batch)
+        batch = windows[part.start * self.micro_batch : part.stop * self.micro_batch]
         if self.world.sharded:
-            share = self.backward_sharded(batch)
+            share = self.backward_sharded(torch.from_numpy(batch))
         else:
             with state.model.hold_weights(self.device.dtype):
-                share = self.backward_or_less(batch)
+                share = self.gradients(torch.from_numpy(batch))
         state.loss = self.world.total(share)
         smallest = -int(self.world.most(-self.micro_batch))
         if smallest < self.micro_batch:
@@ -4865,11 +4944,14 @@ class _Trainer:
         before = {**checkpoint["versions"], "device": checkpoint["device"]}
         before["processes"] = checkpoint.get("processes", 1)
         before["fsdp"] = checkpoint["config"]["train"].get("fsdp", False)
+        micro, windows = int(checkpoint["micro_batch"]), self.config.batch_tokens // self.context
+        if not self.config.micro_batch_size and windows // micro >= self.world.size:
+            self.micro_batch = micro
+        if self.micro_batch == micro and not self.config.fsdp and self.device.device.type == "cpu":
+            now.pop("processes")  # ExactSum
         changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
         if changed:
             say(f"note: not bit for bit as before, for these changed: {', '.join(changed)}")
-        if not self.config.micro_batch_size and before["processes"] == self.world.size:
-            self.micro_batch = int(checkpoint["micro_batch"])
         check_weights(self.model_config, checkpoint["model"], self.out / "checkpoints")
         self.state.load_state_dict(checkpoint)
         self.state.last_saved_step = self.begun_step = self.state.step

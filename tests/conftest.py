@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import bitllm_core as bit
+from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,30 +29,12 @@ def _restore_global_state():
 
 @pytest.fixture
 def tiny_config():
-    return bit.ModelConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=16,
-    )
+    return tiny.MODEL
 
 
 @pytest.fixture
 def tiny_train():
-    return bit.TrainConfig(
-        max_steps=12,
-        batch_tokens=128,
-        warmup_steps=2,
-        log_every_steps=2,
-        eval_every_steps=4,
-        eval_tokens=256,
-        save_every_steps=3,
-        dtype="float32",
-        compile="off",
-    )
+    return tiny.TRAIN
 
 
 @pytest.fixture(scope="session")

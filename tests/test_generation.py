@@ -131,6 +131,6 @@ def test_packed_weights_write_the_same_as_unpacked_ones(tiny_config, monkeypatch
     assert not held
     weights = sum(layer.shape.numel() for layer in model.bit_linears().values())
     assert sum(layer.packed.numel() for layer in model.bit_linears().values()) * 8 / weights <= 2.1
-    monkeypatch.setattr(bit, "ternary_kernel", lambda: None)
+    monkeypatch.setattr(bit, "cpu_kernels", lambda: None)
     assert list(bit.generate_tokens(model, prompts, sampling)) == packed
     assert held

@@ -116,6 +116,7 @@ def test_training_does_not_wait_for_a_mirror_that_hangs(run, tmp_path, monkeypat
     assert state.mirror.last_good_step is None
     assert "mirror: nothing copied yet" in capsys.readouterr().err
     Hanging.go.set()
+    assert state.mirror.close(60)  # or its thread would copy under the next test's eyes
 
 
 def test_a_copier_that_falls_behind_skips_to_the_newest(run, tmp_path, monkeypatch):

@@ -24,6 +24,32 @@ def test_cosine_ends_at_a_tenth():
     assert 0.1 <= factors[99] < 0.11
 
 
+def test_a_sum_of_gradients_does_not_show_its_order():
+    """Float32 numbers whose sum in float32 depends on it."""
+    numbers, written = [1.0, 2.0**-24, 2.0**-24], set()
+    for order in (numbers, numbers[::-1]):
+        weight = torch.nn.Parameter(torch.zeros(1))
+        gradients = bit.ExactSum([weight])
+        with gradients:
+            for number in order:
+                (weight * number).sum().backward()
+        gradients.write(bit.World())
+        written.add(weight.grad.item())
+    assert written == {1 + 2.0**-23}
+    plain = {sum(torch.tensor(n).unbind()).item() for n in (numbers, numbers[::-1])}
+    assert len(plain) == 2
+
+
+def test_portions_of_windows_depend_on_the_processes_only_above_four():
+    model, _, train = bit.PRESETS["demo"]
+    cpu = bit.choose_device("cpu", "float32")
+    sizes = [bit.windows_at_once(model, train, cpu, processes) for processes in (1, 2, 3, 4, 16)]
+    assert sizes == [8, 8, 8, 8, 2]
+    asked = dataclasses.replace(train, micro_batch_size=16)
+    sizes = [bit.windows_at_once(model, asked, cpu, processes) for processes in (1, 2, 3, 32)]
+    assert sizes == [16, 16, 8, 1]
+
+
 def test_muon_has_the_matrices_and_adamw_the_rest(tiny_config):
     model = bit.BitLM(tiny_config)
     muon, adamw = bit.make_optimizers(model, bit.TrainConfig())

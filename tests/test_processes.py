@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import bitllm_core as bit
-from tests import together
+from tests import tiny, together
 from tests.conftest import ROOT, assert_same_bits, state_of, weights_of, without_times
+from tools import plan_check
 
 SCRIPT = Path(together.__file__)
 
@@ -69,12 +70,7 @@ def runs(tiny_corpus, tmp_path_factory):
     """Runs of two processes, one after the other in one session, and of one."""
     folder = tmp_path_factory.mktemp("runs")
     shutil.copy(tiny_corpus, folder / "text.txt")
-    tasks = [
-        "few:batch_tokens=16",
-        "dense2:linear=dense",
-        "stopped:linear=dense:stop=5",
-        "ternary2",
-    ]
+    tasks = ["few:batch_tokens=16", "two", "dense2:linear=dense", "stopped:stop=5"]
     tasks += ["memory:memory=4", "nan:nan=4"]
     dense, sharded = "linear=dense:fsdp=true", "fsdp=true:eval_tokens=20"
     tasks += [f"sharded2:{dense}", f"sharded-stopped:{dense}:stop=5", "sharded-nan:nan=4:fsdp=true"]
@@ -83,6 +79,7 @@ def runs(tiny_corpus, tmp_path_factory):
     tasks += [f"begun:fsdp=true:{still}"]
     results = run_together(2, folder, *tasks)
     assert [code for code, *_ in results] == [0, 0], results
+    train_alone(folder, "one")
     train_alone(folder, "dense1:linear=dense")
     return folder, results
 
@@ -94,34 +91,44 @@ def on_three(runs):
     for name in ("stopped", "sharded-stopped"):
         shutil.copytree(folder / name, folder / f"{name}-three")
     # one window at once: four turns for the process with four windows, and so for all
-    tasks = ["stopped-three:linear=dense"]
-    tasks += ["sharded-stopped-three:linear=dense:fsdp=true:micro_batch_size=1"]
-    results = run_together(3, folder, *tasks)
+    task = "sharded-stopped-three:linear=dense:fsdp=true:micro_batch_size=1"
+    results = run_together(3, folder, "stopped-three", task)
     assert [code for code, *_ in results] == [0, 0, 0], results
     return results
 
 
-def test_the_curve_is_that_of_one_process(runs):
-    """The dense twin's: a ternary one turns rounding into trits, as with another micro-batch."""
+@pytest.mark.parametrize(("one", "two"), [("one", "two"), ("dense1", "dense2")])
+def test_the_curve_and_the_weights_are_those_of_one_process(runs, one, two):
+    """To the bit; an evaluation's loss but for rounding, as it is cut at other places."""
     folder, _ = runs
-    assert_same_curve(curve(folder / "dense1"), curve(folder / "dense2"), rel=1e-5)
-    assert len(curve(folder / "dense1")) == 12 + 4
+    assert_same_curve(curve(folder / one), curve(folder / two), rel=1e-6)
+    assert len(curve(folder / one)) == 12 + 4
+    assert_same_weights(folder / one, folder / two)
+
+
+def assert_same_weights(a, b):
+    a, b = state_of(a), state_of(b)
+    for state in (a, b):
+        state.pop("counters")  # with the evaluations'
+    assert_same_bits(a, b)
 
 
 def test_stopped_on_two_it_goes_on_with_one_and_with_three(runs, on_three, capsys):
     folder, results = runs
     for _, told, _ in results:  # the signal came to process 1 alone
-        assert "stopped:linear=dense:stop=5 5 0 15" in told
+        assert "stopped:stop=5 5 0 15" in told
     assert [p.name for p in bit.list_checkpoints(folder / "stopped" / "checkpoints")] == [
         "step_00000003.safetensors",
         "step_00000005.safetensors",
     ]
-    train_alone(folder, "stopped:linear=dense")
-    assert "processes 2 -> 1" in capsys.readouterr().err
-    assert on_three[0][2].count("processes 2 -> 3\n") == 2
+    train_alone(folder, "stopped")
+    for told in (capsys.readouterr().err, on_three[0][2].split("model:")[1]):
+        assert "going on from step 5" in told
+        assert "not bit for bit" not in told
     assert on_three[1][2] == ""  # the first speaks for all
     for name in ("stopped", "stopped-three"):
-        assert_same_curve(curve(folder / "dense1"), curve(folder / name), rel=1e-5)
+        assert_same_curve(curve(folder / "one"), curve(folder / name), rel=1e-6)
+        assert_same_weights(folder / "one", folder / name)
 
 
 def test_a_sharded_model_learns_as_a_whole_one(runs):
@@ -142,7 +149,7 @@ def test_a_sharded_model_begins_with_the_same_values(runs):
     folder, _ = runs
     found = bit.newest_checkpoint(folder / "begun" / "checkpoints")
     assert found["step"] == 1
-    assert_same_bits(dict(bit.BitLM(together.MODEL, seed=0).state_dict()), found["model"])
+    assert_same_bits(dict(bit.BitLM(tiny.MODEL, seed=0).state_dict()), found["model"])
 
 
 def test_sharded_it_stops_and_goes_on_whole_and_on_three(runs, on_three, capsys):
@@ -151,7 +158,8 @@ def test_sharded_it_stops_and_goes_on_whole_and_on_three(runs, on_three, capsys)
         assert "sharded-stopped:linear=dense:fsdp=true:stop=5 5 0 15" in told
         assert "sharded-nan:nan=4:fsdp=true 12 1 0" in told
     train_alone(folder, "sharded-stopped:linear=dense")
-    assert "processes 2 -> 1, fsdp True -> False" in capsys.readouterr().err
+    assert "these changed: fsdp True -> False" in capsys.readouterr().err
+    assert "these changed: processes 2 -> 3" in on_three[0][2]
     for name in ("sharded-stopped", "sharded-stopped-three"):
         assert_same_curve(curve(folder / "dense1"), curve(folder / name), rel=1e-5)
 
@@ -227,8 +235,8 @@ def test_torchrun_starts_it_again_by_itself(runs):
     assert result.returncode == 0, result.stderr
     assert (folder / "again" / "did-kill.tmp").exists()
     assert "going on from step 6" in result.stderr
-    assert_same_bits(state_of(folder / "ternary2"), state_of(folder / "again"))
-    assert without_times(folder / "ternary2") == without_times(folder / "again")
+    assert_same_bits(state_of(folder / "two"), state_of(folder / "again"))
+    assert without_times(folder / "two") == without_times(folder / "again")
 
 
 def test_too_little_memory_in_one_is_told_to_all(runs):
@@ -236,8 +244,7 @@ def test_too_little_memory_in_one_is_told_to_all(runs):
     assert "another process is out of memory: 1 windows at once" in results[0][2]
     saved = bit.newest_checkpoint(folder / "memory" / "checkpoints")
     assert (
-        saved["micro_batch"]
-        < bit.newest_checkpoint(folder / "ternary2" / "checkpoints")["micro_batch"]
+        saved["micro_batch"] < bit.newest_checkpoint(folder / "two" / "checkpoints")["micro_batch"]
     )
 
 
@@ -282,7 +289,7 @@ def test_the_plan_counts_what_training_holds(tiny_config):
     with model.hold_weights(torch.float32):
         model.loss(ids, ids).backward()
         held = [layer.held for layer in model.bit_linears().values()]
-        held_bytes = sum(weight.nbytes for weight in held) + model.model.embed_tokens.weight.nbytes
+        held_bytes = sum(weight.nbytes for weight in held)
     gradients = sum(p.grad.nbytes for p in model.parameters())
     bit.apply_gradients(optimizers, torch.amp.GradScaler("cpu", enabled=False), 1.0, 1.0)
     states = [t for o in optimizers for state in o.state.values() for t in state.values()]
@@ -292,6 +299,17 @@ def test_the_plan_counts_what_training_holds(tiny_config):
     assert parts["optimizer"] == sum(t.nbytes for t in states if t.dim())
     three = bit.memory_parts(tiny_config, config, torch.float32, 3)
     assert three["optimizer"] == parts["optimizer"] // 3
+    shared = bit.memory_parts(tiny_config, bit.TrainConfig(fsdp=True), torch.float32, 3)
+    for name in ("weights", "gradients", "optimizer"):
+        assert shared[name] == parts[name] // 3
+    block = sum(p.nbytes for p in model.model.layers[0].parameters())
+    assert shared["gathered blocks"] == 2 * block
+    assert shared["gathered embedding and head"] == gradients - 2 * block
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the memory of a process")
+def test_the_plan_is_what_training_takes():
+    assert max(map(abs, plan_check.compare(plan_check.QUICK))) < 0.1
 
 
 def test_the_plan_of_activations_is_what_autograd_keeps(tiny_config):
@@ -323,5 +341,9 @@ def test_info_plans_for_several_gpus(capsys):
     assert f"parameters: {size:,}" in told
     assert "memory on each of 2" in told
     assert "2 x T4" in told
+    assert bit.main(["info", "--preset", "ci", "--gpus", "2", "--fsdp"]) == 0
+    assert "gathered blocks" in capsys.readouterr().out
+    assert bit.main(["info", "--fsdp"]) == 2
+    assert "gpus=1: expected several with fsdp" in capsys.readouterr().err
     assert bit.main(["info", "--gpus", "0"]) == 2
     assert "gpus=0: expected at least 1" in capsys.readouterr().err

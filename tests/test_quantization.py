@@ -112,11 +112,12 @@ def frozen_layers(in_features, *out_features):
     return layers
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("in_features", [1, 6, 64, 515, 1536])
 @pytest.mark.parametrize("rows", [1, 2, bit.FEW_ROWS])
 def test_the_kernel_computes_the_same_bits_as_torch(in_features, rows):
     """Sums of whole numbers are exact in any order, and the rest is the same arithmetic."""
-    assert bit.ternary_kernel() is not None, "no C compiler? .ci/run's machine has one"
+    assert bit.cpu_kernels() is not None, "no C compiler? .ci/run's machine has one"
     layers = frozen_layers(in_features, 48, 3, 17)
     x = torch.randn(rows, 1, in_features) * torch.logspace(-7, 2, rows)[:, None, None]
     assert layers[0].at_two_bits(x)
@@ -127,6 +128,7 @@ def test_the_kernel_computes_the_same_bits_as_torch(in_features, rows):
     assert torch.equal(bit.project(torch.zeros_like(x), layers)[0], torch.zeros(rows, 1, 48))
 
 
+@torch.no_grad()
 def test_layers_with_new_weights_are_not_computed_with_the_old_ones():
     layers, x = frozen_layers(64, 8, 8), torch.randn(1, 64)
     before = bit.project(x, layers)[1].clone()
@@ -136,12 +138,13 @@ def test_layers_with_new_weights_are_not_computed_with_the_old_ones():
     assert not torch.equal(after, before)
 
 
+@torch.no_grad()
 def test_without_a_compiler_there_is_no_kernel(monkeypatch):
     monkeypatch.setattr(bit.shutil, "which", lambda name: None)
-    bit.ternary_kernel.cache_clear()
+    bit.cpu_kernels.cache_clear()
     try:
-        assert bit.ternary_kernel() is None
+        assert bit.cpu_kernels() is None
         layers, x = frozen_layers(64, 8), torch.randn(1, 64)
         assert torch.equal(bit.project(x, layers)[0], layers[0](x))
     finally:
-        bit.ternary_kernel.cache_clear()
+        bit.cpu_kernels.cache_clear()

@@ -11,33 +11,18 @@ from pathlib import Path
 import pytest
 
 import bitllm_core as bit
+from tests import tiny
 from tests.conftest import ROOT, assert_same_bits, state_of, without_times
 from tests.faults import corrupt, inject, killed_run, matrix
 
-MODEL = bit.ModelConfig(
-    vocab_size=300,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=16,
-)
-TRAIN = bit.TrainConfig(
-    max_steps=6,
-    batch_tokens=64,
-    warmup_steps=2,
-    log_every_steps=2,
-    eval_every_steps=3,
-    eval_tokens=64,
-    save_every_steps=2,
-    dtype="float32",
-    compile="off",
+TRAIN = dataclasses.replace(
+    tiny.TRAIN, max_steps=6, batch_tokens=64, eval_every_steps=3, eval_tokens=64, save_every_steps=2
 )
 
 
 def train(folder, corpus, mirror=True, **changes):
     return bit.train(
-        MODEL,
+        tiny.MODEL,
         bit.DataConfig(data=str(corpus)),
         dataclasses.replace(TRAIN, **changes),
         folder / "run",

@@ -109,15 +109,17 @@ def test_micro_batches_accumulate_the_same_gradient(run, tmp_path, tiny_config):
 
 def test_out_of_memory_halves_the_micro_batch_within_the_step(run, tmp_path, monkeypatch, capsys):
     run(tmp_path / "small", micro_batch_size=2, max_steps=4)
-    loss = bit.BitLM.loss
+    loss, seen = bit.BitLM.loss, []
 
     def too_much(self, input_ids, targets):
         if torch.is_grad_enabled() and len(input_ids) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            seen.append(input_ids)
+            if len(seen) == 2:  # the first half's gradient is there already
+                raise torch.OutOfMemoryError("CUDA out of memory")
         return loss(self, input_ids, targets)
 
     monkeypatch.setattr(bit.BitLM, "loss", too_much)
-    run(tmp_path / "halved", max_steps=4)
+    run(tmp_path / "halved", micro_batch_size=4, max_steps=4)
     assert "2 windows at once" in capsys.readouterr().err
     assert_same_bits(weights_of(tmp_path / "small"), weights_of(tmp_path / "halved"))
 

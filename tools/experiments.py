@@ -329,7 +329,7 @@ TABLES: dict[str, Table] = {
         [
             *rates("ternary", "muon", 0.01, 0.02, 0.04, 0.08),
             *rates("dense", "muon", 0.01, 0.02, 0.04),
-            *rates("dense", "adamw", 0.0015, 0.003, 0.006),
+            *rates("dense", "adamw", 0.00075, 0.0015, 0.003, 0.006),
             *rates("ternary", "adamw", 0.0015, 0.003),
         ],
         tokens=262_144,
@@ -356,7 +356,7 @@ TABLES: dict[str, Table] = {
             Variant("first defaults, ternary, 13.8M", FIRST, "projections x 10"),
             Variant(
                 "dense twin of 2.2M, AdamW",
-                {**SHORT, "linear": "dense", "optimizer": "adamw", "learning_rate": 0.003},
+                {**SHORT, "linear": "dense", "optimizer": "adamw"},
             ),
             Variant(SEED_SCRIPT, {}, SEED_SCRIPT),
             Variant("dense twin of 2.2M, Muon", {**SHORT, "linear": "dense"}),

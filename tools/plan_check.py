@@ -164,7 +164,7 @@ def measure(case: Case, glibc: bool = False) -> int:
 
 def planned(case: Case) -> int:
     model, train = case.configs()
-    parts = bit.memory_parts(model, train, torch.float32, case.processes, case.windows)
+    parts = bit.memory_parts(model, train, torch.float32, case.processes, case.windows, "cpu")
     return sum(parts.values())
 
 
