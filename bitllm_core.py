@@ -659,9 +659,7 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, linear: str) -> Tensor:
         kind = x.device.type
-        dtype = x.dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         ctx.linear, ctx.dtype, x = linear, x.dtype, x.to(dtype)
         ctx.save_for_backward(x, weight)
         with torch.autocast(kind, enabled=False):
@@ -2447,6 +2445,8 @@ def told_of_the_dead() -> Iterator[None]:
     """A block that talks to the other processes; ConnectionError where one is gone."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # of gloo, NCCL and the rendezvous alike
         raise ConnectionError(
             f"another process has ended or has not answered for {PROCESS_TIMEOUT_S:.0f} s "

@@ -69,6 +69,7 @@ class Case:
             train,
             batch_tokens=tokens,
             micro_batch_size=self.windows,
+            save_every_minutes=0,  # the first process gathers all for that
             fsdp=self.fsdp,
             device="cpu",
             dtype="float32",
