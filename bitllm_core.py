@@ -2580,7 +2580,7 @@ class World:
             return tensors
         found = {}
         for name, tensor in tensors.items():
-            found[name] = whole(tensor.detach()).cpu()
+            found[name] = all_rows(tensor.detach()).cpu()
             if self.rank:
                 found.clear()
         return found
@@ -2646,7 +2646,7 @@ def own_rows(tensor: Any) -> Tensor:
     return tensor.to_local() if is_shared(tensor) else tensor
 
 
-def whole(tensor: Any) -> Tensor:
+def all_rows(tensor: Any) -> Tensor:
     """All of a tensor that processes share, for which all have to ask; else itself."""
     with told_of_the_dead():
         return tensor.full_tensor() if is_shared(tensor) else tensor
@@ -4751,7 +4751,7 @@ class _Trainer:
         for name, linear in self.state.model.bit_linears().items():
             if name == "lm_head":
                 continue
-            layer, weight = int(name.split(".")[2]), whole(linear.weight.detach())
+            layer, weight = int(name.split(".")[2]), all_rows(linear.weight.detach())
             trits = weight_quant(weight)[0].to(torch.int8).cpu()
             sizes[layer] += trits.numel()
             if self.world.sharded and self.world.rank:
