@@ -4,7 +4,7 @@ Each case trains in processes of its own, on this machine's processor in float32
 gradients of a second, in two micro-batches each. Measured is the most memory that the first process
 held (VmHWM) less what it held before its model was made; a small model was trained there before, so
 that all libraries are loaded, and their code (RssFile) is not counted. glibc is asked to give every
-block back that is freed (mmap_threshold); what it takes left alone is a second figure, with --glibc.
+block back that is freed (mmap_threshold); with --glibc, a second figure is without that.
 
     python tools/plan_check.py                                     # the cases of docs/scaling.md
     python tools/plan_check.py --preset t4-1h --windows 3          # one of your own
