@@ -6682,9 +6682,10 @@ def run_facts(lines: list[dict[str, Any]], max_steps: int, batch_tokens: int) ->
     return facts
 
 
-def show_run(out: str | Path) -> None:
+def show_run(out: str | Path, handle: Any = None) -> None:
     """Draw the whole curve of a run from its metrics.jsonl; one line of figures without notebook.
 
+    With IPython's handle of an earlier display, draws there, which makes a live curve.
     Raises FileNotFoundError for a folder without a run.
     """
     out = Path(out)
@@ -6699,7 +6700,8 @@ def show_run(out: str | Path) -> None:
         return
     from IPython.display import display
 
-    display({"image/png": figure_png(run_figure(lines)), "text/plain": text}, raw=True)
+    show = handle.update if handle else display
+    show({"image/png": figure_png(run_figure(lines)), "text/plain": text}, raw=True)
 
 
 class LiveDisplay(Callback):
