@@ -758,9 +758,10 @@ def cpu_kernels() -> Any:
 
 
 def for_kernels(x: Tensor) -> bool:
-    """Whether the kernels may read x, (..., I): a few rows on a CPU, nothing to learn."""
+    """Whether the kernels may read x, (..., I): a few rows on a CPU, nothing to learn or trace."""
     few = x.numel() <= FEW_ROWS * x.shape[-1] and x.device.type == "cpu"
-    return few and not torch.is_grad_enabled() and cpu_kernels() is not None
+    only_read = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return few and only_read and cpu_kernels() is not None
 
 
 class _KernelCall:
