@@ -224,6 +224,7 @@ PATCHES: dict[str, Callable[[], Any]] = {
         "momentum", lambda done: 0.85 + 0.10 * min(done / 0.3, 1)
     ),
     "weight decay to 0": lambda: callback(Decay),
+    "2 Newton-Schulz steps": lambda: each_step("ns_steps", lambda done: 2),
     "3 Newton-Schulz steps": lambda: each_step("ns_steps", lambda done: 3),
 }
 
@@ -370,7 +371,8 @@ TABLES: dict[str, Table] = {
         [
             Variant("defaults"),
             *patched("projections x 10", "zero-init projections", "embedding std 0.005"),
-            *patched("momentum 0.85 to 0.95", "3 Newton-Schulz steps"),
+            *patched("momentum 0.85 to 0.95", "3 Newton-Schulz steps", "2 Newton-Schulz steps"),
+            Variant("dense, 3 Newton-Schulz steps", {"linear": "dense"}, "3 Newton-Schulz steps"),
             named(adamw_learning_rate=0.015),
             named(batch_tokens=4096),
             named(cooldown_fraction=0.7),
