@@ -2672,6 +2672,10 @@ def _orthogonalize(update: Tensor, group: dict[str, Any]) -> Tensor:
     return x.T if update.shape[0] > update.shape[1] else x
 
 
+NEWTON_SCHULZ_STEPS = 3
+"""Of Muon's iteration. torch's default, 5, is dearer, and small models learn less (docs/log.md)."""
+
+
 def make_optimizers(model: BitLM, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon [3] for the matrices inside the blocks and AdamW for the rest, or AdamW for all.
 
@@ -2692,6 +2696,7 @@ def make_optimizers(model: BitLM, config: TrainConfig) -> list[torch.optim.Optim
                 lr=matrix_rate,
                 momentum=config.momentum,
                 weight_decay=config.weight_decay,
+                ns_steps=NEWTON_SCHULZ_STEPS,
             )
         )
         optimizers.append(torch.optim.AdamW([rest], betas=betas, fused=True))
