@@ -101,9 +101,11 @@ __all__ = [
     "SamplingConfig",
     "Settings",
     "SettingsPanel",
+    "TensorBoard",
     "TokenData",
     "TrainConfig",
     "TrainState",
+    "WandB",
     "activation_quant",
     "download_button",
     "environment_report",
@@ -168,6 +170,14 @@ def config_from(kind: Any, values: Any, path: Path) -> Any:
 def first_line(error: Exception) -> str:
     """The beginning of a library's error, for the line in which we explain it."""
     return next(iter(str(error).strip().splitlines()), "")[:140]
+
+
+def library(name: str, why: str) -> Any:
+    """A package that not everybody needs; ImportError says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{why} needs the package {name}: pip install {name}") from error
 
 
 @dataclass(frozen=True)
@@ -782,9 +792,10 @@ def cpu_kernels() -> Any:
 
 
 def for_kernels(x: Tensor) -> bool:
-    """Whether the kernels may read x, (..., I): a few rows on a CPU, nothing to learn."""
+    """Whether the kernels may read x, (..., I): a few rows on a CPU, nothing to learn or trace."""
     few = x.numel() <= FEW_ROWS * x.shape[-1] and x.device.type == "cpu"
-    return few and not torch.is_grad_enabled() and cpu_kernels() is not None
+    only_read = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return few and only_read and cpu_kernels() is not None
 
 
 class _KernelCall:
@@ -2852,6 +2863,10 @@ def _orthogonalize(update: Tensor, group: dict[str, Any]) -> Tensor:
     return x.T if update.shape[0] > update.shape[1] else x
 
 
+NEWTON_SCHULZ_STEPS = 3
+"""Of Muon's iteration. torch's default, 5, is dearer, and small models learn less (docs/log.md)."""
+
+
 def make_optimizers(model: BitLM, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon [3] for the matrices inside the blocks and AdamW for the rest, or AdamW for all.
 
@@ -2873,6 +2888,7 @@ def make_optimizers(model: BitLM, config: TrainConfig) -> list[torch.optim.Optim
                 lr=matrix_rate,
                 momentum=config.momentum,
                 weight_decay=config.weight_decay,
+                ns_steps=NEWTON_SCHULZ_STEPS,
             )
         )
         optimizers.append(torch.optim.AdamW([rest], betas=betas, fused=True))
@@ -4401,6 +4417,116 @@ class MetricsLog:
         self.behind = False
 
 
+class _Curves(Callback):
+    """Hands every line of metrics.jsonl to `write`, in order, those of earlier sessions first.
+
+    An error ends the writing for this session, not the training; the next one makes up for it.
+    """
+
+    write: Callable[[dict[str, Any]], None]
+    close: Callable[[], None]
+
+    def __init__(self, out: str | Path) -> None:
+        self.out, self.failed = Path(out), False
+        self.library = library(type(self).__name__.lower(), type(self).__name__)
+
+    def on_start(self, state: TrainState) -> None:
+        for line in MetricsLog.read(self.out / "metrics.jsonl"):
+            self._try(lambda line=line: self.write(line))
+
+    def on_step(self, state: TrainState, metrics: dict[str, Any] | None) -> None:
+        if metrics:
+            self._try(lambda: self.write(metrics))
+
+    on_eval = on_step
+
+    def on_end(self, state: TrainState) -> None:
+        self._try(lambda: self.close())
+
+    def _try(self, work: Callable[[], None]) -> None:
+        try:
+            if not self.failed:
+                work()
+        except Exception as error:  # a full disk, no network: training goes on
+            self.failed, name = True, type(self).__name__
+            what = f"{type(error).__name__}: {first_line(error).rstrip('.')}"
+            say(f"{name}: {what}. Nothing more goes there in this session; metrics.jsonl has it")
+
+
+def curve_points(line: dict[str, Any]) -> dict[str, float]:
+    """A line of metrics.jsonl, named for charts: `train/loss`, `flip_rate/layer_03`."""
+    kind = "final" if line.get("final") else "validation" if "val_loss" in line else "train"
+    points = {}
+    for name, value in line.items():
+        if isinstance(value, list):
+            points |= {f"{name}/layer_{layer:02}": x for layer, x in enumerate(value)}
+        elif name not in ("step", "final"):
+            points[f"{kind}/{name}"] = value
+    return points
+
+
+class TensorBoard(_Curves):
+    """What metrics.jsonl holds, for `tensorboard --logdir OUT/tensorboard`.
+
+    Each session writes the whole curve anew and has TensorBoard forget what it read before, so
+    that no step is there twice and none that was rolled back. ImportError: it is not installed.
+    """
+
+    writer: Any = None
+
+    def write(self, line: dict[str, Any]) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-not-found]
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        if self.writer is None:
+            self.writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=0)
+        points = [{"tag": tag, "simple_value": x} for tag, x in curve_points(line).items()]
+        # in one event: add_scalar writes one a number, which takes twenty times as long
+        self.writer.file_writer.add_summary(Summary(value=points), line["step"])
+        self.writer.flush()
+
+    def close(self) -> None:
+        if self.writer:
+            self.writer.close()
+
+
+class WandB(_Curves):
+    """What metrics.jsonl holds, at Weights & Biases; ImportError: it is not installed.
+
+    All sessions of a run, on whatever machine, go on with one run there: its id is made of the
+    first training line. W&B takes no step twice, so of steps that were rolled back it keeps what
+    came first; where the resume is exact, the same would have come again. Where the network is
+    down, W&B gives up after a minute and a half, for which training waits. WANDB_MODE=offline
+    leaves the whole curve of each session in OUT/wandb: `wandb sync` the newest.
+    """
+
+    def __init__(self, out: str | Path, project: str = "bitllm") -> None:
+        super().__init__(out)
+        self.project, self.run, self.first = project, None, 0
+        self.waiting: list[dict[str, Any]] = []
+
+    def write(self, line: dict[str, Any]) -> None:
+        self.waiting.append(line)
+        if self.run is None and "train_seconds" in line:  # with times no two runs are alike
+            self.run = self.library.init(
+                project=self.project,
+                dir=str(self.out),
+                id=hashlib.sha256(json.dumps(line).encode()).hexdigest()[:16],
+                name=self.out.resolve().name,
+                resume="allow",
+                config=read_json(self.out / "config.json"),
+            )
+            self.first = self.run.step  # the one after the last that is there
+        while self.run and self.waiting:
+            line = self.waiting.pop(0)
+            if line["step"] >= self.first:
+                self.run.log(curve_points(line), step=line["step"])
+
+    def close(self) -> None:
+        if self.run:
+            self.run.finish()
+
+
 @contextlib.contextmanager
 def _stop_on_signals(state: TrainState) -> Iterator[None]:
     """Ctrl-C and SIGTERM set a flag read between steps; a second one ends at once."""
@@ -5352,13 +5478,6 @@ class _Source:
     facts: dict[str, Any]
 
 
-def _library(name: str, why: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ImportError(f"{why} needs the package {name}: pip install {name}") from error
-
-
 def _pack4(trits: Tensor) -> Tensor:
     """Four trits a byte, as transformers reads them: rows r, r + O/4, ... low bits first."""
     quarters = (trits + 1).to(torch.uint8).view(4, -1, trits.shape[1])  # (4, O/4, I)
@@ -5957,7 +6076,7 @@ def export_gguf(
     out = Path(out)
     require(kind in GGUF_KINDS, "kind", kind, f"one of {', '.join(GGUF_KINDS)}")
     require(out.suffix == ".gguf", "out", str(out), "a name that ends in .gguf")
-    _library("gguf", "a GGUF export")
+    library("gguf", "a GGUF export")
     with _replacing(out, overwrite, folder=False) as beside:
         opened = _open_source(Path(source), checkpoint, credits)
         ternary = _write_gguf(beside, opened, kind)
@@ -5966,7 +6085,7 @@ def export_gguf(
 
 def _write_gguf(path: Path, source: _Source, kind: str) -> int:
     """Returns the bytes of the ternary tensors."""
-    gguf = _library("gguf", "a GGUF export")
+    gguf = library("gguf", "a GGUF export")
     _check_exportable(source.model.config, kind)
     vocabulary = _gguf_vocabulary(source.tokenizer, source.model.config.vocab_size)
     writer = gguf.GGUFWriter(path, "bitnet")
@@ -6040,7 +6159,7 @@ def _gguf_tokenizer(writer: Any, vocabulary: Any, end: int) -> None:
 
 def _gguf_tensors(writer: Any, model: BitLM, kind: str) -> int:
     """Announce all tensors, then make and write one at a time; returns bytes of ternary ones."""
-    gguf = _library("gguf", "a GGUF export")
+    gguf = library("gguf", "a GGUF export")
     quantized, F32 = gguf.GGMLQuantizationType[kind], gguf.GGMLQuantizationType.F32
     made: list[tuple[str, tuple[int, ...], Any, Callable[[], np.ndarray]]] = []
     for name, linear in model.bit_linears().items():
@@ -6143,7 +6262,7 @@ def export_html(
     """
     out, template = Path(out), _page_template()
     folder = out.suffix != ".html"
-    _library("gguf", "an html export")
+    library("gguf", "an html export")
     with _replacing(out, overwrite, folder) as beside, tempfile.TemporaryDirectory() as scratch:
         opened = _open_source(Path(source), checkpoint, credits)
         gguf = Path(scratch) / "model.gguf"
@@ -6366,7 +6485,7 @@ def llama_cpp_stream(
         FileNotFoundError, ValueError: no such file, or llama.cpp refuses it or the prompt.
         ImportError: the package xllamacpp is not installed.
     """
-    xllamacpp, path = _library("xllamacpp", "running a GGUF file"), Path(path)
+    xllamacpp, path = library("xllamacpp", "running a GGUF file"), Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a GGUF file")
     request = _llama_cpp_request(prompt, sampling or SamplingConfig())
@@ -6868,9 +6987,10 @@ def run_facts(lines: list[dict[str, Any]], max_steps: int, batch_tokens: int) ->
     return facts
 
 
-def show_run(out: str | Path) -> None:
+def show_run(out: str | Path, handle: Any = None) -> None:
     """Draw the whole curve of a run from its metrics.jsonl; one line of figures without notebook.
 
+    With IPython's handle of an earlier display, draws there, which makes a live curve.
     Raises FileNotFoundError for a folder without a run.
     """
     out = Path(out)
@@ -6885,7 +7005,8 @@ def show_run(out: str | Path) -> None:
         return
     from IPython.display import display
 
-    display({"image/png": figure_png(run_figure(lines)), "text/plain": text}, raw=True)
+    show = handle.update if handle else display
+    show({"image/png": figure_png(run_figure(lines)), "text/plain": text}, raw=True)
 
 
 class LiveDisplay(Callback):
@@ -7195,6 +7316,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", required=True, metavar="DIR", help="run folder")
     command.add_argument("--resume", default="auto", help="auto, never or must")
     command.add_argument("--mirror", metavar="DIR", help="second folder for the checkpoints")
+    command.add_argument("--tensorboard", action="store_true", help="curves in DIR/tensorboard too")
+    text = "curves at Weights & Biases too (default: bitllm)"
+    command.add_argument("--wandb", nargs="?", const="bitllm", metavar="PROJECT", help=text)
     for config in (ModelConfig, DataConfig, TrainConfig):
         _add_fields(command, config, preset_gives=True)
     command.set_defaults(run=_train_command)
@@ -7286,7 +7410,11 @@ def _configs_from_flags(flags: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 def _train_command(flags: argparse.Namespace) -> int:
     configs = _configs_from_flags(flags)
-    state = train(*configs, flags.out, resume=flags.resume, mirror=flags.mirror)
+    callbacks: list[Callback] = [ProgressBar()]
+    callbacks += [TensorBoard(flags.out)] if flags.tensorboard else []
+    callbacks += [WandB(flags.out, flags.wandb)] if flags.wandb else []
+    more = {"resume": flags.resume, "mirror": flags.mirror, "callbacks": callbacks}
+    state = train(*configs, flags.out, **more)
     if state.world.size > 1:
         dist.destroy_process_group()
     out = Path(flags.out)

@@ -134,3 +134,11 @@ def test_packed_weights_write_the_same_as_unpacked_ones(tiny_config, monkeypatch
     monkeypatch.setattr(bit, "cpu_kernels", lambda: None)
     assert list(bit.generate_tokens(model, prompts, sampling)) == packed
     assert held
+
+
+@torch.no_grad()
+def test_a_compiled_model_reads_a_few_rows_without_the_kernels(tiny_config):
+    model = bit.BitLM(tiny_config).freeze()
+    ids = torch.tensor([[1, 2, 3]])
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids), model(ids), rtol=1e-4, atol=1e-5)

@@ -24,6 +24,7 @@ RUNS = {
     "02_use": ["ci"],
     "03_inside_ternary": ["inside-ternary", "inside-dense"],
     "bitllm_one_cell": ["ci"],
+    "kaggle_train": ["ci"],
 }
 """Notebook -> the runs it trains in an empty folder"""
 
@@ -37,7 +38,7 @@ def tool(name):
 
 def test_there_is_a_notebook_for_each_source_and_the_one_cell():
     assert sorted(RUNS) == [path.stem for path in BOOKS]
-    assert [path.stem for path in SOURCES] == [n for n in sorted(RUNS) if n[0].isdigit()]
+    assert [path.stem for path in SOURCES] == [n for n in sorted(RUNS) if "one_cell" not in n]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
@@ -60,7 +61,7 @@ def test_metadata_selects_a_t4_and_outputs_are_clean(book):
     assert not re.search(r"[A-Z]:\\\\Users", text)
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name[0].isdigit()])
+@pytest.mark.parametrize("name", [path.stem for path in SOURCES])
 def test_committed_outputs_are_of_a_whole_run(name):
     book = nbformat.read(FOLDER / f"{name}.ipynb", 4)
     code = [cell for cell in book.cells if cell.cell_type == "code"]
@@ -126,6 +127,57 @@ def test_the_check_sees_a_training_that_did_not_finish(tmp_path):
         nbval(sys.executable, tmp_path, "stopped")
 
 
+INTERRUPT = """
+import signal, threading
+begun = len(bit.MetricsLog.read(run / "metrics.jsonl"))
+def press():
+    while len(bit.MetricsLog.read(run / "metrics.jsonl")) == begun:
+        time.sleep(0.2)
+    os.killpg(os.getpgid(0), signal.SIGINT)  # as Jupyter does it
+threading.Thread(target=press, daemon=True).start()
+picture, draw_at"""
+"""The ■ button, pressed when the session has come to its first line."""
+
+
+def kaggle_session(session, *changes):
+    """Run the Kaggle notebook on two processes in `session`/working, changed as a user would."""
+    book = nbformat.read(FOLDER / "kaggle_train.ipynb", 4)
+    for old, new in (("gpus = 0 ", "gpus = 2 "), ("max_steps = 0 ", "max_steps = 5000 "), *changes):
+        assert sum(old in cell.source for cell in book.cells if cell.cell_type == "code") == 1
+        for cell in book.cells:
+            if cell.cell_type == "code":
+                cell.source = cell.source.replace(old, new)
+    (session / "working").mkdir(parents=True)
+    shutil.copy(ROOT / "bitllm_core.py", session / "working")
+    nbformat.write(book, session / "working" / "kaggle_train.ipynb")
+    outcome = nbval(sys.executable, session / "working", "kaggle_train")
+    assert outcome["failures"] == outcome["errors"] == outcome["skipped"] == 0
+    run = session / "working" / "runs" / "ci"
+    newest = bit.newest_checkpoint(run / "checkpoints")
+    told = run.with_suffix(".log").read_text(encoding="utf-8")
+    assert f"stopped at step {newest['step']} of 5000; saved" in told
+    assert newest["processes"] == 2
+    return run, newest["step"], told
+
+
+def test_on_kaggle_the_next_version_goes_on_from_the_output_of_the_last(tmp_path):
+    """The time limit ends the first session, a click the second; the notebook runs to its end."""
+    begun = "bit.MetricsLog.read(run / 'metrics.jsonl')"
+    over = ("3600 * max_hours", f"(0 if {begun} else 1e9)")
+    run, step, _ = kaggle_session(tmp_path / "one", over)
+    lines = bit.MetricsLog.read(run / "metrics.jsonl")
+    (tmp_path / "two" / "input").mkdir(parents=True)
+    older = tmp_path / "two" / "input" / "older" / "runs" / "ci" / "checkpoints"
+    older.mkdir(parents=True)
+    (older / "step_00000001.safetensors").write_bytes(b"")
+    (tmp_path / "one" / "working").rename(tmp_path / "two" / "input" / "my-notebook")
+    again, further, told = kaggle_session(tmp_path / "two", ("picture, draw_at", INTERRUPT))
+    assert f"going on from step {step} of 5000" in told
+    assert further > step
+    assert bit.MetricsLog.read(again / "metrics.jsonl")[: len(lines)] == lines
+    assert (tmp_path / "two" / "working" / "exports" / "ci.safetensors").is_file()
+
+
 def test_set_up_says_what_to_do_without_file_and_repository(tmp_path):
     book = nbformat.read(FOLDER / "01_train.ipynb", 4)
     cell = next(cell for cell in book.cells if "REPOSITORY" in cell.source)
@@ -152,6 +204,15 @@ def test_the_set_up_cell_is_the_same_in_every_notebook():
         for path in SOURCES
     }
     assert len(cells) == 1
+
+
+def test_every_notebook_has_a_badge():
+    text = (ROOT / "colab_badge.md").read_text(encoding="utf-8")
+    for path in BOOKS:
+        assert re.search(rf"\]\(https://\S+/{path.name}\) \|$", text, re.MULTILINE), path.name
+    for name in ("README.md", "README.es.md", "colab_badge.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert text.count("kaggle_train.ipynb)") == text.count("](https://kaggle.com/kernels/") == 1
 
 
 def test_a_fork_points_all_places_to_itself():

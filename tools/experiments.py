@@ -207,9 +207,19 @@ def callback(make: Callable[[], bit.Callback]) -> Iterator[bit.Callback]:
     yield make()
 
 
+@contextlib.contextmanager
+def first_defaults() -> Iterator[bit.Callback]:
+    with (
+        initialized(projections(lambda layers: 10.0)),
+        each_step("ns_steps", lambda done: 5) as five_steps,
+    ):
+        yield five_steps
+
+
 SEED_SCRIPT = "the seed guide's script"  # not a patch but another program
 
 PATCHES: dict[str, Callable[[], Any]] = {
+    "the first defaults": first_defaults,
     "zero-init projections": lambda: initialized(projections(lambda layers: 0.0)),
     "projections x 10": lambda: initialized(projections(lambda layers: 10.0)),
     "full-size projections": lambda: initialized(projections(lambda n: 10 * (2 * n) ** 0.5)),
@@ -224,7 +234,8 @@ PATCHES: dict[str, Callable[[], Any]] = {
         "momentum", lambda done: 0.85 + 0.10 * min(done / 0.3, 1)
     ),
     "weight decay to 0": lambda: callback(Decay),
-    "3 Newton-Schulz steps": lambda: each_step("ns_steps", lambda done: 3),
+    "2 Newton-Schulz steps": lambda: each_step("ns_steps", lambda done: 2),
+    "5 Newton-Schulz steps": lambda: each_step("ns_steps", lambda done: 5),
 }
 
 
@@ -353,7 +364,7 @@ TABLES: dict[str, Table] = {
         {"compile": "on"},
         [
             Variant("ternary, 2.2M", SHORT),
-            Variant("first defaults, ternary, 13.8M", FIRST, "projections x 10"),
+            Variant("first defaults, ternary, 13.8M", FIRST, "the first defaults"),
             Variant(
                 "dense twin of 2.2M, AdamW",
                 {**SHORT, "linear": "dense", "optimizer": "adamw"},
@@ -370,7 +381,9 @@ TABLES: dict[str, Table] = {
         [
             Variant("defaults"),
             *patched("projections x 10", "zero-init projections", "embedding std 0.005"),
-            *patched("momentum 0.85 to 0.95", "3 Newton-Schulz steps"),
+            *patched("momentum 0.85 to 0.95", "5 Newton-Schulz steps", "2 Newton-Schulz steps"),
+            Variant("dense", {"linear": "dense"}),
+            Variant("dense, 5 Newton-Schulz steps", {"linear": "dense"}, "5 Newton-Schulz steps"),
             named(adamw_learning_rate=0.015),
             named(batch_tokens=4096),
             named(cooldown_fraction=0.7),

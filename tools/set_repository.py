@@ -14,6 +14,7 @@ PLACES = (
     re.compile(
         rf"(?<=colab\.research\.google\.com/github/)({NAME})(/blob/)({BRANCH})(?=/notebooks/)"
     ),
+    re.compile(rf"(?<=welcome\?src=https://github\.com/)({NAME})(/blob/)({BRANCH})(?=/notebooks/)"),
     re.compile(
         rf'(?<=REPOSITORY, BRANCH = )\\?"({NAME})(\\?", \\?")({BRANCH})(?=\\?"$|\\?"\\n)', re.M
     ),
@@ -23,7 +24,8 @@ PLACES = (
 def files(root: Path = ROOT) -> list[Path]:
     """Every file that names the repository."""
     names = [root / name for name in ("README.md", "README.es.md", "colab_badge.md")]
-    return names + sorted((root / "notebooks").glob("0*"))
+    sources = sorted((root / "notebooks").glob("*.py"))
+    return names + [p.with_suffix(suffix) for p in sources for suffix in (".ipynb", ".py")]
 
 
 def named(text: str) -> list[tuple[str, str]]:

@@ -1,0 +1,236 @@
+# ---
+# jupyter:
+#   accelerator: GPU
+#   colab:
+#     gpuType: T4
+#     provenance: []
+#   jupytext:
+#     notebook_metadata_filter: all,-language_info
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kaggle:
+#     accelerator: nvidiaTeslaT4
+#     isGpuEnabled: true
+#     isInternetEnabled: true
+#     language: python
+#     sourceType: notebook
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Train your own 1.58-bit language model on Kaggle's two T4
+#
+# [![Open In Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/OWNER/bitllm/blob/main/notebooks/kaggle_train.ipynb)
+#
+# At the end of this notebook you have a language model of your own, trained from nothing on both
+# GPUs, in a folder that a later version of this notebook goes on from. In the settings at the
+# right: **Accelerator: GPU T4 x2**, and **Internet: on** (Kaggle asks for a verified phone number
+# for both). Then **Save Version > Save & Run All**: it runs with the browser closed. Nothing below
+# waits for a click.
+#
+# Without GPUs one process trains a small model, kept to about three minutes.
+
+# %% [markdown]
+# ## Installation
+#
+# Everything is in one file, `bitllm_core.py`. This cell finds it or fetches it, and installs what
+# is missing.
+
+# %%
+# @title Set up
+import contextlib
+import importlib.util
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+REPOSITORY, BRANCH = "OWNER/bitllm", "main"
+FILE = "bitllm_core.py"
+found = next((folder for folder in (Path(), Path("..")) if (folder / FILE).is_file()), None)
+if found is None:
+    address = f"https://raw.githubusercontent.com/{REPOSITORY}/{BRANCH}/{FILE}"
+    try:
+        with urllib.request.urlopen(address, timeout=30) as answer:
+            source = answer.read()
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{FILE} is not here and could not be fetched from {REPOSITORY} ({error}). Either "
+            "upload that one file (folder symbol at the left, then drag it in) and run this cell "
+            "again, or open bitllm_one_cell.ipynb, which needs nothing else"
+        ) from None
+    Path(FILE).write_bytes(source)
+    found = Path()
+sys.path.insert(0, str(found.resolve()))
+
+needed = ["datasets", "tokenizers", "safetensors", "tqdm", "matplotlib"]
+needed += ["ipywidgets", "jupyter_ui_poll"]
+missing = [name for name in needed if importlib.util.find_spec(name) is None]
+if missing:  # in Colab never what these depend on: numpy and torch are in use already
+    alone = ["--no-deps"] if "google.colab" in sys.modules else []
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *alone, *missing], check=False)
+
+# %%
+import dataclasses
+import os
+import shutil
+import time
+
+import torch
+from IPython.display import display
+
+import bitllm_core as bit
+
+print(bit.environment_report())
+
+# %% [markdown]
+# ## Settings
+#
+# `data` takes a known name (`wikitext-2`, `tinystories`, `fineweb-edu`, `wikipedia-es`, `pydocs`),
+# `hf:OWNER/NAME`, or a file or folder such as one under `/kaggle/input`; empty: as the preset has
+# it. `max_steps = 0` is the preset's number; a larger one makes a finished run longer. Kaggle ends
+# a session after 12 hours: after `max_hours` training is stopped and saved, and the cells below
+# still run. `gpus = 0` means all there are.
+
+# %%
+# @title Settings
+preset = "auto"  # @param ["auto", "ci", "demo", "laptop", "t4-1h", "t4-3h", "seed"]
+data = ""  # @param {type: "string"}
+max_steps = 0  # @param {type: "integer"}
+max_hours = 11.5  # @param {type: "number"}
+gpus = 0  # @param {type: "integer"}
+
+began = time.monotonic()
+working = next(folder for folder in (Path("/kaggle/working"), Path()) if folder.is_dir())
+settings = bit.Settings(preset, data)
+run = working / settings.run_folder
+settings = settings.replace(out=str(run))
+
+# %% [markdown]
+# ## Go on from an earlier version
+#
+# `/kaggle/working` is kept as the output of a saved version and empty in the next. To go on, choose
+# **Add Input > Your Work**, and the output of that version: the run in it is found, copied and gone
+# on from, exactly. `/kaggle/input` cannot be written, so it is no place for a `--mirror`: the saved
+# output is the copy.
+
+# %%
+inputs = working.resolve().parent / "input"
+found_runs = {
+    bit.list_checkpoints(path)[-1].name: path.parent
+    for path in sorted(inputs.rglob("checkpoints"))
+    if path.parent.name == run.name and bit.list_checkpoints(path)
+}
+if found_runs and not run.exists():
+    step, earlier = max(found_runs.items())
+    copy = run.with_name(run.name + ".part")
+    shutil.copytree(earlier, copy, dirs_exist_ok=True)
+    copy.rename(run)  # now that it is whole
+    print(f"{step} of {earlier.relative_to(inputs).as_posix()} is the last; goes on from there")
+
+# %%
+model, source, train = settings.configs()
+if max_steps:
+    train = dataclasses.replace(train, max_steps=max_steps)
+print(settings.describe())
+
+# %% [markdown]
+# ## Train
+#
+# On several GPUs `torchrun` starts a process for each, with the command that is printed here. The
+# time above is that of one. Interrupting the cell below (■) stops and saves.
+
+# %%
+asked = zip((model, source, train), bit.PRESETS[settings.preset_name], strict=True)
+flags = [
+    f"--{field.name.replace('_', '-')}={getattr(part, field.name)}"
+    for part, its_preset in asked
+    for field in dataclasses.fields(part)
+    if getattr(part, field.name) != getattr(its_preset, field.name)
+]
+gpus = gpus or max(1, torch.cuda.device_count())
+torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
+command = [*(torchrun if gpus > 1 else []), str(found / FILE), "train"]
+command += ["--preset", settings.preset_name, "--out", run.as_posix(), *flags]
+print("python", *command)
+
+# %%
+log = run.with_name(run.name + ".log")
+log.parent.mkdir(parents=True, exist_ok=True)
+with log.open("w") as sink:
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        env={**os.environ, "TQDM_DISABLE": "1"},  # the curve is the progress bar
+        stdout=sink,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # an interrupt comes to this notebook alone
+    )
+
+# %% [markdown]
+# Blue is the loss on the training text, orange on text held back; the heat maps show the share of
+# weights that are zero and of trits that changed. The text is what the processes say.
+
+# %%
+picture, draw_at, stopped = display("no curve yet", display_id=True), 0.0, False
+with log.open(errors="replace") as told:
+    while process.poll() is None:
+        try:
+            print(told.read(), end="")
+            age = time.monotonic() - began
+            if age > draw_at:
+                with contextlib.suppress(FileNotFoundError):  # nothing there yet
+                    bit.show_run(run, picture)
+                draw_at = time.monotonic() - began + max(5, age / 600)
+            if age > 3600 * max_hours:
+                raise KeyboardInterrupt
+            time.sleep(1)
+        except KeyboardInterrupt:
+            stopped = True
+            process.terminate()  # saves, then ends; torchrun gives it 30 seconds
+            process.wait()
+    print(told.read().partition("Traceback")[0] if stopped else told.read())
+bit.show_run(run, picture)
+if process.returncode and not stopped:
+    raise RuntimeError(f"training ended with exit code {process.returncode}; {log} tells why")
+
+# %% [markdown]
+# ## Let it write
+#
+# A model this small knows the look of its text rather than its sense. More steps, more text and
+# more width help, in this order.
+
+# %%
+net, tokenizer = bit.load_model(run)
+sampling = bit.SamplingConfig(max_new_tokens=120, temperature=0.8, seed=0)
+for piece in bit.stream(net, tokenizer, "The ", sampling):
+    print(piece, end="")
+
+# %% [markdown]
+# ## Take it along
+#
+# One packed file for this program, and a folder for transformers; `02_use` makes more. They are
+# under **Output**, as the run folder is.
+
+# %%
+exports = working / "exports"
+exports.mkdir(exist_ok=True)
+for exported in (
+    bit.export_packed(run, exports / f"{run.name}.safetensors", overwrite=True),
+    bit.export_hf(run, exports / f"{run.name}-hf", overwrite=True),
+):
+    print(f"{exported.path.as_posix()}: {exported.size:,} bytes\n{exported.usage}")
+
+# %%
+last = bit.MetricsLog.read(run / "metrics.jsonl")[-1]
+saved_step = bit.checkpoint_step(bit.list_checkpoints(run / "checkpoints")[-1])
+if last.get("final"):
+    print(f"complete: {saved_step} steps, validation loss {last['val_loss']:.3f}")
+else:
+    print(
+        f"stopped, and saved, at step {saved_step} of {train.max_steps}. To go on: save this "
+        "version, add its output as an input, and run all again"
+    )
