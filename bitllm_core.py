@@ -2060,11 +2060,11 @@ class StreamedData(TokenData):
             for pieces, after in _stream(config, state):
                 texts = [text for text, _ in pieces]
                 encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-                for (text, ends), tokens in zip(pieces, encoded, strict=True):
-                    ids = tokens.ids + ([eot] if ends and eot is not None else [])
-                    new += np.asarray(ids, dtype=dtype).tobytes()
-                    size += len(text.encode())
-                state = after
+                ids: list[int] = []
+                for (_, ends), tokens in zip(pieces, encoded, strict=True):
+                    ids += tokens.ids + ([eot] if ends and eot is not None else [])
+                new += np.asarray(ids, dtype=dtype).tobytes()  # all of them or none
+                size, state = size + sum(len(text.encode()) for text in texts), after
                 if closed.is_set():
                     return
                 if len(new) >= room:

@@ -87,6 +87,32 @@ def test_broken_off_anywhere_it_goes_on_exactly(whole, stories, tmp_path):
     assert data.training.tolist() == whole[0].training.tolist()
 
 
+class FailsOnce:
+    """A tokenizer of which one row of one batch cannot be had at first."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.batches = tokenizer, 0
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def encode_batch_fast(self, texts, **options):
+        encoded = self.tokenizer.encode_batch_fast(texts, **options)
+        self.batches += 1
+        if self.batches == 5:
+            encoded[len(encoded) // 2] = None
+        return encoded
+
+
+def test_what_fails_amid_some_rows_doubles_none_of_them(whole, stories, tmp_path, monkeypatch):
+    monkeypatch.setattr(bit, "STREAM_RETRY_S", (0.01, 0.05, 3))
+    data, tokenizer = streamed(stories, tmp_path)
+    failing = FailsOnce(tokenizer)
+    assert len(wait(data, failing).training) == BUDGET
+    assert failing.batches > 5
+    assert bytes_of(tmp_path) == bytes_of(whole[2])
+
+
 def test_damage_is_noticed_and_read_again(whole, stories, tmp_path, capsys):
     data, tokenizer = streamed(stories, tmp_path)
     wait(data, tokenizer)
