@@ -230,6 +230,7 @@ PATCHES: dict[str, Callable[[], Any]] = {
     "dense for the first 20%": lambda: full_precision_until(0.2),
     "no sub-norms": without_sub_norms,
     "dropout 0.1": lambda: dropout(0.1),
+    "dropout 0.2": lambda: dropout(0.2),
     "momentum 0.85 to 0.95": lambda: each_step(
         "momentum", lambda done: 0.85 + 0.10 * min(done / 0.3, 1)
     ),
@@ -265,6 +266,8 @@ class Table:
     threads: int = 1
     valid_bytes: int = 240_000
     """how much of the validation text a run ends with; 0: all of it"""
+    train_bytes: int = 0
+    """how much of the training text there is; 0: all of it"""
 
 
 SMALL: dict[str, Any] = {
@@ -384,17 +387,45 @@ TABLES: dict[str, Table] = {
             *patched("momentum 0.85 to 0.95", "5 Newton-Schulz steps", "2 Newton-Schulz steps"),
             Variant("dense", {"linear": "dense"}),
             Variant("dense, 5 Newton-Schulz steps", {"linear": "dense"}, "5 Newton-Schulz steps"),
-            named(adamw_learning_rate=0.015),
-            named(batch_tokens=4096),
-            named(cooldown_fraction=0.7),
+            *(named(adamw_learning_rate=rate) for rate in (0.0017, 0.01, 0.015, 0.03)),
+            *(named(learning_rate=rate) for rate in (0.03, 0.06)),
+            *(named(batch_tokens=tokens) for tokens in (1024, 4096)),
+            *(named(cooldown_fraction=share) for share in (0.2, 0.7)),
             *patched("z-loss 1e-4", "median scale", "no sub-norms", "dense for the first 20%"),
             named(linear="weight_only"),
             named(weight_decay=0.1),
-            named(adamw_learning_rate=0.0017),
             *patched("dropout 0.1", "embedding std 0.1"),
             Variant("weight decay 0.1 to 0", {"weight_decay": 0.1}, "weight decay to 0"),
         ],
         tokens=262_144,
+    ),
+    "shape": Table(
+        "vocabulary, context and head of the same model, equal tokens; compare bits per byte",
+        SMALL,
+        [
+            *(named(vocab_size=size) for size in (2048, 4096, 8192, 16_384)),
+            *(
+                Variant(
+                    f"context {n}", {"max_position_embeddings": n, "micro_batch_size": 2048 // n}
+                )
+                for n in (64, 256, 512)
+            ),
+            Variant("ternary head", {"tie_word_embeddings": False}),
+        ],
+        tokens=262_144,
+    ),
+    "epochs": Table(
+        "a small text many times over (200 kB, 9 epochs)",
+        SMALL,
+        [
+            Variant("defaults"),
+            *patched("dropout 0.1", "dropout 0.2"),
+            named(weight_decay=0.1),
+            named(weight_decay=0.5),
+            Variant("dense", {"linear": "dense"}),
+        ],
+        tokens=524_288,
+        train_bytes=200_000,
     ),
 }
 
@@ -469,7 +500,7 @@ def cut_text(source: Path, size: int, folder: Path) -> Path:
     """The first `size` bytes of a text, cut at a line's end; all of it where size is 0."""
     if not size:
         return source
-    path = folder / f"valid-{size}.txt"
+    path = folder / f"{source.stem}-{size}.txt"
     if not path.is_file():
         data = source.read_bytes()[:size]
         path.write_bytes(data[: data.rfind(b"\n") + 1])
@@ -481,7 +512,7 @@ SAMPLE = bit.SamplingConfig(max_new_tokens=80, seed=0)  # what a row keeps of a 
 
 def run_one(table: Table, variant: Variant, seed: int, texts: tuple[Path, Path], work: Path) -> Any:
     """Train one variant with one seed and measure it; a dictionary for the results file."""
-    train_text, valid_text = texts
+    train_text, valid_text = cut_text(texts[0], table.train_bytes, work), texts[1]
     if variant.patch == SEED_SCRIPT:
         return run_seed_script(table, seed, texts, work)
     changes = {
@@ -506,7 +537,9 @@ def run_one(table: Table, variant: Variant, seed: int, texts: tuple[Path, Path],
     else:
         train = dataclasses.replace(train, max_steps=1_000_000, eval_every_steps=0)
     out = work / "runs" / f"{os.getpid()}"
-    shared = work / "tokens" / f"{data.tokenizer}-{model.vocab_size}"
+    shared = (
+        work / "tokens" / f"{train_text.stem}-{model.vocab_size}-{model.max_position_embeddings}"
+    )
     if table.tokens:  # tokenised once for all runs; with a clock, it is part of the run
         bit.prepare_data(data, model.vocab_size, model.max_position_embeddings, shared)
         link_data(shared, out)
