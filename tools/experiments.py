@@ -296,6 +296,7 @@ SHORT: dict[str, Any] = {
     "max_position_embeddings": 128,
     "batch_tokens": 2048,
     "micro_batch_size": 16,
+    "compile": "on",
 }
 """2.24M parameters: what ten minutes of two slow cores can teach something, in any client"""
 
@@ -345,8 +346,38 @@ TABLES: dict[str, Table] = {
             *rates("dense", "muon", 0.01, 0.02, 0.04),
             *rates("dense", "adamw", 0.00075, 0.0015, 0.003, 0.006),
             *rates("ternary", "adamw", 0.0015, 0.003),
+            *(
+                Variant(
+                    f"dense, adamw 0.0015, the rest {rate:g}",
+                    {
+                        "linear": "dense",
+                        "optimizer": "adamw",
+                        "learning_rate": 0.0015,
+                        "adamw_learning_rate": rate,
+                    },
+                )
+                for rate in (0.005, 0.015)
+            ),
+            *(
+                Variant(
+                    f"dense, muon 0.02, the rest {rate:g}",
+                    {"linear": "dense", "learning_rate": 0.02, "adamw_learning_rate": rate},
+                )
+                for rate in (0.015, 0.03)
+            ),
         ],
         tokens=262_144,
+    ),
+    "longer": Table(
+        "four times the tokens: the rate of what is not a matrix, and the cooldown",
+        SHORT,
+        [
+            *(named(adamw_learning_rate=rate) for rate in (0.005, 0.015, 0.03)),
+            Variant(
+                "0.015, cooldown 0.2", {"adamw_learning_rate": 0.015, "cooldown_fraction": 0.2}
+            ),
+        ],
+        tokens=1_048_576,
     ),
     "gap": Table(
         "ternary against its dense twin at equal steps, each with its own rate, 2.56M",
@@ -389,7 +420,8 @@ TABLES: dict[str, Table] = {
             Variant("dense, 5 Newton-Schulz steps", {"linear": "dense"}, "5 Newton-Schulz steps"),
             *(named(adamw_learning_rate=rate) for rate in (0.0017, 0.01, 0.015, 0.03)),
             *(named(learning_rate=rate) for rate in (0.03, 0.06)),
-            *(named(batch_tokens=tokens) for tokens in (1024, 4096)),
+            Variant("batch_tokens 1024", {"batch_tokens": 1024, "micro_batch_size": 8}),
+            named(batch_tokens=4096),
             *(named(cooldown_fraction=share) for share in (0.2, 0.7)),
             *patched("z-loss 1e-4", "median scale", "no sub-norms", "dense for the first 20%"),
             named(linear="weight_only"),
