@@ -2683,43 +2683,6 @@ def sharded_like(parameter: Any, values: Tensor) -> Tensor:
     return shared
 
 
-def sharded_model(config: ModelConfig, seed: int, device: torch.device) -> BitLM:
-    """`BitLM(config, seed)` of which each process holds its rows of every parameter (FSDP2).
-
-    It is made without memory, and filled one parameter at a time: no process holds all of it. The
-    blocks are gathered one by one as they compute, in float32, and freed again; embedding and head
-    stay for a forward and backward pass. Gradients are summed over the processes.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    with torch.device("meta"):
-        model = BitLM(config, seed=None)
-    for part in [*model.model.layers, model]:
-        fully_shard(part, mesh=mesh)
-        part.set_gradient_divide_factor(1.0)
-        part.set_force_sum_reduction_for_comms(True)
-    register_fsdp_forward_method(model, "loss")
-    model.to_empty(device=device)
-    model.fill_rope()
-    model.rope = model.rope.to(device)
-    for layer in model.bit_linears().values():
-        layer.sharded = True
-
-    def keep(parameter: Tensor, values: Tensor) -> None:
-        parameter.copy_(sharded_like(parameter, values))
-
-    initialize(model, torch.Generator().manual_seed(seed), keep)
-    return model
-
-
-def reshard(model: Any) -> None:
-    """Free what a sharded model has gathered without a backward pass after it."""
-    for part in [*model.model.layers, model]:
-        part.reshard()
-
-
 class ExactSum:
     """As a context: the gradients of several backward passes, added in float64.
 
@@ -2755,6 +2718,84 @@ class ExactSum:
         world.add_up(self._sums[p] for p in self.parameters)
         for parameter in self.parameters:
             parameter.grad = self._sums.pop(parameter).float()
+
+
+class ShardedSum:
+    """The same for FSDP, which calls it to add up the gradients of one part of a model.
+
+    It adds all processes' of one backward pass to those of the passes before. FSDP rounds that and
+    takes it for the gradient of this one pass, so there must not be any other then.
+    """
+
+    total: Tensor | None = None
+
+    def clear(self) -> None:
+        self.total = None
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: Any,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        dist.reduce_scatter(output_tensor, list(input_tensor.chunk(group.size())), op, group)
+        if self.total is not None:
+            output_tensor += self.total
+        self.total = output_tensor
+
+
+def sharded_model(
+    config: ModelConfig, seed: int, device: torch.device
+) -> tuple[BitLM, list[ShardedSum]]:
+    """`BitLM(config, seed)` of which each process holds its rows of every parameter (FSDP2).
+
+    It is made without memory, and filled one parameter at a time: no process holds all of it. The
+    blocks are gathered one by one as they compute, in float32, and freed again; embedding and head
+    stay for a forward and backward pass. Gradients are summed over the processes, on a CPU by what
+    comes with the model, to be cleared at the beginning of a step.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    exact, sums = device.type == "cpu", []
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float64 if exact else None)
+    with torch.device("meta"):
+        model = BitLM(config, seed=None)
+    for part in [*model.model.layers, model]:
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
+        if exact:
+            sums.append(ShardedSum())
+            part.set_custom_reduce_scatter(sums[-1])
+    register_fsdp_forward_method(model, "loss")
+    model.to_empty(device=device)
+    model.fill_rope()
+    model.rope = model.rope.to(device)
+    for layer in model.bit_linears().values():
+        layer.sharded = True
+
+    def keep(parameter: Tensor, values: Tensor) -> None:
+        parameter.copy_(sharded_like(parameter, values))
+
+    initialize(model, torch.Generator().manual_seed(seed), keep)
+    return model, sums
+
+
+def reshard(model: Any) -> None:
+    """Free what a sharded model has gathered without a backward pass after it."""
+    for part in [*model.model.layers, model]:
+        part.reshard()
 
 
 def learning_rate_factor(config: TrainConfig, step: int) -> float:
@@ -2905,21 +2946,27 @@ def make_optimizers(model: BitLM, config: TrainConfig) -> list[torch.optim.Optim
     return optimizers
 
 
-def _clip(
-    optimizers: list[torch.optim.Optimizer], limit: float, world: World | None = None
-) -> Tensor:
-    """Clip the gradients AdamW will read; return the norm of all of them, before, shape ()."""
-    norms = []
+def _squares(gradients: Sequence[Tensor]) -> float:
+    """The sum of their squares: of each row in float32, of rows in float64.
+
+    So it is the same however processes share out the rows, but for the last of 53 bits.
+    """
+    rows = [grad.norm(dim=-1) if grad.dim() > 1 else grad for grad in gradients]
+    return torch.cat(rows).cpu().double().square().sum().item()  # waits for the device
+
+
+def _clip(optimizers: list[torch.optim.Optimizer], limit: float, world: World) -> float:
+    """Clip the gradients AdamW will read; return the norm of all of them, before."""
+    total = 0.0
     for optimizer in optimizers:
-        grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([own_rows(grad) for grad in grads])
-        if world and world.sharded:
-            norm = norm.new_tensor(world.total(norm.item() ** 2) ** 0.5)
+        parameters = [p for p in parameters_of([optimizer]) if p.grad is not None]
+        squares = _squares([own_rows(p.grad) for p in parameters])
+        squares = world.total(squares) if world.sharded else squares
         if limit and isinstance(optimizer, torch.optim.AdamW):
-            parameters = [p for g in optimizer.param_groups for p in g["params"]]
+            norm = torch.tensor(math.sqrt(squares))
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-        norms.append(norm)
-    return torch.stack(norms).norm()
+        total += squares
+    return math.sqrt(total)
 
 
 def apply_gradients(
@@ -2943,7 +2990,7 @@ def apply_gradients(
             scaler.unscale_(optimizer)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-    norm = _clip(optimizers, max_grad_norm, world).item()  # waits for the device
+    norm = _clip(optimizers, max_grad_norm, world)
     if math.isfinite(norm):
         owners = world.owners(optimizers)
         for parameter, owner in zip(parameters, owners, strict=True):
@@ -3998,7 +4045,7 @@ def memory_parts(
     matrices = model.num_hidden_layers * (2 * D * D + 2 * D * kv + up * D * model.intermediate_size)
     states = 4 * (matrices if train.optimizer == "muon" else 2 * matrices) + 8 * (P - matrices)
     shared = processes if train.fsdp else 1
-    exact = device == "cpu" and not train.fsdp  # see ExactSum
+    exact = device == "cpu"  # see ExactSum
     always = {
         "weights": 4 * P // shared,
         "gradients": (8 if exact else 4) * P // shared,
@@ -4020,6 +4067,10 @@ def memory_parts(
         block = two.num_parameters - one.num_parameters
         work["gathered embedding and head"] = 4 * (P - model.num_hidden_layers * block)
         work["gathered blocks"] = 2 * 4 * block  # one, and what another came in
+        sent = (
+            4 + 2 * (8 if exact else 4)
+        ) * block  # a block's gradient, on its way with another's
+        work["loss"] = max(work["loss"], sent)  # whose memory is free then
     at_once = min(MESSAGES_UNDER_WAY * max(BUCKET_NUMBERS, V * D), P)
     update = {"messages": (8 if exact else 4) * at_once if processes > shared else 0}
     return always | max(work, update, key=lambda parts: sum(parts.values()))
@@ -4711,7 +4762,7 @@ class _Trainer:
         world.sharded = config.fsdp
         if world.sharded:  # they compute together, each the same number of times
             self.micro_batch = -int(world.most(-self.micro_batch))
-            model = sharded_model(model_config, config.seed, self.device.device)
+            model, self.sums = sharded_model(model_config, config.seed, self.device.device)
         else:
             model = BitLM(model_config, config.seed).to(self.device.device)
         optimizers = make_optimizers(model, config)
@@ -4790,20 +4841,24 @@ class _Trainer:
 
         Blocks are gathered in each, so all have to take part; one's own may count for nothing.
         """
-        config, total = self.config, torch.zeros((), device=self.device.device)
-        turns = -(-config.batch_tokens // (self.context * self.micro_batch) // self.world.size)
+        tokens, shares = self.config.batch_tokens, []
+        turns = -(-tokens // (self.context * self.micro_batch) // self.world.size)
         parts = batch.split(self.micro_batch)
+        for part_sum in self.sums:
+            part_sum.clear()
         with told_of_the_dead():
             for turn in range(turns):
+                if self.sums:  # they hold the gradients of the turns before
+                    self.state.model.zero_grad()
                 counts = turn < len(parts)
                 part = parts[turn] if counts else batch[:1]
                 part = part.to(self.device.device, non_blocking=True)
                 with self.device.autocast():
-                    nats = self.loss(part[:, :-1].contiguous(), part[:, 1:].contiguous())
-                loss = nats * (counts / config.batch_tokens)
+                    loss = self.loss(part[:, :-1].contiguous(), part[:, 1:].contiguous()) / tokens
+                loss = loss if counts else loss * 0
                 self.state.scaler.scale(loss).backward()
-                total += loss.detach()
-        return total.item()
+                shares.append(loss.detach())
+            return math.fsum(torch.stack(shares).tolist())
 
     def backward_or_less(self, batch: Tensor) -> float:
         """`backward`; in halves when the GPU's memory does not do, eager when compiling fails."""

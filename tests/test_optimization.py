@@ -92,7 +92,7 @@ def test_clipping_bounds_adamw_only(tiny_config):
     optimizers = bit.make_optimizers(model, bit.TrainConfig())
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    bit._clip(optimizers, 1.0)
+    bit._clip(optimizers, 1.0, bit.World())
     muon, adamw = ([p.grad for g in o.param_groups for p in g["params"]] for o in optimizers)
     assert torch.nn.utils.get_total_norm(adamw) == pytest.approx(1.0, rel=1e-4)
     assert all((grad == 1).all() for grad in muon)
