@@ -603,8 +603,20 @@ def weight_quant(weight: Tensor) -> tuple[Tensor, Tensor]:
     if weight.ndim != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected a matrix")
     weight = weight.float()
-    scale = weight.abs().mean().clamp(min=_SCALE_FLOOR)
-    return (weight / scale).round().clamp(-1, 1), scale
+    scale = ternary_scale(weight.abs().mean(dim=1))
+    return to_trits(weight, scale), scale
+
+
+def ternary_scale(row_means: Tensor) -> Tensor:
+    """Scale, shape (), of a matrix of which these are the mean magnitudes of the rows, (O).
+
+    The mean of their mean: the same bits wherever the rows lie.
+    """
+    return row_means.mean().clamp(min=_SCALE_FLOOR)
+
+
+def to_trits(weight: Tensor, scale: Tensor) -> Tensor:
+    return (weight / scale).round().clamp(-1, 1)
 
 
 def _to_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -663,7 +675,8 @@ class _Gathered(torch.autograd.Function):
     """F.linear by a weight whose memory FSDP frees between forward and backward pass.
 
     Autograd would keep what multiplies, quantized or cast, of every block: in the end a whole
-    model. Here it is made of the weight again, which FSDP then gathers again.
+    model. Here it is made of the weight again, which FSDP then gathers again. `linear` is dense
+    where trits were gathered, which are quantized already (`TritGather`).
     """
 
     @staticmethod
@@ -858,7 +871,7 @@ class BitLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
         self.linear = linear
         self.held: Tensor | None = None  # see BitLM.hold_weights
-        self.sharded = False  # see sharded_model
+        self.gathered: str | None = None  # see sharded_model
         self.kernel_call: Any = None  # with this layer and those that share its input
 
     @property
@@ -917,8 +930,8 @@ class BitLinear(nn.Linear):
         return x if self.frozen else quantize_input(x, self.linear)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.sharded:
-            return _Gathered.apply(input, self.weight, self.linear)
+        if self.gathered:
+            return _Gathered.apply(input, self.weight, self.gathered)
         return self._infer(input) if self.frozen else F.linear(input, self.effective_weight())
 
     def at_two_bits(self, x: Tensor) -> bool:
@@ -1173,7 +1186,7 @@ class BitLM(nn.Module):
         Gradients pass through what is held. What a step of an optimizer changes in the meantime
         has no effect before the end. Nothing is held of a sharded model: see `_Gathered`.
         """
-        layers = [layer for layer in self.bit_linears().values() if not layer.sharded]
+        layers = [layer for layer in self.bit_linears().values() if not layer.gathered]
         try:
             with torch.no_grad():
                 for layer in layers:
@@ -2749,15 +2762,53 @@ class ShardedSum:
         self.total = output_tensor
 
 
+class TritGather:
+    """How FSDP gathers a ternary weight: as trits, four in a byte, instead of float32.
+
+    It calls what it finds of these names on the rows in this process. The whole weight that comes
+    of them is trits * scale already, as `weight_quant` has them. Rows must share out evenly.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    @classmethod
+    def applies(cls, layer: BitLinear) -> bool:
+        """Let the weight of `layer`, a DTensor, be gathered so; False where that cannot be."""
+        weight: Any = layer.weight
+        if layer.linear == "dense" or len(weight) % weight.device_mesh.size():
+            return False
+        rows = weight._local_tensor
+        way = cls(rows)
+        rows.fsdp_pre_all_gather, rows.fsdp_post_all_gather = way.pack, way.unpack
+        return True
+
+    @torch.no_grad()
+    def pack(self, mesh: Any, size: Any, stride: Any, module: Any, policy: Any) -> Any:
+        means = self.rows.abs().mean(dim=1)
+        of_all = [torch.empty_like(means) for _ in range(mesh.size())]
+        dist.all_gather(of_all, means, mesh.get_group())
+        scale = ternary_scale(torch.cat(of_all))
+        return (pack_trits(to_trits(self.rows, scale)),), scale
+
+    @torch.no_grad()
+    def unpack(self, packed: Any, scale: Tensor, dtype: Any, *, out: Tensor | None = None) -> Any:
+        whole = unpack_trits(packed[0], self.rows.shape[1]).to(dtype) * scale
+        if out is None:
+            return whole, (whole,)
+        with torch.autograd.grad_mode._unsafe_preserve_version_counter(out):  # the same values
+            return out.copy_(whole)
+
+
 def sharded_model(
     config: ModelConfig, seed: int, device: torch.device
 ) -> tuple[BitLM, list[ShardedSum]]:
     """`BitLM(config, seed)` of which each process holds its rows of every parameter (FSDP2).
 
     It is made without memory, and filled one parameter at a time: no process holds all of it. The
-    blocks are gathered one by one as they compute, in float32, and freed again; embedding and head
-    stay for a forward and backward pass. Gradients are summed over the processes, on a CPU by what
-    comes with the model, to be cleared at the beginning of a step.
+    blocks are gathered one by one as they compute, as trits where they can, and freed again;
+    embedding and head stay for a forward and backward pass. Gradients are summed over the
+    processes, on a CPU by what comes with the model, to be cleared at the beginning of a step.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
@@ -2783,7 +2834,7 @@ def sharded_model(
     model.fill_rope()
     model.rope = model.rope.to(device)
     for layer in model.bit_linears().values():
-        layer.sharded = True
+        layer.gathered = "dense" if TritGather.applies(layer) else layer.linear
 
     def keep(parameter: Tensor, values: Tensor) -> None:
         parameter.copy_(sharded_like(parameter, values))

@@ -92,7 +92,7 @@ def on_three(runs):
         shutil.copytree(folder / name, folder / f"{name}-three")
     # one window at once: four turns for the process with four windows, and so for all
     task = "sharded-stopped-three:linear=dense:fsdp=true:micro_batch_size=1"
-    results = run_together(3, folder, "stopped-three", task)
+    results = run_together(3, folder, "stopped-three", task, "three:fsdp=true")
     assert [code for code, *_ in results] == [0, 0, 0], results
     return results
 
@@ -145,6 +145,42 @@ def test_a_sharded_model_learns_as_a_whole_one(runs, whole, sharded):
         for name in {"loss", "zero_fraction", "flip_rate"} & one.keys():
             assert one[name] == other[name]
         assert one.get("grad_norm", 0) == pytest.approx(other.get("grad_norm", 0), rel=1e-12)
+
+
+def test_a_sharded_model_learns_so_where_rows_do_not_share_out_evenly(runs, on_three):
+    """Gathered in float32 then. The last bit of AdamW's state may be another."""
+    folder, _ = runs
+    assert_same_curve(curve(folder / "one"), curve(folder / "three"), rel=1e-6)
+
+
+@pytest.fixture
+def alone_together(tmp_path):
+    """A group of one process."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store")), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("linear", ["ternary", "weight_only", "dense"])
+def test_a_sharded_ternary_weight_is_gathered_as_trits(alone_together, linear):
+    config = dataclasses.replace(tiny.MODEL, linear=linear)
+    model, _ = bit.sharded_model(config, 0, torch.device("cpu"))
+    layer = model.bit_linears()["model.layers.1.mlp.down_proj"]
+    mesh, rows = layer.weight.device_mesh, layer.weight._local_tensor
+    if linear == "dense":
+        assert not hasattr(rows, "fsdp_pre_all_gather")
+        return
+    (packed,), scale = rows.fsdp_pre_all_gather(mesh, None, None, None, None)
+    assert (packed.dtype, packed.shape) == (torch.uint8, (32, 64 // 4))
+    whole, _ = rows.fsdp_post_all_gather((packed,), scale, torch.float32)
+    trits, expected = bit.weight_quant(rows)
+    assert torch.equal(scale, expected)
+    assert torch.equal(whole, trits * expected)
+    ids = torch.arange(34).view(2, 17)
+    plain = bit.BitLM(config, seed=0)
+    assert model.loss(ids[:, :-1], ids[:, 1:]) == plain.loss(ids[:, :-1], ids[:, 1:])
 
 
 def test_a_sharded_model_begins_with_the_same_values(runs):
