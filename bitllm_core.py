@@ -340,7 +340,7 @@ class TrainConfig:
     learning_rate: float | None = None
     """peak rate of the matrices; default: as tuned, 0.04 with muon (0.02 where linear=dense)"""
     adamw_learning_rate: float | None = None
-    """peak rate of embedding, norms, head; default: 0.005 with muon, learning_rate with adamw"""
+    """peak rate of embedding, norms, head; default: learning_rate if adamw has one, else 0.015"""
     weight_decay: float = 0.0
     """decoupled, on matrices only"""
     momentum: float = 0.95
@@ -446,12 +446,13 @@ class SamplingConfig:
         require(self.seed is None or self.seed >= 0, "seed", self.seed, "0 or more")
 
 
-_TUNED_RATES = {  # tools/experiments.py, recipe: of the matrices, of the rest
-    ("muon", "ternary"): (0.04, 5e-3),
-    ("muon", "dense"): (0.02, 5e-3),
-    ("adamw", "ternary"): (1.5e-3, 1.5e-3),
-    ("adamw", "dense"): (1.5e-3, 1.5e-3),
+_TUNED_RATES = {  # tools/experiments.py, recipe and rates: of the matrices
+    ("muon", "ternary"): 0.04,
+    ("muon", "dense"): 0.02,
+    ("adamw", "ternary"): 1.5e-3,
+    ("adamw", "dense"): 1.5e-3,
 }
+_TUNED_REST = 0.015
 
 
 def peak_rates(model: ModelConfig, training: TrainConfig) -> tuple[float, float]:
@@ -460,9 +461,9 @@ def peak_rates(model: ModelConfig, training: TrainConfig) -> tuple[float, float]
     A ternary weight moves only when its master crosses a threshold, so it wants the faster rate.
     """
     tuned = _TUNED_RATES[training.optimizer, "dense" if model.linear == "dense" else "ternary"]
-    matrices = training.learning_rate or tuned[0]
-    rest = matrices if training.optimizer == "adamw" else tuned[1]
-    return matrices, training.adamw_learning_rate or rest
+    one_for_all = training.learning_rate if training.optimizer == "adamw" else None
+    rest = training.adamw_learning_rate or one_for_all or _TUNED_REST
+    return training.learning_rate or tuned, rest
 
 
 def check_configs(model: ModelConfig, training: TrainConfig) -> None:
@@ -4117,7 +4118,8 @@ def memory_parts(
         two, one = (dataclasses.replace(model, num_hidden_layers=n) for n in (2, 1))
         block = two.num_parameters - one.num_parameters
         work["gathered embedding and head"] = 4 * (P - model.num_hidden_layers * block)
-        work["gathered blocks"] = 2 * 4 * block  # one, and what another came in
+        came_in = block // 4 if quantized else 4 * block  # trits, see TritGather
+        work["gathered blocks"] = 4 * block + came_in  # one, and what another came in
         sent = (
             4 + 2 * (8 if exact else 4)
         ) * block  # a block's gradient, on its way with another's

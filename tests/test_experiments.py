@@ -38,12 +38,12 @@ def run(tiny_corpus, tmp_path):
     return run
 
 
-def test_a_row_says_what_evaluate_says(run, table, tmp_path):
+def test_a_row_says_what_evaluate_says(run, table, tiny_corpus, tmp_path):
     row = run(table)
     assert row["steps"] == 8
     assert row["trained_tokens"] == 512
     assert [point[0] for point in row["curve"]] == [128, 256, 384, 512]
-    words = (tmp_path / "valid-2000.txt").read_text("utf-8")
+    words = (tmp_path / f"{tiny_corpus.stem}-2000.txt").read_text("utf-8")
     assert row["words"] == len(words.split()) + words.count("\n")
     assert row == {**run(table), **{k: row[k] for k in ("curve", "seconds", "train_seconds")}}
     assert run(table, seed=1)["loss"] != row["loss"]

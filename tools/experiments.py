@@ -286,6 +286,9 @@ SMALL: dict[str, Any] = {
 """2.56M parameters; for the rest the core's defaults"""
 
 
+SMALL_BEFORE: dict[str, Any] = {**SMALL, "adamw_learning_rate": 0.005}
+"""with the rate of embedding and norms that was the default until these lists had been run"""
+
 SHORT: dict[str, Any] = {
     "vocab_size": 4096,
     "hidden_size": 256,
@@ -328,10 +331,16 @@ def patched(*names: str) -> list[Variant]:
 
 
 def rates(linear: str, optimizer: str, *values: float) -> list[Variant]:
+    """AdamW's rate is that of all parameters here."""
     return [
         Variant(
             f"{linear}, {optimizer} {value:g}",
-            {"linear": linear, "optimizer": optimizer, "learning_rate": value},
+            {
+                "linear": linear,
+                "optimizer": optimizer,
+                "learning_rate": value,
+                "adamw_learning_rate": 0.005 if optimizer == "muon" else value,
+            },
         )
         for value in values
     ]
@@ -379,16 +388,15 @@ TABLES: dict[str, Table] = {
         ],
         tokens=1_048_576,
     ),
-    "gap": Table(
-        "ternary against its dense twin at equal steps, each with its own rate, 2.56M",
-        SMALL,
-        [Variant("ternary"), Variant("dense", {"linear": "dense"})],
-        tokens=262_144,
-        seeds=3,
-    ),
     "gap-14M": Table(
-        "the same at 13.8M parameters, with half the tokens",
-        {**FIRST, "learning_rate": None, "batch_tokens": 2048, "compile": "on"},
+        "ternary against its dense twin at equal steps, each with its own rate, 13.8M",
+        {
+            **FIRST,
+            "learning_rate": None,
+            "adamw_learning_rate": None,
+            "batch_tokens": 2048,
+            "compile": "on",
+        },
         [Variant("ternary"), Variant("dense", {"linear": "dense"})],
         tokens=131_072,
         seeds=3,
@@ -411,7 +419,7 @@ TABLES: dict[str, Table] = {
     ),
     "recipe": Table(
         "one change at a time, 2.56M parameters, equal tokens",
-        SMALL,
+        SMALL_BEFORE,
         [
             Variant("defaults"),
             *patched("projections x 10", "zero-init projections", "embedding std 0.005"),
@@ -433,7 +441,7 @@ TABLES: dict[str, Table] = {
     ),
     "shape": Table(
         "vocabulary, context and head of the same model, equal tokens; compare bits per byte",
-        SMALL,
+        SMALL_BEFORE,
         [
             *(named(vocab_size=size) for size in (2048, 4096, 8192, 16_384)),
             *(
@@ -448,7 +456,7 @@ TABLES: dict[str, Table] = {
     ),
     "epochs": Table(
         "a small text many times over (200 kB, 9 epochs)",
-        SMALL,
+        SMALL_BEFORE,
         [
             Variant("defaults"),
             *patched("dropout 0.1", "dropout 0.2"),
