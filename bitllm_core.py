@@ -509,7 +509,12 @@ PRESETS: dict[str, tuple[ModelConfig, DataConfig, TrainConfig]] = {
     "demo": (
         ModelConfig(),
         DataConfig(),
-        TrainConfig(save_every_steps=50, eval_every_steps=50, patience=3),
+        TrainConfig(
+            adamw_learning_rate=0.005,  # a small text many times over: 0.015 ends higher
+            save_every_steps=50,
+            eval_every_steps=50,
+            patience=3,
+        ),
     ),
     "laptop": (
         ModelConfig(
