@@ -397,7 +397,18 @@ TABLES: dict[str, Table] = {
             "batch_tokens": 2048,
             "compile": "on",
         },
-        [Variant("ternary"), Variant("dense", {"linear": "dense"})],
+        [
+            Variant(f"{linear}{more}", {"linear": linear, **changes}, patch)
+            for more, changes, patch in (
+                ("", {}, ""),
+                (
+                    ", the rest 0.005, 5 steps",
+                    {"adamw_learning_rate": 0.005},
+                    "5 Newton-Schulz steps",
+                ),
+            )
+            for linear in ("ternary", "dense")
+        ],
         tokens=131_072,
         seeds=3,
     ),
