@@ -340,7 +340,7 @@ class TrainConfig:
     learning_rate: float | None = None
     """peak rate of the matrices; default: as tuned, 0.04 with muon (0.02 where linear=dense)"""
     adamw_learning_rate: float | None = None
-    """peak rate of embedding, norms, head; default: learning_rate if adamw has one, else 0.015"""
+    """peak rate of embedding, norms, head; default: 0.005 with muon, learning_rate with adamw"""
     weight_decay: float = 0.0
     """decoupled, on matrices only"""
     momentum: float = 0.95
@@ -446,13 +446,12 @@ class SamplingConfig:
         require(self.seed is None or self.seed >= 0, "seed", self.seed, "0 or more")
 
 
-_TUNED_RATES = {  # tools/experiments.py, recipe and rates: of the matrices
-    ("muon", "ternary"): 0.04,
-    ("muon", "dense"): 0.02,
-    ("adamw", "ternary"): 1.5e-3,
-    ("adamw", "dense"): 1.5e-3,
+_TUNED_RATES = {  # tools/experiments.py, recipe: of the matrices, of the rest
+    ("muon", "ternary"): (0.04, 5e-3),
+    ("muon", "dense"): (0.02, 5e-3),
+    ("adamw", "ternary"): (1.5e-3, 1.5e-3),
+    ("adamw", "dense"): (1.5e-3, 1.5e-3),
 }
-_TUNED_REST = 0.015
 
 
 def peak_rates(model: ModelConfig, training: TrainConfig) -> tuple[float, float]:
@@ -461,9 +460,9 @@ def peak_rates(model: ModelConfig, training: TrainConfig) -> tuple[float, float]
     A ternary weight moves only when its master crosses a threshold, so it wants the faster rate.
     """
     tuned = _TUNED_RATES[training.optimizer, "dense" if model.linear == "dense" else "ternary"]
-    one_for_all = training.learning_rate if training.optimizer == "adamw" else None
-    rest = training.adamw_learning_rate or one_for_all or _TUNED_REST
-    return training.learning_rate or tuned, rest
+    matrices = training.learning_rate or tuned[0]
+    rest = matrices if training.optimizer == "adamw" else tuned[1]
+    return matrices, training.adamw_learning_rate or rest
 
 
 def check_configs(model: ModelConfig, training: TrainConfig) -> None:
@@ -509,12 +508,7 @@ PRESETS: dict[str, tuple[ModelConfig, DataConfig, TrainConfig]] = {
     "demo": (
         ModelConfig(),
         DataConfig(),
-        TrainConfig(
-            adamw_learning_rate=0.005,  # a small text many times over: 0.015 ends higher
-            save_every_steps=50,
-            eval_every_steps=50,
-            patience=3,
-        ),
+        TrainConfig(save_every_steps=50, eval_every_steps=50, patience=3),
     ),
     "laptop": (
         ModelConfig(
@@ -4125,10 +4119,8 @@ def memory_parts(
         work["gathered embedding and head"] = 4 * (P - model.num_hidden_layers * block)
         came_in = block // 4 if quantized else 4 * block  # trits, see TritGather
         work["gathered blocks"] = 4 * block + came_in  # one, and what another came in
-        sent = (
-            4 + 2 * (8 if exact else 4)
-        ) * block  # a block's gradient, on its way with another's
-        work["loss"] = max(work["loss"], sent)  # whose memory is free then
+        number = 4 + 2 * (8 if exact else 4)  # of a block's gradient, on its way with another's
+        work["loss"] = max(work["loss"], number * block)  # whose memory is free then
     at_once = min(MESSAGES_UNDER_WAY * max(BUCKET_NUMBERS, V * D), P)
     update = {"messages": (8 if exact else 4) * at_once if processes > shared else 0}
     return always | max(work, update, key=lambda parts: sum(parts.values()))
