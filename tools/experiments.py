@@ -338,6 +338,16 @@ def rates(linear: str, optimizer: str, *values: float) -> list[Variant]:
     ]
 
 
+TWINS = [
+    Variant(f"{linear}{more}", {"linear": linear, **changes}, patch)
+    for more, changes, patch in (
+        ("", {}, ""),
+        (", 5 Newton-Schulz steps", {}, "5 Newton-Schulz steps"),
+        (", the rest 0.015", {"adamw_learning_rate": 0.015}, ""),
+    )
+    for linear in ("ternary", "dense")
+]
+
 TABLES: dict[str, Table] = {
     "rates": Table(
         "peak rate of the matrices, 2.56M parameters, equal tokens",
@@ -380,8 +390,15 @@ TABLES: dict[str, Table] = {
         ],
         tokens=1_048_576,
     ),
+    "gap": Table(
+        "ternary against its dense twin at equal steps, each with its own rate, 2.56M",
+        SMALL,
+        TWINS,
+        tokens=262_144,
+        seeds=3,
+    ),
     "gap-14M": Table(
-        "ternary against its dense twin at equal steps, each with its own rate, 13.8M",
+        "the same at 13.8M parameters, with half the tokens",
         {
             **FIRST,
             "learning_rate": None,
@@ -389,19 +406,7 @@ TABLES: dict[str, Table] = {
             "batch_tokens": 2048,
             "compile": "on",
         },
-        [
-            *(Variant(linear, {"linear": linear}) for linear in ("ternary", "dense")),
-            *(
-                Variant(
-                    f"{linear}, the rest 0.015", {"linear": linear, "adamw_learning_rate": 0.015}
-                )
-                for linear in ("ternary", "dense")
-            ),
-            *(
-                Variant(f"{linear}, 5 steps", {"linear": linear}, "5 Newton-Schulz steps")
-                for linear in ("ternary", "dense")
-            ),
-        ],
+        TWINS,
         tokens=131_072,
         seeds=3,
     ),
@@ -417,6 +422,11 @@ TABLES: dict[str, Table] = {
             ),
             Variant(SEED_SCRIPT, {}, SEED_SCRIPT),
             Variant("dense twin of 2.2M, Muon", {**SHORT, "linear": "dense"}),
+            Variant("ternary, 2.2M, the rest 0.005", {**SHORT, "adamw_learning_rate": 0.005}),
+            Variant(
+                "dense twin of 2.2M, AdamW 0.0015 for all",
+                {**SHORT, "linear": "dense", "optimizer": "adamw", "adamw_learning_rate": 0.0015},
+            ),
         ],
         minutes=10,
         threads=2,
