@@ -342,6 +342,9 @@ def test_the_plan_counts_what_training_holds(tiny_config):
     for name in ("weights", "gradients", "optimizer"):
         assert shared[name] == parts[name] // 3
     block = sum(p.nbytes for p in model.model.layers[0].parameters())
+    assert shared["gathered blocks"] == block + block // 16  # trits come in
+    dense = dataclasses.replace(tiny_config, linear="dense")
+    shared = bit.memory_parts(dense, bit.TrainConfig(fsdp=True), torch.float32, 3)
     assert shared["gathered blocks"] == 2 * block
     assert shared["gathered embedding and head"] == gradients - 2 * block
 
