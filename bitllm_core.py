@@ -871,7 +871,7 @@ class BitLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
         self.linear = linear
         self.held: Tensor | None = None  # see BitLM.hold_weights
-        self.gathered: str | None = None  # see sharded_model
+        self.gathered: str | None = None  # form of the weight that FSDP brings, see sharded_model
         self.kernel_call: Any = None  # with this layer and those that share its input
 
     @property
@@ -2773,7 +2773,7 @@ class TritGather:
         self.rows = rows
 
     @classmethod
-    def applies(cls, layer: BitLinear) -> bool:
+    def attach(cls, layer: BitLinear) -> bool:
         """Let the weight of `layer`, a DTensor, be gathered so; False where that cannot be."""
         weight: Any = layer.weight
         if layer.linear == "dense" or len(weight) % weight.device_mesh.size():
@@ -2834,7 +2834,7 @@ def sharded_model(
     model.fill_rope()
     model.rope = model.rope.to(device)
     for layer in model.bit_linears().values():
-        layer.gathered = "dense" if TritGather.applies(layer) else layer.linear
+        layer.gathered = "dense" if TritGather.attach(layer) else layer.linear
 
     def keep(parameter: Tensor, values: Tensor) -> None:
         parameter.copy_(sharded_like(parameter, values))
@@ -4119,8 +4119,8 @@ def memory_parts(
         work["gathered embedding and head"] = 4 * (P - model.num_hidden_layers * block)
         came_in = block // 4 if quantized else 4 * block  # trits, see TritGather
         work["gathered blocks"] = 4 * block + came_in  # one, and what another came in
-        number = 4 + 2 * (8 if exact else 4)  # of a block's gradient, on its way with another's
-        work["loss"] = max(work["loss"], number * block)  # whose memory is free then
+        under_way = (4 + 2 * (8 if exact else 4)) * block  # a block's gradient, sent with another's
+        work["loss"] = max(work["loss"], under_way)  # whose memory is free then
     at_once = min(MESSAGES_UNDER_WAY * max(BUCKET_NUMBERS, V * D), P)
     update = {"messages": (8 if exact else 4) * at_once if processes > shared else 0}
     return always | max(work, update, key=lambda parts: sum(parts.values()))

@@ -36,7 +36,7 @@ def main() -> None:
     cpu = torch.device("cpu")
     world = bit.World.of_environment(cpu)
     as_trits, _ = bit.sharded_model(config, 0, cpu)
-    with mock.patch.object(bit.TritGather, "applies", return_value=False):
+    with mock.patch.object(bit.TritGather, "attach", return_value=False):
         as_numbers, _ = bit.sharded_model(config, 0, cpu)
     ids = torch.randint(config.vocab_size, (flags.windows, config.max_position_embeddings + 1))
     seconds = []
