@@ -1099,6 +1099,12 @@ class _Trunk(nn.Module):
 CHUNK_BYTES = 32 << 20  # of logits in float32 at once; smaller is slower: docs/log.md
 
 
+def token_probabilities(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """log p of what was wanted, (N, 1) in float32, and p of all tokens in the logits' dtype."""
+    log_p = logits.log_softmax(dim=1, dtype=torch.float32)
+    return log_p.gather(1, wanted), log_p.exp_().to(logits.dtype)
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Head and cross-entropy in one, a chunk of tokens at a time.
 
@@ -1110,7 +1116,13 @@ class _ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        probabilities: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> Tensor:
         kind = hidden.device.type
         reduced = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if reduced else hidden.dtype
@@ -1124,21 +1136,23 @@ class _ChunkedLoss(torch.autograd.Function):
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
                 x, wanted = hidden[part].to(dtype), targets[part, None]
-                log_p = (x @ w.T).log_softmax(dim=1, dtype=torch.float32)  # (rows, V)
-                log_p_wanted = log_p.gather(1, wanted)
-                nats -= log_p_wanted.sum()
-                if learning:  # the gradient of the logits is p, less 1 at what was wanted
-                    d_logits = log_p.exp_()
-                    d_logits.scatter_add_(1, wanted, torch.full_like(log_p_wanted, -1.0))
-                    d_logits = d_logits.to(dtype)
-                    d_hidden[part] = d_logits @ w
-                    d_weight.addmm_(d_logits.T, x)
+                logits = x @ w.T  # (rows, V)
+                if not learning:
+                    nats += F.cross_entropy(logits.float(), targets[part], reduction="sum")
+                    continue
+                log_p, d_logits = probabilities(logits, wanted)
+                nats -= log_p.sum()
+                # the gradient of the logits is p, less 1 at what was wanted
+                at = torch.arange(len(x), device=x.device)  # scatter_ would copy all the logits
+                d_logits[at, targets[part]] = log_p.expm1().squeeze(1).to(dtype)
+                d_hidden[part] = d_logits @ w
+                d_weight.addmm_(d_logits.T, x)
         return nats
 
     @staticmethod
     def backward(ctx: Any, *grad: Any) -> Any:
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * grad[0], d_weight.mul_(grad[0]), None
+        return d_hidden * grad[0], d_weight.mul_(grad[0]), None, None
 
 
 class BitLM(nn.Module):
@@ -1284,16 +1298,17 @@ class BitLM(nn.Module):
         input_ids: Tensor,
         targets: Tensor,
         blocks: Sequence[Callable[..., Tensor]] | None = None,
+        probabilities: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = token_probabilities,
     ) -> Tensor:
         """Cross-entropy in nats, summed over all tokens of `targets`, (B, T), in float32.
 
-        `blocks` stands for `model.layers` where those are compiled.
+        `blocks` stands for `model.layers` where those are compiled, and so does `probabilities`.
         """
         at = torch.arange(input_ids.shape[1], device=input_ids.device)
         hidden = self._blocks(self.embed(input_ids), at, blocks=blocks).flatten(0, 1)  # (N, D)
         if self.lm_head is not None:
             hidden = quantize_input(hidden, self.config.linear)
-        return _ChunkedLoss.apply(hidden, self.head_weight(), targets.flatten())
+        return _ChunkedLoss.apply(hidden, self.head_weight(), targets.flatten(), probabilities)
 
 
 @torch.no_grad()
@@ -3991,18 +4006,20 @@ def why_not_compile(device: Device) -> str:
 
 
 def compiled_loss(model: BitLM) -> Callable[[Tensor, Tensor], Tensor]:
-    """`model.loss` with its blocks compiled: one compilation, since they are alike.
+    """`model.loss` with its blocks compiled, once, since they are alike, and the head's softmax.
 
-    Head and loss are quick as they are. The embedding has to stay eager: its gradient, compiled
-    for a CPU, is added up by several threads in no fixed order, so that two runs differ in their
-    last bits.
+    The head's products are quick as they are. The embedding has to stay eager: its gradient,
+    compiled for a CPU, is added up by several threads in no fixed order, so that two runs differ in
+    their last bits.
     """
     blocks = [torch.compile(block, dynamic=False) for block in model.model.layers]
+    # dynamic: the last chunk is a smaller one
+    probabilities = torch.compile(token_probabilities, dynamic=True)
 
     def loss(input_ids: Tensor, targets: Tensor) -> Tensor:
         with warnings.catch_warnings():  # the compiler looks at the input's .grad; it has none
             warnings.filterwarnings("ignore", message="The .grad attribute")
-            return model.loss(input_ids, targets, blocks)
+            return model.loss(input_ids, targets, blocks, probabilities)
 
     return loss
 

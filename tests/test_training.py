@@ -124,8 +124,9 @@ def test_out_of_memory_halves_the_micro_batch_within_the_step(run, tmp_path, mon
     assert_same_bits(weights_of(tmp_path / "small"), weights_of(tmp_path / "halved"))
 
 
-def test_compiled_and_eager_agree(run, tmp_path, capsys):
+def test_compiled_and_eager_agree(run, tmp_path, monkeypatch, capsys):
     losses = {}
+    monkeypatch.setattr(bit, "has_bfloat16", lambda device: False)  # Muon rounds to 1/256 there
     for mode in ("on", "off"):
         run(tmp_path / mode, compile=mode, max_steps=3, log_every_steps=1)
         losses[mode] = [x["loss"] for x in without_times(tmp_path / mode) if "loss" in x]
@@ -391,10 +392,11 @@ def test_evaluate_slides_where_asked(tmp_path, tiny_config, tokenizer):
 
 
 @pytest.mark.parametrize(("optimizer", "golden"), [("adamw", 5.59680), ("muon", 5.49659)])
-def test_three_golden_steps(run, tmp_path, optimizer, golden):
+def test_three_golden_steps(run, tmp_path, monkeypatch, optimizer, golden):
+    monkeypatch.setattr(bit, "has_bfloat16", lambda device: False)  # the same on every processor
     run(tmp_path, optimizer=optimizer, max_steps=3, log_every_steps=1)
     loss = [line["loss"] for line in without_times(tmp_path) if "loss" in line][-1]
-    # float32 sums in another order on another processor; Muon's iteration is in bfloat16
+    # float32 sums come in another order on another processor
     assert loss == pytest.approx(golden, rel=5e-4), (
         "the numbers of training have changed. New ones are legitimate only in a commit that "
         "means to change them (initialisation, quantizers, data order, optimizer, schedule) and "
