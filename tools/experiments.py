@@ -414,7 +414,7 @@ TABLES: dict[str, Table] = {
         "ten minutes, everything counted",
         {"compile": "on"},
         [
-            Variant("ternary, 5.4M", SHORT),
+            Variant("ternary, 5.4M", {**SHORT, "learning_rate": 0.02}),
             Variant("first defaults, ternary, 13.8M", FIRST, "the first defaults"),
             Variant(
                 "dense twin of 5.4M, AdamW",
@@ -422,6 +422,12 @@ TABLES: dict[str, Table] = {
             ),
             Variant(SEED_SCRIPT, {}, SEED_SCRIPT),
             Variant("dense twin of 5.4M, Muon", {**SHORT, "linear": "dense"}),
+            Variant("ternary, 5.4M, 0.04", SHORT),
+            Variant("ternary, 5.4M, momentum 0.98", {**SHORT, "momentum": 0.98}),
+            Variant(
+                "dense twin of 5.4M, AdamW 0.00075",
+                {**SHORT, "linear": "dense", "optimizer": "adamw", "learning_rate": 0.00075},
+            ),
         ],
         minutes=10,
         seeds=3,
