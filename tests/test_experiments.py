@@ -45,6 +45,7 @@ def test_a_row_says_what_evaluate_says(run, table, tiny_corpus, tmp_path):
     assert [point[0] for point in row["curve"]] == [128, 256, 384, 512]
     words = (tmp_path / f"{tiny_corpus.stem}-2000.txt").read_text("utf-8")
     assert row["words"] == len(words.split()) + words.count("\n")
+    assert row["device"] == str(bit.choose_device())
     assert row == {**run(table), **{k: row[k] for k in ("curve", "seconds", "train_seconds")}}
     assert run(table, seed=1)["loss"] != row["loss"]
 

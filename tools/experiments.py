@@ -622,6 +622,7 @@ def run_one(table: Table, variant: Variant, seed: int, texts: tuple[Path, Path],
         "train_seconds": round(state.train_seconds, 1),
         "curve": recorder.curve,
         "clock": CLOCK,
+        "device": str(bit.choose_device()),
         "text": text,
     }
 
@@ -669,6 +670,7 @@ def run_seed_script(table: Table, seed: int, texts: tuple[Path, Path], work: Pat
         "train_seconds": round(now, 1),
         "curve": [],
         "clock": CLOCK,
+        "device": "cpu, float32",
         "text": text,
     }
 
