@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import bitllm_core as bit
 from tests import tiny
@@ -84,6 +85,8 @@ def main() -> int:
             return 1
         else:
             print(task, state.step, state.skipped, state.stop_signal, flush=True)
+    if dist.is_initialized():  # as the command line does: gloo's threads abort a process that ends
+        dist.destroy_process_group()
     return 0
 
 
