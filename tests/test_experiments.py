@@ -1,6 +1,7 @@
 """The experiment tool: rows that are there are not made again, and every patch does something."""
 
 import dataclasses
+import inspect
 import json
 
 import pytest
@@ -53,6 +54,9 @@ def test_a_row_says_what_evaluate_says(run, table, tiny_corpus, tmp_path):
 @pytest.mark.parametrize("name", experiments.PATCHES)
 def test_every_patch_changes_the_outcome_and_leaves_nothing_behind(run, table, name):
     plain = run(table)["loss"]
+    asked = inspect.signature(bit.BitLM.loss).parameters
+    with experiments.PATCHES[name]():  # compiled training gives it all of them
+        inspect.signature(bit.BitLM.loss).bind(*asked)
     assert run(table, experiments.Variant(name, {}, name))["loss"] != plain
     assert run(table)["loss"] == plain
 
@@ -77,7 +81,18 @@ def test_a_clock_ends_a_run_and_cools_it_down(run, table, monkeypatch):
     assert bit.learning_rate_factor is factor
 
 
-def test_a_list_goes_on_where_it_was_stopped(tiny_corpus, tmp_path, monkeypatch, table):
+def test_the_text_of_python_is_cut_by_topics(run, table, tmp_path):
+    plain, own = run(table), run(dataclasses.replace(table, pydocs=True))
+    assert own["loss"] != plain["loss"]
+    texts = [(tmp_path / f"pydocs-{part}.txt").read_text("utf-8") for part in ("train", "valid")]
+    topics = [text for text, _ in bit.read_pieces("pydocs", "train", bit.DataConfig())]
+    assert sum(map(len, texts)) == sum(map(len, topics))
+    assert texts[1].startswith(topics[0])
+    assert topics[0] not in texts[0]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_list_goes_on_where_it_was_stopped(tiny_corpus, tmp_path, monkeypatch, table, jobs):
     results, done = tmp_path / "results.jsonl", []
 
     def process(command, **options):
@@ -97,17 +112,29 @@ def test_a_list_goes_on_where_it_was_stopped(tiny_corpus, tmp_path, monkeypatch,
     two = dataclasses.replace(table, variants=[PLAIN, experiments.Variant("other")], seeds=2)
     monkeypatch.setitem(experiments.TABLES, "two", two)
     arguments = ["--work", str(tmp_path), "--train", str(tiny_corpus), "--valid", str(tiny_corpus)]
+    arguments += ["--jobs", str(jobs)]
     assert experiments.main(["run", "two", *arguments]) == 0
-    assert done == [("plain", "0"), ("other", "0"), ("plain", "1"), ("other", "1")]
-    lines = results.read_text("utf-8").splitlines(keepends=True)
-    assert all(json.loads(line)["commit"] for line in lines)
-    results.write_text("".join(lines[:2] + lines[3:]), "utf-8")
+    expected = [("plain", "0"), ("other", "0"), ("plain", "1"), ("other", "1")]
+    assert (done if jobs == 1 else sorted(done)) == (expected if jobs == 1 else sorted(expected))
+    rows = experiments.read_rows(results, "two")
+    assert all(row["commit"] for row in rows)
+    kept = [row for row in rows if (row["variant"], row["seed"]) != ("plain", 1)]
+    results.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
     experiments.main(["run", "two", *arguments])
     assert done[4:] == [("plain", "1")]
     rows = experiments.read_rows(results, "two")
     assert "| other | 2 | 1.00M | 2 | 2 | 2.000 ± 0.000 |" in experiments.report("two", rows)
     experiments.main(["draw", "two", "--out", str(tmp_path / "a.png"), *arguments])
     assert (tmp_path / "a.png").stat().st_size > 5000
+
+
+def test_a_row_that_failed_is_missed(tiny_corpus, tmp_path, monkeypatch, table, capsys):
+    broken = dataclasses.replace(table, variants=[experiments.Variant("broken", {"dtype": "int8"})])
+    monkeypatch.setitem(experiments.TABLES, "two", dataclasses.replace(broken, tokens=0, minutes=1))
+    arguments = ["--work", str(tmp_path), "--train", str(tiny_corpus), "--valid", str(tiny_corpus)]
+    assert experiments.main(["run", "two", *arguments]) == 1
+    assert "broken, seed 0: exit 1" in capsys.readouterr().err
+    assert not (tmp_path / "results.jsonl").exists()
 
 
 @pytest.mark.parametrize("name", experiments.TABLES)

@@ -9,10 +9,11 @@
 Texts are local files: the figures in the docs are WikiText-2's, made with `gzip -dk`. A row is
 added to the results file when its run has ended; rows that are there are not run again, so a list
 may be stopped at any time, and a variant or a seed be added later. Every run is a process of its
-own. A budget is in tokens (equal work), or in minutes, counted from the start of the process to the
-last step: import, tokenizer, compiling and all. Minutes are of wall-clock, or with --clock cpu of
-processor time (one thread then), which other work on the machine does not take away. What is tried
-only here is a patch of the core (see PATCHES), not one of its settings.
+own, and `--jobs 2` has two of them at a time. A budget is in tokens (equal work), or in minutes,
+counted from the start of the process to the last step: import, tokenizer, compiling and all.
+Minutes are of wall-clock, or with --clock cpu of processor time (one thread then), which other
+work on the machine does not take away. What is tried only here is a patch of the core (see
+PATCHES), not one of its settings.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import time
 BORN = time.time()
 
 from collections.abc import Callable, Iterator, Sequence  # noqa: E402
+from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -92,7 +94,7 @@ def embedding_std(std: float) -> Callable[[bit.BitLM], None]:
 
 def z_loss(weight: float) -> Any:
     def make(_):
-        def loss(self, input_ids, targets, blocks=None):
+        def loss(self, input_ids, targets, blocks=None, _=None):
             at = torch.arange(input_ids.shape[1], device=input_ids.device)
             hidden = self._blocks(self.embed(input_ids), at, blocks=blocks)
             logits = self.head(hidden).flatten(0, 1).float()
@@ -268,6 +270,8 @@ class Table:
     """how much of the validation text a run ends with; 0: all of it"""
     train_bytes: int = 0
     """how much of the training text there is; 0: all of it"""
+    pydocs: bool = False
+    """the text that comes with Python instead of --train and --valid"""
 
 
 SMALL: dict[str, Any] = {
@@ -483,6 +487,26 @@ TABLES: dict[str, Table] = {
         tokens=524_288,
         train_bytes=200_000,
     ),
+    "pydocs": Table(
+        "does the recipe hold for another text? equal tokens, about twice over it",
+        SMALL,
+        [
+            Variant("defaults"),
+            *patched("projections x 10", "5 Newton-Schulz steps"),
+            Variant("dense", {"linear": "dense"}),
+            *rates("dense", "adamw", 0.0015),
+            *rates("ternary", "adamw", 0.0015),
+            named(adamw_learning_rate=0.015),
+            *(named(learning_rate=rate) for rate in (0.02, 0.03, 0.06)),
+            Variant("batch_tokens 1024", {"batch_tokens": 1024, "micro_batch_size": 8}),
+            named(weight_decay=0.1),
+            *patched("z-loss 1e-4", "no sub-norms", "dropout 0.1"),
+            *(named(vocab_size=size) for size in (2048, 8192)),
+        ],
+        tokens=262_144,
+        seeds=2,
+        pydocs=True,
+    ),
 }
 
 
@@ -559,21 +583,37 @@ def cut_text(source: Path, size: int, folder: Path) -> Path:
     path = folder / f"{source.stem}-{size}.txt"
     if not path.is_file():
         data = source.read_bytes()[:size]
-        path.write_bytes(data[: data.rfind(b"\n") + 1])
+        bit.write_atomically(path, data[: data.rfind(b"\n") + 1])
     return path
+
+
+def python_texts(folder: Path) -> tuple[Path, Path]:
+    """The text that comes with Python as two files: every tenth topic is for validation."""
+    topics = [text for text, _ in bit.read_pieces("pydocs", "train", bit.DataConfig())]
+    paths = folder / "pydocs-train.txt", folder / "pydocs-valid.txt"
+    for path, chosen in zip(paths, (lambda i: i % 10 > 0, lambda i: i % 10 == 0), strict=True):
+        text = "".join(topic for i, topic in enumerate(topics) if chosen(i))
+        if not path.is_file():
+            bit.write_atomically(path, text.encode())
+    return paths
 
 
 SAMPLE = bit.SamplingConfig(max_new_tokens=80, seed=0)  # what a row keeps of a model's writing
 
 
-def run_one(table: Table, variant: Variant, seed: int, texts: tuple[Path, Path], work: Path) -> Any:
-    """Train one variant with one seed and measure it; a dictionary for the results file."""
-    train_text, valid_text = cut_text(texts[0], table.train_bytes, work), texts[1]
-    if variant.patch == SEED_SCRIPT:
-        return run_seed_script(table, seed, texts, work)
+def own_texts(table: Table, texts: tuple[Path, Path], work: Path) -> tuple[Path, Path]:
+    """Training and validation text of a table, of those that were given."""
+    train, valid = python_texts(work) if table.pydocs else texts
+    return cut_text(train, table.train_bytes, work), valid
+
+
+def configurations(
+    table: Table, variant: Variant, seed: int, texts: tuple[Path, Path], work: Path
+) -> tuple[bit.ModelConfig, bit.DataConfig, bit.TrainConfig]:
+    """What is trained: the core's defaults, then the table's, then the variant's."""
     changes = {
-        "data": str(train_text),
-        "validation_data": str(cut_text(valid_text, 30_000, work)),
+        "data": str(texts[0]),
+        "validation_data": str(cut_text(texts[1], 30_000, work)),
         "eval_tokens": 8192,
         "save_every_minutes": 0.0,
         "keep_checkpoints": 1,
@@ -581,24 +621,33 @@ def run_one(table: Table, variant: Variant, seed: int, texts: tuple[Path, Path],
         **table.base,
         **variant.changes,
     }
-    model, data, train = (
-        kind(**part)
-        for kind, part in zip(
-            (bit.ModelConfig, bit.DataConfig, bit.TrainConfig), split_fields(changes), strict=True
-        )
-    )
+    model_part, data_part, train_part = split_fields(changes)
+    train = bit.TrainConfig(**train_part)
+    steps, every = 1_000_000, 0
     if table.tokens:
         steps = table.tokens // train.batch_tokens
-        train = dataclasses.replace(train, max_steps=steps, eval_every_steps=max(steps // 4, 1))
-    else:
-        train = dataclasses.replace(train, max_steps=1_000_000, eval_every_steps=0)
+        every = max(steps // 4, 1)
+    train = dataclasses.replace(train, max_steps=steps, eval_every_steps=every)
+    return bit.ModelConfig(**model_part), bit.DataConfig(**data_part), train
+
+
+def shared_data(data: bit.DataConfig, model: bit.ModelConfig, work: Path) -> Path:
+    """A text tokenised once for all runs that read it so; the folder."""
+    size, context = model.vocab_size, model.max_position_embeddings
+    folder = work / "tokens" / f"{Path(data.data).stem}-{size}-{context}"
+    bit.prepare_data(data, size, context, folder)
+    return folder
+
+
+def run_one(table: Table, variant: Variant, seed: int, texts: tuple[Path, Path], work: Path) -> Any:
+    """Train one variant with one seed and measure it; a dictionary for the results file."""
+    if variant.patch == SEED_SCRIPT:
+        return run_seed_script(table, seed, texts, work)
+    texts = own_texts(table, texts, work)
+    model, data, train = configurations(table, variant, seed, texts, work)
     out = work / "runs" / f"{os.getpid()}"
-    shared = (
-        work / "tokens" / f"{train_text.stem}-{model.vocab_size}-{model.max_position_embeddings}"
-    )
-    if table.tokens:  # tokenised once for all runs; with a clock, it is part of the run
-        bit.prepare_data(data, model.vocab_size, model.max_position_embeddings, shared)
-        link_data(shared, out)
+    if table.tokens:  # with a clock, tokenizing is part of the run
+        link_data(shared_data(data, model, work), out)
     recorder = Recorder(out, table.minutes * 60)
     with contextlib.ExitStack() as stack:
         callbacks: list[bit.Callback] = [recorder]
@@ -608,7 +657,7 @@ def run_one(table: Table, variant: Variant, seed: int, texts: tuple[Path, Path],
         if table.minutes:
             stack.enter_context(rate_by_the_clock(table.minutes))
         state = bit.train(model, data, train, out, callbacks=callbacks)
-        whole = cut_text(valid_text, table.valid_bytes, work)
+        whole = cut_text(texts[1], table.valid_bytes, work)
         tokenizer = bit.load_tokenizer(out / "tokenizer.json")
         result = bit.evaluate(state.model, tokenizer, whole)
         text = bit.generate(state.model, tokenizer, "", SAMPLE)
@@ -703,35 +752,46 @@ def commit() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def run_table(name: str, flags: argparse.Namespace) -> int:
-    """Every variant and seed that has no row yet, one after the other, each in its own process."""
+def run_row(name: str, variant: Variant, seed: int, flags: argparse.Namespace) -> bool:
+    """One row, in a process of its own, added to the results file; False if that failed."""
     table = TABLES[name]
-    seeds = range(flags.seeds or table.seeds)
-    for seed in seeds:  # the first seed of all, then the second
-        for variant in table.variants:
-            if flags.only and flags.only not in variant.name:
-                continue
-            key = {"table": name, "variant": variant.name, "seed": seed}
-            if any(all(row[k] == v for k, v in key.items()) for row in read_rows(flags.results)):
-                continue
-            command = [sys.executable, __file__, "one", name, "--variant", variant.name]
-            command += ["--seed", str(seed), "--train", str(flags.train)]
-            command += ["--valid", str(flags.valid), "--work", str(flags.work)]
-            threads = 1 if flags.clock == "cpu" else table.threads
-            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-            environment["BITLLM_EXPERIMENTS_CLOCK"] = flags.clock
-            key["commit"] = commit()  # of when it begins
-            done = subprocess.run(
-                command, env=environment, stdout=subprocess.PIPE, text=True, check=False
-            )
-            if done.returncode:
-                print(f"{variant.name}, seed {seed}: exit {done.returncode}", file=sys.stderr)
-                continue
-            row = {**key, **json.loads(done.stdout.splitlines()[-1])}
-            with flags.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            print(f"{variant.name}, seed {seed}: {row['loss']:.4f}", flush=True)
-    return 0
+    command = [sys.executable, __file__, "one", name, "--variant", variant.name]
+    command += ["--seed", str(seed), "--train", str(flags.train)]
+    command += ["--valid", str(flags.valid), "--work", str(flags.work)]
+    threads = 1 if flags.clock == "cpu" or flags.jobs > 1 else table.threads
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment["BITLLM_EXPERIMENTS_CLOCK"] = flags.clock
+    key = {"table": name, "variant": variant.name, "seed": seed, "commit": commit()}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        print(f"{variant.name}, seed {seed}: exit {done.returncode}", file=sys.stderr)
+        return False
+    row = {**key, **json.loads(done.stdout.splitlines()[-1])}
+    with flags.results.open("a", encoding="utf-8") as file:  # a line is written at once
+        file.write(json.dumps(row) + "\n")
+    print(f"{variant.name}, seed {seed}: {row['loss']:.4f}", flush=True)
+    return True
+
+
+def run_table(name: str, flags: argparse.Namespace) -> bool:
+    """Every variant and seed that has no row yet, `--jobs` at a time; False if one failed."""
+    table = TABLES[name]
+    texts = own_texts(table, (flags.train, flags.valid), flags.work)
+    there = {(row["variant"], row["seed"]) for row in read_rows(flags.results, name)}
+    pool, rows = ThreadPoolExecutor(flags.jobs), []
+    try:
+        for seed in range(flags.seeds or table.seeds):  # the first seed of all, then the second
+            for variant in table.variants:
+                if flags.only not in variant.name or (variant.name, seed) in there:
+                    continue
+                if table.tokens:  # here, so that no two rows make the same files
+                    model, data, _ = configurations(table, variant, seed, texts, flags.work)
+                    shared_data(data, model, flags.work)
+                rows.append(pool.submit(run_row, name, variant, seed, flags))
+        done = [row.result() for row in rows]
+    finally:  # after Ctrl-C too, no further row begins
+        pool.shutdown(cancel_futures=True)
+    return all(done)
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -855,6 +915,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, help="default: results.jsonl in --work")
     parser.add_argument("--seeds", type=int, help="how many; default: the table's")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="of minutes")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at a time, of one thread each")
     parser.add_argument("--only", default="", help="variants whose name holds this")
     parser.add_argument("--out", type=Path, help="of draw: the .png file")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
@@ -878,8 +939,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in flags.table:
             draw(name, read_rows(flags.results, name), flags.out or Path(f"{name}.png"))
     elif flags.command == "run":
-        for name in flags.table or TABLES:
-            run_table(name, flags)
+        done = [run_table(name, flags) for name in flags.table or TABLES]
+        return 0 if all(done) else 1
     else:
         for name in flags.table or TABLES:
             print(f"\n### {name}: {TABLES[name].about}\n")
