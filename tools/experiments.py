@@ -487,6 +487,22 @@ TABLES: dict[str, Table] = {
         tokens=524_288,
         train_bytes=200_000,
     ),
+    "laptop": Table(
+        "the preset's model, a fifth of its tokens: the size of a step, and of the vocabulary",
+        {
+            **dataclasses.asdict(bit.PRESETS["laptop"][0]),
+            "batch_tokens": 4096,
+            "micro_batch_size": 8,
+            "warmup_steps": 20,
+            "compile": "on",
+        },
+        [
+            *(named(batch_tokens=size) for size in (8192, 4096, 2048)),
+            named(vocab_size=16_384),
+            named(adamw_learning_rate=0.01),
+        ],
+        tokens=1_228_800,
+    ),
     "pydocs": Table(
         "does the recipe hold for another text? equal tokens, about twice over it",
         SMALL,
