@@ -88,9 +88,9 @@ def test_without_gpu_and_choice_a_run_is_short_and_keeps_its_length(tmp_path, mo
     assert bit.Settings().configs() == bit.PRESETS["demo"]
     monkeypatch.setattr(bit, "product_rate", lambda device: 1e11)
     steps = bit.Settings().configs()[2].max_steps
-    assert 20 < steps < 100
+    assert 40 < steps < 200
     assert "small and short" in bit.Settings().describe()
-    assert bit.Settings("demo").configs()[2].max_steps == 200
+    assert bit.Settings("demo").configs()[2].max_steps == 400
     run = tmp_path / "runs" / "demo"
     run.mkdir(parents=True)
     (run / "config.json").write_text(json.dumps({"train": {"max_steps": steps}}))

@@ -41,7 +41,7 @@ def test_a_sum_of_gradients_does_not_show_its_order():
 
 
 def test_portions_of_windows_depend_on_the_processes_only_above_four():
-    model, _, train = bit.PRESETS["demo"]
+    model, train = bit.PRESETS["demo"][0], bit.TrainConfig(batch_tokens=4096)
     cpu = bit.choose_device("cpu", "float32")
     sizes = [bit.windows_at_once(model, train, cpu, processes) for processes in (1, 2, 3, 4, 16)]
     assert sizes == [8, 8, 8, 8, 2]
