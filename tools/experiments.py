@@ -800,8 +800,10 @@ def run_table(name: str, flags: argparse.Namespace) -> bool:
             for variant in table.variants:
                 if flags.only not in variant.name or (variant.name, seed) in there:
                     continue
-                if table.tokens:  # here, so that no two rows make the same files
-                    model, data, _ = configurations(table, variant, seed, texts, flags.work)
+                # what rows share is made here, so that no two make the same files
+                model, data, _ = configurations(table, variant, seed, texts, flags.work)
+                cut_text(texts[1], table.valid_bytes, flags.work)
+                if table.tokens:
                     shared_data(data, model, flags.work)
                 rows.append(pool.submit(run_row, name, variant, seed, flags))
         done = [row.result() for row in rows]
