@@ -160,7 +160,7 @@ def test_run_all_stop_and_go_on(browser, tmp_path):
             lab.shot("01_stopped_light", CARD)
             lines = bit.MetricsLog.read(run / "metrics.jsonl")
             stopped = bit.newest_checkpoint(run / "checkpoints")["step"]
-            assert first < stopped < 200
+            assert first < stopped < 400
             assert lines[-1]["step"] <= stopped
 
             width = lab.page.locator(".widget-text", has_text="hidden size").locator("input")
@@ -173,7 +173,7 @@ def test_run_all_stop_and_go_on(browser, tmp_path):
             lab.page.wait_for_selector(CARD)  # what was drawn survives
             lab.menu("Kernel", "Restart Kernel and Run All Cells…")
             lab.page.click('.jp-Dialog button:has-text("Restart")')
-            _wait_for(lambda: f"going on from step {stopped} of 200" in lab.output(), 120)
+            _wait_for(lambda: f"going on from step {stopped} of 400" in lab.output(), 120)
             _wait_for(lambda: lab.step() > stopped + 10, 120)
             lab.page.click('[data-command="notebook:interrupt-kernel"], [title^="Interrupt"]')
             _wait_for(lambda: "saved; run this cell again" in lab.output(), 60)
