@@ -129,8 +129,8 @@ def test_a_list_goes_on_where_it_was_stopped(tiny_corpus, tmp_path, monkeypatch,
 
 
 def test_a_row_that_failed_is_missed(tiny_corpus, tmp_path, monkeypatch, table, capsys):
-    broken = dataclasses.replace(table, variants=[experiments.Variant("broken", {"dtype": "int8"})])
-    monkeypatch.setitem(experiments.TABLES, "two", dataclasses.replace(broken, tokens=0, minutes=1))
+    unknown = dataclasses.replace(table, variants=[experiments.Variant("broken")])
+    monkeypatch.setitem(experiments.TABLES, "two", unknown)  # but not in the row's own process
     arguments = ["--work", str(tmp_path), "--train", str(tiny_corpus), "--valid", str(tiny_corpus)]
     assert experiments.main(["run", "two", *arguments]) == 1
     assert "broken, seed 0: exit 1" in capsys.readouterr().err
