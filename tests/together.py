@@ -72,6 +72,12 @@ def train(folder: Path, task: str) -> bit.TrainState:
     return bit.train(model, data, config, folder / name, callbacks=())
 
 
+def end_group() -> None:
+    """As the command line does: gloo's threads abort a process that ends."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def main() -> int:
     folder = Path(sys.argv[1])
     bit.PROCESS_TIMEOUT_S = float(os.environ.get("TIMEOUT", "300"))
@@ -82,11 +88,11 @@ def main() -> int:
             print(task, f"refused: {error}", flush=True)
         except OSError as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            end_group()
             return 1
         else:
             print(task, state.step, state.skipped, state.stop_signal, flush=True)
-    if dist.is_initialized():  # as the command line does: gloo's threads abort a process that ends
-        dist.destroy_process_group()
+    end_group()
     return 0
 
 
