@@ -100,6 +100,8 @@ def test_a_list_goes_on_where_it_was_stopped(tiny_corpus, tmp_path, monkeypatch,
             return subprocess_run(command, **options)
         flag = {name: command[command.index(name) + 1] for name in ("--variant", "--seed")}
         done.append((flag["--variant"], flag["--seed"]))
+        assert list((tmp_path / "tokens").glob("*/data/manifest.json"))  # made before any row
+        assert {path.stem.split("-")[-1] for path in tmp_path.glob("*-*.txt")} == {"2000", "30000"}
         row = dict.fromkeys(
             ("loss", "bits_per_byte", "word_perplexity", "seconds", "steps", "trained_tokens"), 2.0
         )

@@ -941,6 +941,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     flags.results = flags.results or flags.work / "results.jsonl"
     flags.work.mkdir(parents=True, exist_ok=True)
+    bit.require(flags.jobs >= 1, "jobs", flags.jobs, "at least 1")
     for name in flags.table:
         bit.require(name in TABLES, "table", name, f"one of {', '.join(TABLES)}")
     if flags.command == "list":
