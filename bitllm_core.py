@@ -7825,4 +7825,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if dist.is_available() and dist.is_initialized():  # after an error
+        # gloo's threads abort a process that ends in order, and NCCL's may wait for the dead
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -128,3 +130,20 @@ def test_a_seed_checkpoint_generates(run_cli, seed_script, tiny_corpus, tmp_path
 def test_the_import_works_from_anywhere(run_cli, tmp_path):
     assert run_cli("info", cwd=tmp_path).returncode == 0
     assert (ROOT / "bitllm_core.py").is_file()
+
+
+def test_a_process_that_failed_among_others_ends_with_its_own_status():
+    # once, a busy machine's process told its error and was then aborted (-6) by gloo's threads
+    program = """
+import atexit, runpy, sys
+import torch.distributed as dist
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+atexit.register(print, "an ordinary end")
+sys.argv = ["bitllm_core.py", "generate", "--model", "nowhere"]
+runpy.run_path("bitllm_core.py", run_name="__main__")
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "nowhere" in done.stderr
+    assert not done.stdout

@@ -73,7 +73,7 @@ def train(folder: Path, task: str) -> bit.TrainState:
 
 
 def end_group() -> None:
-    """As the command line does: gloo's threads abort a process that ends."""
+    """Or gloo's threads may abort a process that ends."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
