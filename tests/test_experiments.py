@@ -135,8 +135,39 @@ def test_a_row_that_failed_is_missed(tiny_corpus, tmp_path, monkeypatch, table, 
     monkeypatch.setitem(experiments.TABLES, "two", unknown)  # but not in the row's own process
     arguments = ["--work", str(tmp_path), "--train", str(tiny_corpus), "--valid", str(tiny_corpus)]
     assert experiments.main(["run", "two", *arguments]) == 1
-    assert "broken, seed 0: exit 1" in capsys.readouterr().err
+    assert "broken, seed 0: exit 2" in capsys.readouterr().err
     assert not (tmp_path / "results.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["run", "nothing"], "table='nothing': expected one of rates, "),
+        (["run", "gap", "--train", "no.txt"], "train='no.txt': expected a text file"),
+        (["costs", "--valid", "no.txt"], "valid='no.txt': expected a text file"),
+        (["run", "pydocs", "--only", "dens!"], "only='dens!': expected a part of one of: defaults"),
+        (["run", "pydocs", "--jobs", "0"], "jobs=0: expected at least 1"),
+        (["run", "pydocs", "--seeds", "0"], "seeds=0: expected at least 1"),
+        (["report", "gap"], "expected rows of gap; run gap first"),
+        (["draw"], "expected one of rates, "),
+        (["draw", "gap", "--out", "no/gap.png"], "gap.png': expected a file in a folder that is"),
+    ],
+)
+def test_what_cannot_be_is_told_before_any_work(tmp_path, monkeypatch, capsys, arguments, told):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        experiments.main(arguments)
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_torn_row_is_run_again(tmp_path):
+    path, row = tmp_path / "results.jsonl", {"table": "gap", "variant": "dense", "seed": 0}
+    path.write_text(json.dumps(row) + "\n" + json.dumps({**row, "seed": 1})[:-3], "utf-8")
+    assert experiments.read_rows(path, "gap") == [row]
+    experiments.add_row(path, {**row, "seed": 2})
+    assert [row["seed"] for row in experiments.read_rows(path, "gap")] == [0, 2]
 
 
 @pytest.mark.parametrize("name", experiments.TABLES)

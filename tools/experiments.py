@@ -756,11 +756,21 @@ def remove_folder(folder: Path) -> None:
 # Lists of runs, and what comes of them
 
 
-def read_rows(path: Path, table: str = "") -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    return [row for row in rows if not table or row["table"] == table]
+def read_rows(path: Path, table: str) -> list[dict[str, Any]]:
+    """The rows of one table; a torn line, as a kill leaves it, is not there."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return [row for row in rows if row["table"] == table]
+
+
+def add_row(path: Path, row: dict[str, Any]) -> None:
+    """A line more, written at once, and behind a torn one not on the same line."""
+    torn = path.is_file() and not path.read_bytes().endswith(b"\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" * torn + json.dumps(row) + "\n")
 
 
 def commit() -> str:
@@ -783,8 +793,7 @@ def run_row(name: str, variant: Variant, seed: int, flags: argparse.Namespace) -
         print(f"{variant.name}, seed {seed}: exit {done.returncode}", file=sys.stderr)
         return False
     row = {**key, **json.loads(done.stdout.splitlines()[-1])}
-    with flags.results.open("a", encoding="utf-8") as file:  # a line is written at once
-        file.write(json.dumps(row) + "\n")
+    add_row(flags.results, row)
     print(f"{variant.name}, seed {seed}: {row['loss']:.4f}", flush=True)
     return True
 
@@ -923,6 +932,33 @@ def costs(train_text: Path, work: Path) -> str:
     return "\n".join(lines)
 
 
+def check(flags: argparse.Namespace) -> None:
+    """ValueError for what cannot be, before any work."""
+    for name in flags.table:
+        bit.require(name in TABLES, "table", name, f"one of {', '.join(TABLES)}")
+    bit.require(flags.jobs >= 1, "jobs", flags.jobs, "at least 1")
+    bit.require(flags.seeds is None or flags.seeds >= 1, "seeds", flags.seeds, "at least 1")
+    names = flags.table or list(TABLES)
+    if flags.command == "run":
+        known = [variant.name for name in names for variant in TABLES[name].variants]
+        there = any(flags.only in name for name in known)
+        bit.require(there, "only", flags.only, f"a part of one of: {'; '.join(known)}")
+    read = {"run": ("train", "valid"), "costs": ("valid",)}.get(flags.command, ())
+    if flags.command == "run" and all(TABLES[name].pydocs for name in names):
+        read = ()  # it comes with Python
+    for name in read:
+        path = getattr(flags, name)
+        bit.require(path.is_file(), name, str(path), "a text file, such as WikiText-2's")
+    if flags.command == "draw":
+        bit.require(bool(flags.table), "table", "", f"one of {', '.join(TABLES)}")
+        folder = (flags.out or Path()).parent
+        bit.require(folder.is_dir(), "out", str(flags.out), "a file in a folder that is there")
+    if flags.command in ("report", "draw"):
+        for name in flags.table:
+            there = bool(read_rows(flags.results, name))
+            bit.require(there, "results", str(flags.results), f"rows of {name}; run {name} first")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Make the tables of docs/results.md.")
     parser.add_argument("command", choices=("run", "one", "report", "draw", "costs", "list"))
@@ -940,10 +976,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     flags = parser.parse_args(arguments)
     flags.results = flags.results or flags.work / "results.jsonl"
+    try:
+        check(flags)
+    except ValueError as error:
+        parser.error(str(error))
     flags.work.mkdir(parents=True, exist_ok=True)
-    bit.require(flags.jobs >= 1, "jobs", flags.jobs, "at least 1")
-    for name in flags.table:
-        bit.require(name in TABLES, "table", name, f"one of {', '.join(TABLES)}")
     if flags.command == "list":
         for name, table in TABLES.items():
             print(f"{name}: {table.about}; {len(table.variants)} variants")
@@ -962,8 +999,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if all(done) else 1
     else:
         for name in flags.table or TABLES:
-            print(f"\n### {name}: {TABLES[name].about}\n")
-            print(report(name, read_rows(flags.results, name)))
+            if rows := read_rows(flags.results, name):
+                print(f"\n### {name}: {TABLES[name].about}\n")
+                print(report(name, rows))
     return 0
 
 
