@@ -527,7 +527,7 @@ PRESETS: dict[str, tuple[ModelConfig, DataConfig, TrainConfig]] = {
             max_position_embeddings=256,
         ),
         DataConfig(data="wikitext-2"),
-        TrainConfig(max_steps=1500, batch_tokens=4096, eval_every_steps=150, patience=3),
+        TrainConfig(max_steps=750, batch_tokens=8192, eval_every_steps=75, patience=3),
     ),
     "t4-1h": (
         ModelConfig(
