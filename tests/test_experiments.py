@@ -7,6 +7,7 @@ import json
 import pytest
 
 import bitllm_core as bit
+from tests.conftest import ROOT
 from tools import experiments
 
 TINY = {
@@ -168,6 +169,14 @@ def test_a_torn_row_is_run_again(tmp_path):
     assert experiments.read_rows(path, "gap") == [row]
     experiments.add_row(path, {**row, "seed": 2})
     assert [row["seed"] for row in experiments.read_rows(path, "gap")] == [0, 2]
+
+
+@pytest.mark.parametrize("name", experiments.TABLES)
+def test_the_page_of_results_has_the_table_of_its_rows(name):
+    docs = ROOT / "docs"
+    rows = experiments.read_rows(docs / "results.jsonl", name)
+    assert rows
+    assert experiments.report(name, rows) in (docs / "results.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("name", experiments.TABLES)
