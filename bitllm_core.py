@@ -44,7 +44,6 @@ import argparse
 import ast
 import base64
 import contextlib
-import ctypes
 import dataclasses
 import errno
 import gzip
@@ -81,7 +80,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -733,123 +732,43 @@ def unpack_trits(packed: Tensor, in_features: int) -> Tensor:
     return codes[:, :in_features].to(torch.int8) - 1
 
 
-_KERNELS = r"""
-#include <math.h>
-#include <stdint.h>
+class Kernels(Protocol):
+    """Faster ways to compute what inference needs most, for the inputs they are made for."""
 
-/* y = x / sqrt(mean(x^2) + eps) * weight for B rows of I numbers. */
-void rms_norm(const float *x, const float *weight, float eps, int B, int I, float *y) {
-    for (int b = 0; b < B; b++, x += I, y += I) {
-        float sum = 0;
-        #pragma omp simd reduction(+ : sum)
-        for (int i = 0; i < I; i++) sum += x[i] * x[i];
-        const float factor = 1 / sqrtf(sum / I + eps);
-        for (int i = 0; i < I; i++) y[i] = x[i] * factor * weight[i];
-    }
-}
+    def ready(self, x: Tensor) -> bool:
+        """Whether x, (..., I), can be computed with; here and now, without a gradient."""
+        ...
 
-/* The products of x, (B, I), rounded to 8 bits, and n ternary matrices, (O[m], I), packed as by
-   pack_trits, side by side in y, (B, sum of O). q: room for one row of whole numbers. */
-void ternary_linear(const float *x, int B, int I, int n, const uint8_t **w,
-                    const float *weight_scale, const int *O, float *y, int16_t *q, int threads) {
-    const int J = (I + 3) / 4;
-    const int16_t *q0 = q, *q1 = q + J, *q2 = q + 2 * J, *q3 = q + 3 * J;
-    for (int b = 0; b < B; b++, x += I) {
-        float top = 1e-5f;
-        for (int i = 0; i < I; i++) top = fmaxf(top, fabsf(x[i]));
-        const float scale = 1.0f / top * 127.0f;  /* torch's way to divide a number by a tensor */
-        int32_t sum = 0;                          /* for the codes are trits + 1 */
-        for (int i = 0; i < 4 * J; i++) sum += q[i] = i < I ? (int16_t)rintf(x[i] * scale) : 0;
-        #pragma omp parallel num_threads(threads) if (threads > 1)
-        for (int m = 0, first = 0; m < n; first += O[m++]) {
-            #pragma omp for nowait
-            for (int o = 0; o < O[m]; o++) {
-                const uint8_t *row = w[m] + (int64_t)o * J;
-                int32_t dot = 0;
-                for (int j = 0; j < J; j++) {
-                    const int16_t c = row[j];
-                    dot += (int16_t)(c & 3) * q0[j] + (int16_t)(c >> 2 & 3) * q1[j]
-                         + (int16_t)(c >> 4 & 3) * q2[j] + (int16_t)(c >> 6) * q3[j];
-                }
-                y[first + o] = (float)(dot - sum) * (weight_scale[m] / scale);
-            }
-        }
-        for (int m = 0; m < n; m++) y += O[m];
-    }
-}
-"""
-"""Plain C, for the compiler to vectorize, for a few rows on a CPU. No torch operation multiplies by
-two-bit weights, and torch's own norm takes eight operations, most of the time of a small model."""
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """As `RMSNorm`, float32."""
+        ...
 
-FEW_ROWS = 8  # above, unpacking once for a product of matrices is faster
+    def ternary_linear(self, x: Tensor, layers: Sequence[BitLinear]) -> Sequence[Tensor]:
+        """As `project` through frozen ternary layers: the same bits."""
+        ...
 
 
-@cache
-def cpu_kernels() -> Any:
-    """The library of the compiled `_KERNELS`, or None where there is no C compiler.
+KERNELS: list[Kernels] = []
+"""Where they register (bitllm.cpu does); the first that is ready computes, else plain torch."""
 
-    It takes a fraction of a second, so nothing is cached: a compiled file from elsewhere could have
-    been made for another processor, or by somebody else.
-    """
-    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    if compiler is None or sys.platform == "win32":
+
+def kernels_for(x: Tensor) -> Kernels | None:
+    """The first of KERNELS that is ready for x; None where there is something to learn or trace."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder, "kernel.c"), Path(folder, "kernel.so")
-        source.write_text(_KERNELS)
-        base = [compiler, "-O3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC"]
-        for flags in (["-march=native", "-fopenmp"], ["-march=native"], []):
-            command = [*base, *flags, str(source), "-o", str(library), "-lm"]
-            if subprocess.run(command, capture_output=True).returncode == 0:
-                kernels = ctypes.CDLL(str(library))
-                p, i, f = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
-                kernels.ternary_linear.argtypes = [p, i, i, i, p, p, p, p, p, i]
-                kernels.rms_norm.argtypes = [p, p, f, i, i, p]
-                kernels.ternary_linear.restype = kernels.rms_norm.restype = None
-                return kernels
+    for kernels in KERNELS:
+        if kernels.ready(x):
+            return kernels
     return None
-
-
-def for_kernels(x: Tensor) -> bool:
-    """Whether the kernels may read x, (..., I): a few rows on a CPU, nothing to learn or trace."""
-    few = x.numel() <= FEW_ROWS * x.shape[-1] and x.device.type == "cpu"
-    only_read = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return few and only_read and cpu_kernels() is not None
-
-
-class _KernelCall:
-    """The kernel's arguments for layers of one input, made once: that takes longer than it."""
-
-    def __init__(self, layers: Sequence[BitLinear]) -> None:
-        n, self.sizes = len(layers), [layer.out_features for layer in layers]
-        self.packed = [layer.packed for layer in layers]  # held, so that the addresses stay theirs
-        self.arguments = (
-            *(layers[0].in_features, n),
-            (ctypes.c_void_p * n)(*[packed.data_ptr() for packed in self.packed]),
-            (ctypes.c_float * n)(*[layer.weight_scale.item() for layer in layers]),
-            (ctypes.c_int * n)(*self.sizes),
-        )
-        self.width = sum(self.sizes)
-        self.kernel = cpu_kernels().ternary_linear
-
-    def __call__(self, x: Tensor) -> Sequence[Tensor]:
-        x, (*batch, size) = x.float().contiguous(), x.shape
-        y = torch.empty((*batch, self.width))
-        room = torch.empty(size + 3, dtype=torch.int16)
-        threads = torch.get_num_threads()
-        rows = x.numel() // size
-        self.kernel(x.data_ptr(), rows, *self.arguments, y.data_ptr(), room.data_ptr(), threads)
-        return y.split(self.sizes, dim=-1) if len(self.sizes) > 1 else (y,)
 
 
 def project(x: Tensor, layers: Sequence[BitLinear]) -> Sequence[Tensor]:
     """Each layer's output of one input, (..., I), which is quantized once for all of them."""
     first = layers[0]
-    if first.at_two_bits(x):
-        call = first.kernel_call
-        if call is None or any(a is not b.packed for a, b in zip(call.packed, layers, strict=True)):
-            call = first.kernel_call = _KernelCall(layers)
-        return call(x)
+    packed = first.frozen and first.linear == "ternary" and first.held is None
+    kernels = kernels_for(x) if packed else None
+    if kernels is not None:
+        return kernels.ternary_linear(x, layers)
     x = first.read(x)
     return [layer(x) for layer in layers]
 
@@ -878,7 +797,6 @@ class BitLinear(nn.Linear):
         self.linear = linear
         self.held: Tensor | None = None  # see BitLM.hold_weights
         self.gathered: str | None = None  # form of the weight that FSDP brings, see sharded_model
-        self.kernel_call: Any = None  # with this layer and those that share its input
 
     @property
     def frozen(self) -> bool:
@@ -929,7 +847,6 @@ class BitLinear(nn.Linear):
         """Give a frozen layer its trits, (O, I), and their scale, float32 ()."""
         self.register_buffer("packed", pack_trits(trits))
         self.register_buffer("weight_scale", scale)
-        self.kernel_call = None
 
     def read(self, x: Tensor) -> Tensor:
         """Quantize an input for this layer's `forward`; the inference form does that itself."""
@@ -939,11 +856,6 @@ class BitLinear(nn.Linear):
         if self.gathered:
             return _Gathered.apply(input, self.weight, self.gathered)
         return self._infer(input) if self.frozen else F.linear(input, self.effective_weight())
-
-    def at_two_bits(self, x: Tensor) -> bool:
-        """Whether the kernel multiplies by the packed weights."""
-        packed = self.frozen and self.linear == "ternary" and self.held is None
-        return packed and for_kernels(x)
 
     def _infer(self, x: Tensor) -> Tensor:
         weight = self.trits.to(x.dtype) if self.held is None else self.held
@@ -968,13 +880,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if not for_kernels(x):
-            return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
-        x, weight, size = x.float().contiguous(), self.weight.float(), x.shape[-1]
-        y = torch.empty_like(x)
-        pointers = (x.data_ptr(), weight.data_ptr(), y.data_ptr())
-        cpu_kernels().rms_norm(*pointers[:2], self.eps, x.numel() // size, size, pointers[2])
-        return y
+        kernels = kernels_for(x)
+        if kernels is not None:
+            return kernels.rms_norm(x, self.weight, self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
 
 
 def _norm(config: ModelConfig, size: int) -> nn.Module:
@@ -2346,11 +2255,13 @@ def _choose(
 
 
 def _at_two_bits(model: BitLM, rows: int) -> bool:
-    """Whether the weights can stay packed: the kernel is as quick as float ones, for a few rows."""
-    layers = list(model.bit_linears().values())
-    frozen = all(layer.frozen and layer.linear == "ternary" for layer in layers)
-    on_cpu = next(model.buffers()).device.type == "cpu"
-    return frozen and on_cpu and rows <= FEW_ROWS and cpu_kernels() is not None
+    """Whether the weights can stay packed: some kernels are ready for a token of each row."""
+    if not all(
+        layer.frozen and layer.linear == "ternary" for layer in model.bit_linears().values()
+    ):
+        return False
+    device = next(model.buffers()).device
+    return kernels_for(torch.empty(rows, model.config.hidden_size, device=device)) is not None
 
 
 @torch.inference_mode()

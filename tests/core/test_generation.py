@@ -117,28 +117,3 @@ def test_generating_leaves_training_alone(tiny_config, tokenizer):
 def test_wrong_sampling_is_named(field, value):
     with pytest.raises(ValueError, match=field):
         bit.SamplingConfig(**{field: value})
-
-
-def test_packed_weights_write_the_same_as_unpacked_ones(tiny_config, monkeypatch):
-    """While generating, two bits a weight are held and no more; the text is the same to the bit."""
-    model = bit.BitLM(tiny_config, seed=1).freeze()
-    held = []
-    hold = bit.BitLinear.hold
-    monkeypatch.setattr(bit.BitLinear, "hold", lambda *a: (held.append(a), hold(*a)))
-    sampling = bit.SamplingConfig(max_new_tokens=40, seed=5)  # beyond the context of 16
-    prompts = [[3, 4, 5], [9]]
-    packed = list(bit.generate_tokens(model, prompts, sampling))
-    assert not held
-    weights = sum(layer.shape.numel() for layer in model.bit_linears().values())
-    assert sum(layer.packed.numel() for layer in model.bit_linears().values()) * 8 / weights <= 2.1
-    monkeypatch.setattr(bit, "cpu_kernels", lambda: None)
-    assert list(bit.generate_tokens(model, prompts, sampling)) == packed
-    assert held
-
-
-@torch.no_grad()
-def test_a_compiled_model_reads_a_few_rows_without_the_kernels(tiny_config):
-    model = bit.BitLM(tiny_config).freeze()
-    ids = torch.tensor([[1, 2, 3]])
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(ids), model(ids), rtol=1e-4, atol=1e-5)
