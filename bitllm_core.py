@@ -179,6 +179,23 @@ def library(name: str, why: str) -> Any:
         raise ImportError(f"{why} needs the package {name}: pip install {name}") from error
 
 
+def extension(module: str, why: str) -> Any:
+    """The module `bitllm.<module>`; ImportError where this file is alone.
+
+    This is the only place where the core reaches for the package around it.
+    """
+    sys.modules.setdefault("bitllm_core", sys.modules[__name__])  # run as a script: no second copy
+    try:
+        return importlib.import_module(f"bitllm.{module}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("bitllm", f"bitllm.{module}"):
+            raise
+        raise ImportError(
+            f"{why} needs the bitllm package around bitllm_core.py: "
+            "pip install it from its repository, or run in a checkout"
+        ) from error
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of the network, in Hugging Face's names. The defaults are the `demo` preset's."""
@@ -1452,17 +1469,11 @@ _BUILDERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 _PIECE_CHARS = 1 << 16  # lines are joined to pieces of about this length
 _LONGEST_PIECE = 1 << 20  # a longer row is cut at white space
 _TOKENIZER_CHARS = 100_000_000  # text a tokenizer is trained on at most
-_STREAM_VALIDATION_CHARS = 2_000_000  # held out at the beginning of a source of unknown length
-_STREAM_TOKENIZER_CHARS = 20_000_000  # text a tokenizer is trained on where training waits for it
-_STREAM_ROWS = 64  # of a stream read at once
-_BLOCK_TOKENS = 1 << 22  # of a stream that come, and are shuffled, together
-STREAM_RETRY_S = (1.0, 60.0, 10)
-"""Seconds until a broken stream is opened again: at first, doubling, at most; and how often."""
 
 Piece = tuple[str, bool]  # text, and whether a document ends with it
 
 
-def _local_files(path: Path, split: str = "train") -> list[Path]:
+def local_files(path: Path, split: str = "train") -> list[Path]:
     """The files of a source, sorted. In a folder, valid*, dev* and test* are not training text."""
     if path.is_file():
         files = [path] if split == "train" else []
@@ -1487,11 +1498,11 @@ def _split_of(path: Path) -> str:
     return "train"
 
 
-def _is_local(source: str) -> bool:
+def is_local(source: str) -> bool:
     return Path(source).expanduser().exists()
 
 
-def _hub_source(source: str) -> _Hub:
+def hub_source(source: str) -> _Hub:
     if source in KNOWN_DATA:
         return KNOWN_DATA[source]
     if not source.startswith("hf:"):
@@ -1514,7 +1525,7 @@ def _pydocs() -> Iterator[Piece]:
         yield topics[name].strip() + "\n", True
 
 
-def _text_column(rows: Any, wanted: str | None, source: str) -> str:
+def column_of(rows: Any, wanted: str | None, source: str) -> str:
     columns = next(iter(rows), {})
     texts = [name for name, value in columns.items() if isinstance(value, str)]
     column = wanted or ("text" if "text" in texts else texts[0] if len(texts) == 1 else None)
@@ -1533,7 +1544,7 @@ def _rows(rows: Any, column: str) -> Iterator[str]:
                 yield text
 
 
-def _join_lines(lines: Iterable[str]) -> Iterator[str]:
+def join_lines(lines: Iterable[str]) -> Iterator[str]:
     """Join lines to pieces, cut where no token could join them: before a line without indent."""
     piece, size = [], 0
     for line in lines:
@@ -1557,7 +1568,7 @@ def _one_document(texts: Iterable[str]) -> Iterator[Piece]:
         yield previous, True
 
 
-def _cut_long(pieces: Iterable[Piece]) -> Iterator[Piece]:
+def cut_long(pieces: Iterable[Piece]) -> Iterator[Piece]:
     for text, ends in pieces:
         while len(text) > _LONGEST_PIECE:
             cut = text.rfind(" ", 1, _LONGEST_PIECE)
@@ -1567,7 +1578,7 @@ def _cut_long(pieces: Iterable[Piece]) -> Iterator[Piece]:
         yield text, ends
 
 
-def _file_rows(path: Path) -> Any:
+def file_rows(path: Path) -> Any:
     import datasets
 
     kind = _BUILDERS[path.suffix]
@@ -1579,11 +1590,11 @@ def _file_rows(path: Path) -> Any:
 def _file_pieces(files: Sequence[Path], column: str | None) -> Iterator[Piece]:
     for path in files:
         try:
-            rows = _file_rows(path)
+            rows = file_rows(path)
             if path.suffix == ".txt":
-                yield from _one_document(_join_lines(_rows(rows, "text")))
+                yield from _one_document(join_lines(_rows(rows, "text")))
             else:
-                for text in _rows(rows, _text_column(rows, column, str(path))):
+                for text in _rows(rows, column_of(rows, column, str(path))):
                     yield text, True
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
@@ -1593,7 +1604,7 @@ def _file_pieces(files: Sequence[Path], column: str | None) -> Iterator[Piece]:
             raise ValueError(f"{path}: cannot be read as {path.suffix} ({error})") from error
 
 
-def _hub_rows(hub: _Hub, split: str, streaming: bool) -> Any:
+def hub_rows(hub: _Hub, split: str, streaming: bool) -> Any:
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -1608,10 +1619,10 @@ def _hub_rows(hub: _Hub, split: str, streaming: bool) -> Any:
 
 
 def _hub_pieces(hub: _Hub, split: str, column: str | None, streaming: bool) -> Iterator[Piece]:
-    rows = _hub_rows(hub, split, streaming)
-    texts = _rows(rows, _text_column(rows, hub.column or column, hub.name))
+    rows = hub_rows(hub, split, streaming)
+    texts = _rows(rows, column_of(rows, hub.column or column, hub.name))
     if hub.lines:
-        return ((text, False) for text in _join_lines(texts))
+        return ((text, False) for text in join_lines(texts))
     return ((text, True) for text in texts)
 
 
@@ -1629,15 +1640,15 @@ def read_pieces(
         ConnectionError: the hub cannot be reached (after the library's own few tries).
     """
     config = config or DataConfig(data=source)
-    if _is_local(source):
-        pieces = _file_pieces(_local_files(Path(source).expanduser(), split), config.text_column)
+    if is_local(source):
+        pieces = _file_pieces(local_files(Path(source).expanduser(), split), config.text_column)
     elif source == "pydocs":
         pieces = _pydocs() if split == "train" else iter(())
     else:
-        hub, streaming = _hub_source(source), config.max_train_tokens is not None
+        hub, streaming = hub_source(source), config.max_train_tokens is not None
         name = hub.validation if split == "validation" else "train"
         pieces = _hub_pieces(hub, name, config.text_column, streaming) if name else iter(())
-    return _cut_long(pieces)
+    return cut_long(pieces)
 
 
 def _split_tail(pieces: Iterable[Piece], train_chars: int) -> Iterator[tuple[str, str, bool]]:
@@ -1681,32 +1692,6 @@ def is_streamed(config: DataConfig) -> bool:
     local = Path(config.data).expanduser()
     small = config.data == "pydocs" or local.is_file()
     return config.max_train_tokens is not None and not small
-
-
-def _stream(
-    config: DataConfig, state: dict[str, Any] | None = None
-) -> Iterator[tuple[list[Piece], dict[str, Any]]]:
-    """The training text some rows at once, with the `state` that goes on after them."""
-    state = state or {"source": 0, "column": None, "rows": None}
-    files = _local_files(Path(config.data).expanduser()) if _is_local(config.data) else []
-    hub = None if files else _hub_source(config.data)
-    for number in range(state["source"], len(files) or 1):
-        if hub:
-            rows, lines, wanted = _hub_rows(hub, "train", True), hub.lines, hub.column
-        else:
-            rows, lines, wanted = _file_rows(files[number]), files[number].suffix == ".txt", None
-        # looking for the column reads the first rows: once is enough
-        column = state["column"] or _text_column(rows, wanted or config.text_column, config.data)
-        if state["rows"]:
-            rows.load_state_dict(state["rows"])
-        for batch in rows.iter(batch_size=_STREAM_ROWS):
-            texts: Iterable[str] = filter(None, batch[column])
-            pieces = [(t, not lines) for t in (_join_lines(texts) if lines else texts)]
-            at = {"source": number, "column": column, "rows": rows.state_dict()}
-            yield list(_cut_long(pieces)), at
-        state = {"source": number + 1, "column": None, "rows": None}
-        if lines:
-            yield [("", True)], state
 
 
 def open_new(path: Path) -> Any:
@@ -1754,7 +1739,7 @@ class _TokenWriter:
         return {**self.counts, "sha256": self.digest.hexdigest()}
 
 
-def _tokenize(
+def tokenize(
     tokenizer: Any, pieces: Iterable[tuple[str, str, bool]], folder: Path, budget: int | None
 ) -> dict[str, Any]:
     """Write train.bin and validation.bin; return what the manifest says of them."""
@@ -1806,12 +1791,12 @@ def file_hash(path: Path) -> str:
 
 def source_fingerprint(source: str) -> str | None:
     """sha256 of a local source's files; None for any other source, or where it is not there."""
-    if not _is_local(source):
+    if not is_local(source):
         return None
     digest = hashlib.sha256()
     path = Path(source).expanduser()
     for split in ("train", "validation"):
-        for file in _local_files(path, split):
+        for file in local_files(path, split):
             digest.update(file_hash(file).encode())
     return digest.hexdigest()
 
@@ -1873,162 +1858,6 @@ def _epoch_order(seed: int, epoch: int, windows: int, tokens: int) -> tuple[int,
     return int(generator.integers(tokens)), generator.permutation(windows)
 
 
-class StreamedData(TokenData):
-    """Tokens of which a thread brings in more while training reads what is there.
-
-    Windows are shuffled inside blocks of `_BLOCK_TOKENS`, so that a step's are a function of (seed,
-    step) whenever they came. train.bin grows; progress.json beside it tells how far it is whole
-    and from where to go on.
-    """
-
-    def __init__(self, folder: Path, validation: np.ndarray, manifest: dict[str, Any]) -> None:
-        super().__init__(np.empty(0, dtype=manifest["dtype"]), validation, manifest)
-        self.streamed, self.folder, self.ended = True, folder, False
-        self.budget: int = manifest["asked"]["data"]["max_train_tokens"]
-
-    @property
-    def sha256(self) -> str:
-        return self.manifest["validation"]["sha256"]  # the beginning of the same source
-
-    def refresh(self) -> None:
-        """See what has come."""
-        progress = read_json(self.folder / "progress.json") or {"parts": [], "ended": False}
-        count = progress["parts"][-1]["tokens"] if progress["parts"] else 0
-        if count > len(self.training):
-            path, dtype = self.folder / "train.bin", self.manifest["dtype"]
-            self.training = np.memmap(path, dtype=dtype, mode="r", shape=(count,))
-        self.ended = progress["ended"]
-
-    def _in_all(self) -> int:
-        """Tokens an epoch: the budget, or as many as the source has."""
-        return len(self.training) if self.ended else self.budget
-
-    def ready(self, config: TrainConfig, context: int, step: int) -> bool:
-        """Whether the tokens of a step have come."""
-        last = (step + 1) * (config.batch_tokens // context) - 1
-        needed = (last // self._block(context) + 1) * self._block(context) * context + 1
-        for look in (lambda: None, self.refresh):
-            look()
-            if self.ended and len(self.training) <= context:
-                count = len(self.training)
-                self.error = ValueError(
-                    f"{count} tokens in the stream; expected more than a window"
-                )
-            elif self.ended or len(self.training) >= min(needed, self.budget):
-                return True
-        return False
-
-    def _block(self, context: int) -> int:
-        """Windows shuffled together: fewer where the budget is small, so that training begins."""
-        return max(min(_BLOCK_TOKENS, self.budget // 16) // context, 1)
-
-    def batch(self, config: TrainConfig, context: int, step: int) -> np.ndarray:
-        """The windows of a step that is `ready`, as `TokenData.batch`."""
-        windows, block, N = config.batch_tokens // context, self._block(context), self._in_all()
-        starts = np.empty(windows, dtype=np.int64)
-        for row, number in enumerate(range(step * windows, (step + 1) * windows)):
-            epoch, within = divmod(number, N // context)
-            first = within // block * block
-            size = min(block, N // context - first)
-            order = _block_order(config.seed, epoch, first, size)
-            starts[row] = (first + order[within - first]) * context
-        return self.training[(starts[:, None] + np.arange(context + 1)) % N].astype(np.int64)
-
-    def steps_per_epoch(self, config: TrainConfig, context: int) -> float:
-        return (self._in_all() // context) / (config.batch_tokens // context)
-
-    @contextlib.contextmanager
-    def coming(self, tokenizer: Any) -> Iterator[None]:
-        """Bring the rest in, in the background, until the end of the block."""
-        self.refresh()
-        closed = threading.Event()
-        work = partial(self._bring_all, tokenizer, closed)
-        thread = threading.Thread(target=work, name="stream", daemon=True)
-        if not self.ended:
-            thread.start()
-        try:
-            yield
-        finally:
-            closed.set()
-            if thread.is_alive():
-                thread.join(5)  # one that waits for the network finds out later, and writes nothing
-
-    def _bring_all(self, tokenizer: Any, closed: threading.Event) -> None:
-        wait, most, tries = STREAM_RETRY_S
-        failures, before = 0, -1
-        while not closed.is_set():
-            try:
-                self._bring(tokenizer, closed)
-                return
-            except Exception as error:  # each layer of the hub's clients has kinds of its own
-                self.refresh()
-                failures = failures + 1 if len(self.training) == before else 1
-                before = len(self.training)
-                if isinstance(error, ValueError) or failures > tries:
-                    self.error = error
-                    return
-                pause = min(wait * 2.0 ** (failures - 1), most)
-                if not closed.is_set():
-                    say(f"data: {first_line(error)}; trying again in {pause:.0f} s")
-                closed.wait(pause)
-
-    def _bring(self, tokenizer: Any, closed: threading.Event) -> None:
-        """Append what comes, from where the last part ended, until the budget is reached."""
-        config, eot = DataConfig(**self.manifest["asked"]["data"]), end_of_text_id(tokenizer)
-        parts = (read_json(self.folder / "progress.json") or {"parts": []})["parts"]
-        state = parts[-1]["state"] if parts else self.manifest["stream_state"]
-        dtype = np.dtype(self.manifest["dtype"])
-        done, new, size = (parts[-1]["tokens"] if parts else 0), bytearray(), 0
-
-        def write(ended: bool) -> None:
-            nonlocal done, new, size
-            if closed.is_set():
-                return
-            with path.open("r+b") as file:
-                file.seek(done * dtype.itemsize)  # what a kill left after it is overwritten
-                file.write(new)
-                file.flush()
-                os.fsync(file.fileno())
-            done += len(new) // dtype.itemsize
-            part = {"tokens": done, "bytes": size, "sha256": hashlib.sha256(new).hexdigest()}
-            parts.append({**part, "state": state})
-            text = json.dumps({"parts": parts, "ended": ended})
-            write_atomically(self.folder / "progress.json", text.encode())
-            new, size = bytearray(), 0
-
-        path = self.folder / "train.bin"
-        path.touch()
-        at_once = min(_BLOCK_TOKENS, self.budget // 16) * dtype.itemsize
-        room = (self.budget - done) * dtype.itemsize
-        try:
-            for pieces, after in _stream(config, state):
-                texts = [text for text, _ in pieces]
-                encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-                ids: list[int] = []
-                for (_, ends), tokens in zip(pieces, encoded, strict=True):
-                    ids += tokens.ids + ([eot] if ends and eot is not None else [])
-                new += np.asarray(ids, dtype=dtype).tobytes()  # all of them or none
-                size, state = size + sum(len(text.encode()) for text in texts), after
-                if closed.is_set():
-                    return
-                if len(new) >= room:
-                    break
-                if len(new) >= at_once:
-                    room -= len(new)
-                    write(ended=False)
-        except BaseException:
-            if new:
-                write(ended=False)  # it need not come again
-            raise
-        del new[room:]
-        write(ended=True)
-
-
-@lru_cache(maxsize=4)
-def _block_order(seed: int, epoch: int, first: int, size: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch, first]).permutation(size)
-
-
 def _read_split(folder: Path, manifest: dict[str, Any], split: str) -> np.ndarray | None:
     """A token file, or None where it is missing or not what the manifest says."""
     path, expected, dtype = folder / f"{split}.bin", manifest[split], manifest["dtype"]
@@ -2050,66 +1879,9 @@ def _read_tokens(folder: Path, manifest: dict[str, Any]) -> TokenData | None:
     if validation is None:
         return None
     if "stream_state" in manifest:
-        _mend_stream(folder, manifest)
-        return StreamedData(folder, validation, manifest)
+        return extension("streaming", _STREAMING).open_stream(folder, validation, manifest)
     training = _read_split(folder, manifest, "train")
     return None if training is None else TokenData(training, validation, manifest)
-
-
-def _mend_stream(folder: Path, manifest: dict[str, Any]) -> None:
-    """Take a stream back to where train.bin is what was written."""
-    progress = read_json(folder / "progress.json") or {"parts": []}
-    itemsize, good, end = np.dtype(manifest["dtype"]).itemsize, [], 0
-    with contextlib.suppress(FileNotFoundError), (folder / "train.bin").open("rb") as file:
-        for part in progress["parts"]:
-            data = file.read((part["tokens"] - end) * itemsize)
-            if hashlib.sha256(data).hexdigest() != part["sha256"]:
-                break
-            good, end = [*good, part], part["tokens"]
-    if len(good) < len(progress["parts"]):
-        say(f"data: train.bin is not what was written after token {end:,}; that is read again")
-        text = json.dumps({"parts": good, "ended": False})
-        write_atomically(folder / "progress.json", text.encode())
-
-
-def _begin_stream(config: DataConfig, tokenizer: Any, folder: Path) -> dict[str, Any]:
-    """Write validation.bin; return what the manifest says of a stream that begins after it."""
-    for name in ("train.bin", "progress.json"):
-        (folder / name).unlink(missing_ok=True)
-    state: dict[str, Any] = {}
-    held = config.validation_data
-    own = read_pieces(held or config.data, "train" if held else "validation", config)
-    first = next(own, None)
-
-    seen, limit = (
-        0.0,
-        min(
-            _STREAM_VALIDATION_CHARS,
-            4 * config.validation_fraction * (config.max_train_tokens or 0),
-        ),
-    )
-
-    def pieces() -> Iterator[tuple[str, str, bool]]:
-        nonlocal seen
-        if first is not None:
-            yield from (("validation", *piece) for piece in itertools.chain([first], own))
-            seen = limit
-            return
-        for batch, after in _stream(config):
-            yield from (("validation", *piece) for piece in batch)
-            seen += sum(len(text) for text, _ in batch)
-            state.update(after)
-            if seen >= limit:
-                return
-
-    counts = _tokenize(tokenizer, pieces(), folder, None)
-    if seen < limit:
-        raise ValueError(
-            f"data={config.data!r}: all of its {seen:,.0f} characters would validate, for a "
-            "stream's beginning does; leave max_train_tokens out for a text as short as this"
-        )
-    to_come = {"tokens": config.max_train_tokens, "bytes": 0, "sha256": ""}
-    return {**counts, "train": to_come, "stream_state": state or None}
 
 
 _JSON_BYTES = 16 << 20  # configurations and manifests have a few thousand
@@ -2164,9 +1936,9 @@ def prepare_data(
         _check_unchanged(config, found[0].manifest)
         return found
     folder.mkdir(parents=True, exist_ok=True)
-    streamed = is_streamed(config)
-    fingerprint = None if streamed else source_fingerprint(config.data)
-    read = (lambda: _stream_texts(config)) if streamed else _splits(config)
+    streaming = extension("streaming", _STREAMING) if is_streamed(config) else None
+    fingerprint = None if streaming else source_fingerprint(config.data)
+    read = partial(streaming.read_stream, config) if streaming else _splits(config)
     path = out / "tokenizer.json"
     if path.is_file():
         tokenizer = load_tokenizer(path)
@@ -2174,9 +1946,7 @@ def prepare_data(
     else:
         start = time.perf_counter()
         texts = (text for split, text, _ in read() if split == "train")
-        chars = _TOKENIZER_CHARS
-        if streamed:
-            chars = min(_STREAM_TOKENIZER_CHARS, 8 * (config.max_train_tokens or 0))
+        chars = streaming.tokenizer_chars(config) if streaming else _TOKENIZER_CHARS
         tokenizer = train_tokenizer(_limited(texts, chars), vocab_size, config.tokenizer)
         say(f"tokenizer: {tokenizer.get_vocab_size()} tokens, {time.perf_counter() - start:.1f} s")
     check_tokenizer(tokenizer, vocab_size, path)
@@ -2186,9 +1956,9 @@ def prepare_data(
         "source_sha256": fingerprint,
         "tokenizer_sha256": tokenizer_hash(tokenizer),
         **(
-            _begin_stream(config, tokenizer, folder)
-            if streamed
-            else _tokenize(tokenizer, read(), folder, config.max_train_tokens)
+            streaming.begin_stream(config, tokenizer, folder)
+            if streaming
+            else tokenize(tokenizer, read(), folder, config.max_train_tokens)
         ),
     }
     for split, needed in (("train", context + 1), ("validation", 2)):
@@ -2204,9 +1974,7 @@ def prepare_data(
     return tokens, tokenizer
 
 
-def _stream_texts(config: DataConfig) -> Iterator[tuple[str, str, bool]]:
-    for pieces, _ in _stream(config):
-        yield from (("train", *piece) for piece in pieces)
+_STREAMING = "text that comes in while training runs (max_train_tokens of a hub's set or a folder)"
 
 
 def _check_unchanged(config: DataConfig, manifest: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import bitllm_core as bit
+from bitllm import streaming
 from tests.conftest import ROOT, assert_same_bits, state_of, without_times
 from tests.hub import Hub
 from tests.test_training import DieAt, StopAt
@@ -105,7 +106,7 @@ class FailsOnce:
 
 
 def test_what_fails_amid_some_rows_doubles_none_of_them(whole, stories, tmp_path, monkeypatch):
-    monkeypatch.setattr(bit, "STREAM_RETRY_S", (0.01, 0.05, 3))
+    monkeypatch.setattr(streaming, "RETRY_S", (0.01, 0.05, 3))
     data, tokenizer = streamed(stories, tmp_path)
     failing = FailsOnce(tokenizer)
     assert len(wait(data, failing).training) == BUDGET
@@ -161,7 +162,7 @@ def test_every_window_comes_once_an_epoch_and_epochs_differ(whole):
 def test_a_source_that_ends_before_the_budget(stories, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"would validate.*leave max_train_tokens out"):
         streamed(stories, tmp_path, budget=10**7)
-    monkeypatch.setattr(bit, "_STREAM_VALIDATION_CHARS", 10_000)
+    monkeypatch.setattr(streaming, "VALIDATION_CHARS", 10_000)
     data, tokenizer = streamed(stories, tmp_path, budget=10**7)
     assert not data.ready(bit.TrainConfig(), 16, 10**6)
     wait(data, tokenizer)
@@ -203,7 +204,7 @@ def test_a_mirror_does_not_wait_for_the_stream(tiny_config, tiny_train, stories,
 def test_a_stream_that_stays_broken_saves_and_says_so(
     tiny_config, tiny_train, stories, tmp_path, monkeypatch
 ):
-    plain = bit._stream
+    plain = streaming.stream_pieces
 
     def broken(config, state=None):
         for number, item in enumerate(plain(config, state)):
@@ -211,8 +212,8 @@ def test_a_stream_that_stays_broken_saves_and_says_so(
                 raise OSError("the network is gone")
             yield item
 
-    monkeypatch.setattr(bit, "_stream", broken)
-    monkeypatch.setattr(bit, "STREAM_RETRY_S", (0.01, 0.01, 0))
+    monkeypatch.setattr(streaming, "stream_pieces", broken)
+    monkeypatch.setattr(streaming, "RETRY_S", (0.01, 0.01, 0))
     data = bit.DataConfig(data=str(stories), max_train_tokens=BUDGET)
     config = dataclasses.replace(tiny_train, max_steps=300, save_every_steps=0, eval_every_steps=0)
     with pytest.raises(ConnectionError, match=r"network is gone.*Step \d+ is saved"):
@@ -223,8 +224,9 @@ def test_a_stream_that_stays_broken_saves_and_says_so(
 HUB_SCRIPT = """
 import json, sys, time
 import bitllm_core as bit
-from tests.test_stream import streamed, wait
-bit.STREAM_RETRY_S = (0.1, 1.0, 20)
+from bitllm import streaming
+from tests.test_streaming import streamed, wait
+streaming.RETRY_S = (0.1, 1.0, 20)
 budget, start, told = int(sys.argv[2]), time.monotonic(), []
 device = bit.choose_device("cpu", "float32")
 

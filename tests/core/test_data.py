@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import bitllm_core as bit
+from bitllm import streaming
 
 
 def prepared(path, out, **options):
@@ -85,7 +86,7 @@ def test_other_validation_data(tiny_corpus, tmp_path):
 
 def test_files_are_reused_until_they_do_not_match(tiny_corpus, tmp_path, monkeypatch):
     first, _ = prepared(tiny_corpus, tmp_path)
-    monkeypatch.setattr(bit, "_tokenize", lambda *a: pytest.fail("tokenized again"))
+    monkeypatch.setattr(bit, "tokenize", lambda *a: pytest.fail("tokenized again"))
     again, _ = prepared(tiny_corpus, tmp_path)
     assert np.array_equal(first.training, again.training)
     monkeypatch.undo()
@@ -186,7 +187,7 @@ def test_any_hub_set_by_name_config_and_column(hub, tmp_path):
 
 
 def test_a_budget_streams_and_stops(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(bit, "_STREAM_VALIDATION_CHARS", 1000)
+    monkeypatch.setattr(streaming, "VALIDATION_CHARS", 1000)
     data, tokenizer = prepared("fineweb-edu", tmp_path, max_train_tokens=500)
     with data.coming(tokenizer):
         while not data.ended:
