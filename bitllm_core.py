@@ -176,7 +176,8 @@ def library(name: str, why: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise ImportError(f"{why} needs the package {name}: pip install {name}") from error
+        package = name.partition(".")[0]
+        raise ImportError(f"{why} needs the package {package}: pip install {package}") from error
 
 
 def extension(module: str, why: str) -> Any:
@@ -1431,10 +1432,18 @@ def end_of_text_id(tokenizer: Any) -> int | None:
     return tokenizer.token_to_id(END_OF_TEXT)
 
 
+def valid_unicode(text: str) -> str:
+    """`text` with U+FFFD for every lone surrogate, which has no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of `text`, no special ones added. A lone surrogate becomes U+FFFD."""
-    clean = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-    return tokenizer.encode(clean, add_special_tokens=False).ids
+    """Token ids of `text` without special ones. A lone surrogate becomes U+FFFD."""
+    return tokenizer.encode(valid_unicode(text), add_special_tokens=False).ids
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -1444,33 +1453,118 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 # -----------------------------------------------------------------------------
 # 5 Data
-# Text is read in pieces, never whole; tokens lie in memory-mapped files in the run folder.
+# Text is read in pieces, never whole; the tokens are memory-mapped files in the run folder.
 
 
 @dataclass(frozen=True)
-class _Hub:
-    """A data set on the Hugging Face hub. Rows are documents, or lines of a longer text."""
+class HubSource:
+    """A data set on the Hugging Face hub."""
 
     name: str
     config: str | None = None
     column: str | None = None
     validation: str | None = None
+    """its validation split, if it has one"""
     lines: bool = False
+    """rows are lines of one long text; otherwise each row is a document"""
 
 
 KNOWN_DATA = {
-    "wikitext-2": _Hub("Salesforce/wikitext", "wikitext-2-raw-v1", "text", "validation", True),
-    "wikitext-103": _Hub("Salesforce/wikitext", "wikitext-103-raw-v1", "text", "validation", True),
-    "tinystories": _Hub("roneneldan/TinyStories", None, "text", "validation"),
-    "fineweb-edu": _Hub("HuggingFaceFW/fineweb-edu", "sample-10BT", "text"),
-    "wikipedia-es": _Hub("wikimedia/wikipedia", "20231101.es", "text"),
+    "wikitext-2": HubSource("Salesforce/wikitext", "wikitext-2-raw-v1", "text", "validation", True),
+    "wikitext-103": HubSource(
+        "Salesforce/wikitext", "wikitext-103-raw-v1", "text", "validation", True
+    ),
+    "tinystories": HubSource("roneneldan/TinyStories", None, "text", "validation"),
+    "fineweb-edu": HubSource("HuggingFaceFW/fineweb-edu", "sample-10BT", "text"),
+    "wikipedia-es": HubSource("wikimedia/wikipedia", "20231101.es", "text"),
 }
-_BUILDERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 _PIECE_CHARS = 1 << 16  # lines are joined to pieces of about this length
 _LONGEST_PIECE = 1 << 20  # a longer row is cut at white space
 _TOKENIZER_CHARS = 100_000_000  # text a tokenizer is trained on at most
 
 Piece = tuple[str, bool]  # text, and whether a document ends with it
+SplitPiece = tuple[str, str, bool]  # the same after "train" or "validation"
+
+
+def text_column(row: dict[str, Any], wanted: str | None, source: object) -> str:
+    """The column that holds the text, chosen by a source's first row.
+
+    ValueError names the columns where `wanted` is not among them or nothing decides.
+    """
+    texts = [name for name, value in row.items() if isinstance(value, str)]
+    column = wanted or ("text" if "text" in texts else texts[0] if len(texts) == 1 else None)
+    if column is None or column not in row:
+        raise ValueError(
+            f"text_column={column!r}: data='{source}' has columns {', '.join(row) or 'none'}; "
+            "name the one that holds the text with --text-column"
+        )
+    return column
+
+
+def _text_in(row: dict[str, Any], column: str, where: object) -> str:
+    """The text of a row, "" where it has none."""
+    value = row.get(column) or ""
+    if not isinstance(value, str):
+        kind = type(value).__name__
+        raise ValueError(f"{where}: column {column!r} holds a value of type {kind}, expected text")
+    return value
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, a byte order mark dropped and every line end made \\n."""
+    with path.open(encoding="utf-8-sig") as file:
+        yield from file
+
+
+def _jsonl_rows(path: Path, wanted: str | None) -> Iterator[str]:
+    column = None
+    for number, line in enumerate(_lines(path), 1):
+        where = f"{path}, line {number}"
+        if line.isspace():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: cannot be read as JSON ({first_line(error)})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f'{where}: expected an object such as {{"text": "..."}}')
+        column = column or text_column(row, wanted, path)
+        yield valid_unicode(_text_in(row, column, where))
+
+
+def _parquet_rows(path: Path, wanted: str | None) -> Iterator[str]:
+    pyarrow = library("pyarrow", f"reading {path.name}")
+    parquet = library("pyarrow.parquet", f"reading {path.name}")
+    try:
+        with parquet.ParquetFile(path) as file:
+            if file.metadata.num_rows == 0:
+                return
+            column = text_column(next(file.iter_batches(1)).to_pylist()[0], wanted, path)
+            for batch in file.iter_batches(1000, columns=[column]):
+                for row in batch.to_pylist():
+                    yield _text_in(row, column, path)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: cannot be read as .parquet ({first_line(error)})") from error
+
+
+_READERS: dict[str, Callable[[Path, str | None], Iterator[str]]] = {
+    ".txt": lambda path, _: _lines(path),
+    ".jsonl": _jsonl_rows,
+    ".parquet": _parquet_rows,
+}
+
+
+def file_rows(path: Path, column: str | None = None) -> Iterator[str]:
+    """The rows of a local file: lines of a .txt, or the text of each row, "" where it has none.
+
+    Raises ValueError naming the file where it is not what its name says.
+    """
+    try:
+        yield from _READERS[path.suffix](path, column)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
 def local_files(path: Path, split: str = "train") -> list[Path]:
@@ -1478,22 +1572,20 @@ def local_files(path: Path, split: str = "train") -> list[Path]:
     if path.is_file():
         files = [path] if split == "train" else []
     else:
-        found = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _BUILDERS)
-        held = {p: _split_of(p) for p in found}
-        files = [p for p in found if held[p] == split]
-    wrong = [p for p in files if p.suffix not in _BUILDERS]
+        found = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _READERS)
+        files = [p for p in found if _split_of(p) == split]
+    wrong = any(p.suffix not in _READERS for p in files)
     if wrong or (split == "train" and not files):
         raise ValueError(
-            f"data={str(path)!r}: expected {', '.join(_BUILDERS)} files"
-            + (" in the folder" if path.is_dir() else f", not {path.suffix or 'no ending'}")
+            f"data={str(path)!r}: expected {', '.join(_READERS)} files"
+            + (" in the folder" if path.is_dir() else f", not {path.suffix or 'no suffix'}")
         )
     return files
 
 
 def _split_of(path: Path) -> str:
-    stem = path.stem.lower()
     for prefix, split in (("valid", "validation"), ("dev", "validation"), ("test", "test")):
-        if stem.startswith(prefix):
+        if path.stem.lower().startswith(prefix):
             return split
     return "train"
 
@@ -1502,7 +1594,8 @@ def is_local(source: str) -> bool:
     return Path(source).expanduser().exists()
 
 
-def hub_source(source: str) -> _Hub:
+def hub_source(source: str) -> HubSource:
+    """The data set that a known name or hf:OWNER/NAME[:CONFIG][#COLUMN] stands for."""
     if source in KNOWN_DATA:
         return KNOWN_DATA[source]
     if not source.startswith("hf:"):
@@ -1514,34 +1607,20 @@ def hub_source(source: str) -> _Hub:
     name, _, column = source[3:].partition("#")
     name, _, config = name.partition(":")
     require(name.count("/") == 1, "data", source, "hf:OWNER/NAME[:CONFIG][#COLUMN]")
-    return _Hub(name, config or None, column or None)
+    return HubSource(name, config or None, column or None)
 
 
-def _pydocs() -> Iterator[Piece]:
-    """Python's reference texts by topic, from the interpreter itself."""
-    from pydoc_data.topics import topics
-
-    for name in sorted(topics):
-        yield topics[name].strip() + "\n", True
-
-
-def column_of(rows: Any, wanted: str | None, source: str) -> str:
-    columns = next(iter(rows), {})
-    texts = [name for name, value in columns.items() if isinstance(value, str)]
-    column = wanted or ("text" if "text" in texts else texts[0] if len(texts) == 1 else None)
-    if column is None or column not in columns:
-        raise ValueError(
-            f"text_column={column!r}: data={source!r} has columns {', '.join(columns) or 'none'}; "
-            "name the one that holds the text with --text-column"
-        )
-    return column
-
-
-def _rows(rows: Any, column: str) -> Iterator[str]:
-    for batch in rows.iter(batch_size=1000):
-        for text in batch[column]:
-            if text:
-                yield text
+def hub_rows(hub: HubSource, split: str, streaming: bool) -> Any:
+    """The rows of a split, as `datasets` gives them; ConnectionError where the hub does not."""
+    datasets = library("datasets", f"data={hub.name!r} from the Hugging Face hub")
+    try:
+        return datasets.load_dataset(hub.name, hub.config, split=split, streaming=streaming)
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise ConnectionError(
+            f"the data set {hub.name} could not be loaded from the Hugging Face hub "
+            f"({' '.join(str(error).split())[:200]}). Without a connection, give a local file "
+            "(--data FILE.txt) or the text that comes with Python (--data pydocs)"
+        ) from error
 
 
 def join_lines(lines: Iterable[str]) -> Iterator[str]:
@@ -1557,18 +1636,8 @@ def join_lines(lines: Iterable[str]) -> Iterator[str]:
         yield "".join(piece)
 
 
-def _one_document(texts: Iterable[str]) -> Iterator[Piece]:
-    """Pieces of which the last ends the document."""
-    previous: str | None = None
-    for text in texts:
-        if previous is not None:
-            yield previous, False
-        previous = text
-    if previous is not None:
-        yield previous, True
-
-
 def cut_long(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Cut what is longer than a million characters, at white space where there is any."""
     for text, ends in pieces:
         while len(text) > _LONGEST_PIECE:
             cut = text.rfind(" ", 1, _LONGEST_PIECE)
@@ -1578,52 +1647,33 @@ def cut_long(pieces: Iterable[Piece]) -> Iterator[Piece]:
         yield text, ends
 
 
-def file_rows(path: Path) -> Any:
-    import datasets
-
-    kind = _BUILDERS[path.suffix]
-    options = {"keep_linebreaks": True, "encoding": "utf-8-sig"} if kind == "text" else {}
-    files = {"train": [str(path)]}
-    return datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **options)
-
-
-def _file_pieces(files: Sequence[Path], column: str | None) -> Iterator[Piece]:
-    for path in files:
-        try:
-            rows = file_rows(path)
-            if path.suffix == ".txt":
-                yield from _one_document(join_lines(_rows(rows, "text")))
-            else:
-                for text in _rows(rows, column_of(rows, column, str(path))):
-                    yield text, True
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
-        except Exception as error:
-            if str(error).startswith("text_column="):  # ours, and clear already
-                raise
-            raise ValueError(f"{path}: cannot be read as {path.suffix} ({error})") from error
+def _file_pieces(path: Path, column: str | None) -> Iterator[Piece]:
+    rows = filter(None, file_rows(path, column))
+    if path.suffix != ".txt":
+        yield from ((text, True) for text in rows)
+        return
+    previous = None
+    for text in join_lines(rows):
+        if previous is not None:
+            yield previous, False
+        previous = text
+    if previous is not None:
+        yield previous, True  # the file is one document
 
 
-def hub_rows(hub: _Hub, split: str, streaming: bool) -> Any:
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    try:
-        return datasets.load_dataset(hub.name, hub.config, split=split, streaming=streaming)
-    except (OSError, DatasetsError) as error:
-        raise ConnectionError(
-            f"the data set {hub.name} could not be loaded from the Hugging Face hub "
-            f"({' '.join(str(error).split())[:200]}). Without a connection, give a local file "
-            "(--data FILE.txt) or the text that comes with Python (--data pydocs)"
-        ) from error
+def _hub_pieces(hub: HubSource, split: str, config: DataConfig) -> Iterator[Piece]:
+    rows = hub_rows(hub, split, streaming=config.max_train_tokens is not None)
+    column = text_column(next(iter(rows), {}), hub.column or config.text_column, hub.name)
+    texts = (text for batch in rows.iter(batch_size=1000) for text in batch[column] if text)
+    return ((text, not hub.lines) for text in (join_lines(texts) if hub.lines else texts))
 
 
-def _hub_pieces(hub: _Hub, split: str, column: str | None, streaming: bool) -> Iterator[Piece]:
-    rows = hub_rows(hub, split, streaming)
-    texts = _rows(rows, column_of(rows, hub.column or column, hub.name))
-    if hub.lines:
-        return ((text, False) for text in join_lines(texts))
-    return ((text, True) for text in texts)
+def _pydocs() -> Iterator[Piece]:
+    """Python's reference texts by topic, from the interpreter itself."""
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield topics[name].strip() + "\n", True
 
 
 def read_pieces(
@@ -1633,26 +1683,28 @@ def read_pieces(
 
     Args:
         source: as `DataConfig.data`. A .txt file is one document; a row of any other is one.
-        split: "train", or "validation" where the source has one (nothing comes where not).
+        split: "train", or "validation", which is empty where the source has no such split.
 
     Raises:
         FileNotFoundError, ValueError: no such source, or not readable as what its name says.
         ConnectionError: the hub cannot be reached (after the library's own few tries).
     """
     config = config or DataConfig(data=source)
+    pieces: Iterator[Piece] = iter(())
     if is_local(source):
-        pieces = _file_pieces(local_files(Path(source).expanduser(), split), config.text_column)
+        files = local_files(Path(source).expanduser(), split)
+        pieces = (piece for path in files for piece in _file_pieces(path, config.text_column))
     elif source == "pydocs":
-        pieces = _pydocs() if split == "train" else iter(())
+        pieces = _pydocs() if split == "train" else pieces
     else:
-        hub, streaming = hub_source(source), config.max_train_tokens is not None
+        hub = hub_source(source)
         name = hub.validation if split == "validation" else "train"
-        pieces = _hub_pieces(hub, name, config.text_column, streaming) if name else iter(())
+        pieces = _hub_pieces(hub, name, config) if name else pieces
     return cut_long(pieces)
 
 
-def _split_tail(pieces: Iterable[Piece], train_chars: int) -> Iterator[tuple[str, str, bool]]:
-    """(split, text, document ends): the first `train_chars` characters train, the rest validate."""
+def _split_tail(pieces: Iterable[Piece], train_chars: int) -> Iterator[SplitPiece]:
+    """The first `train_chars` characters train, the rest validates."""
     seen = 0
     for text, ends in pieces:
         room = train_chars - seen
@@ -1668,29 +1720,25 @@ def _split_tail(pieces: Iterable[Piece], train_chars: int) -> Iterator[tuple[str
             seen, train_chars = 1, 0
 
 
-def _splits(config: DataConfig) -> Callable[[], Iterator[tuple[str, str, bool]]]:
+def _splits(config: DataConfig) -> Callable[[], Iterator[SplitPiece]]:
     """A function that reads the source from its beginning, each piece with its split."""
-    held: str | None = config.validation_data
-    own = next(read_pieces(held or config.data, "train" if held else "validation", config), None)
-    if own is not None:
+    source = config.validation_data
+    held = (source, "train") if source else (config.data, "validation")
 
-        def read_own() -> Iterator[tuple[str, str, bool]]:
-            for text, ends in read_pieces(config.data, "train", config):
-                yield "train", text, ends
-            split = "train" if held else "validation"
-            for text, ends in read_pieces(held or config.data, split, config):
-                yield "validation", text, ends
+    def read_both() -> Iterator[SplitPiece]:
+        yield from (("train", *piece) for piece in read_pieces(config.data, "train", config))
+        yield from (("validation", *piece) for piece in read_pieces(*held, config))
 
-        return read_own
+    if next(read_pieces(*held, config), None) is not None:
+        return read_both
     total = sum(len(text) for text, _ in read_pieces(config.data, "train", config))
     train_chars = round(total * (1 - config.validation_fraction))
     return lambda: _split_tail(read_pieces(config.data, "train", config), train_chars)
 
 
 def is_streamed(config: DataConfig) -> bool:
-    """Whether tokens are brought in while training runs: a budget of a hub's set or a folder."""
-    local = Path(config.data).expanduser()
-    small = config.data == "pydocs" or local.is_file()
+    """Whether tokens arrive while training runs: a budget of a hub's set or a folder."""
+    small = config.data == "pydocs" or Path(config.data).expanduser().is_file()
     return config.max_train_tokens is not None and not small
 
 
@@ -1701,7 +1749,7 @@ def open_new(path: Path) -> Any:
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Write beside `path`, flush to the disk, rename: whole or not at all."""
+    """Write beside `path`, flush to the disk, rename: the file is complete or unchanged."""
     beside = path.with_name(path.name + ".tmp")
     try:
         with open_new(beside) as file:
@@ -1740,16 +1788,17 @@ class _TokenWriter:
 
 
 def tokenize(
-    tokenizer: Any, pieces: Iterable[tuple[str, str, bool]], folder: Path, budget: int | None
+    tokenizer: Any, pieces: Iterable[SplitPiece], folder: Path, budget: int | None
 ) -> dict[str, Any]:
-    """Write train.bin and validation.bin; return what the manifest says of them."""
+    """Write train.bin and validation.bin; return the manifest's entries for them."""
     from tqdm.auto import tqdm
 
     dtype = "uint16" if tokenizer.get_vocab_size() <= 1 << 16 else "uint32"
     eot = end_of_text_id(tokenizer)
     writers = {s: _TokenWriter(folder / f"{s}.bin", dtype) for s in ("train", "validation")}
+    pieces = iter(pieces)
     with tqdm(unit="B", unit_scale=True, desc="tokenizing", mininterval=0.5) as bar:
-        for batch in _batches(pieces, 64):
+        while batch := list(itertools.islice(pieces, 64)):
             texts = [text for _, text, _ in batch]
             encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             for (split, text, ends), tokens in zip(batch, encoded, strict=True):
@@ -1762,18 +1811,8 @@ def tokenize(
     return {"dtype": dtype, **{split: writer.close() for split, writer in writers.items()}}
 
 
-def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    batch: list[Any] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _limited(texts: Iterator[str], chars: int) -> Iterator[str]:
+def limited(texts: Iterable[str], chars: int) -> Iterator[str]:
+    """Texts until there are `chars` characters of them."""
     for text in texts:
         yield text
         chars -= len(text)
@@ -1782,6 +1821,7 @@ def _limited(texts: Iterator[str], chars: int) -> Iterator[str]:
 
 
 def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -1794,62 +1834,71 @@ def source_fingerprint(source: str) -> str | None:
     if not is_local(source):
         return None
     digest = hashlib.sha256()
-    path = Path(source).expanduser()
     for split in ("train", "validation"):
-        for file in local_files(path, split):
+        for file in local_files(Path(source).expanduser(), split):
             digest.update(file_hash(file).encode())
     return digest.hexdigest()
 
 
 @dataclass
 class TokenData:
-    """Tokenised text of a run: two memory-mapped arrays and what is known of them."""
+    """The tokens of a run: two memory-mapped arrays, and the manifest that describes them."""
 
     training: np.ndarray
     validation: np.ndarray
     manifest: dict[str, Any]
     streamed: bool = False
-    """whether tokens come while training runs; then ask whether a step is `ready`"""
+    """whether tokens arrive while training runs; then ask whether a step is `ready`"""
     error: Exception | None = None
-    """what ended a stream before its end"""
+    """what ended a stream early"""
 
     def ready(self, config: TrainConfig, context: int, step: int) -> bool:
-        """Whether the tokens of a step have come."""
+        """Whether the tokens of a step are there."""
         return True
 
-    def coming(self, tokenizer: Any) -> Any:
-        """A block in which more tokens are brought in, where there are any."""
+    def coming(self, tokenizer: Any) -> contextlib.AbstractContextManager[None]:
+        """A block during which more tokens are read in the background, if there are any."""
         return contextlib.nullcontext()
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text a validation token stands for, on average."""
+        """UTF-8 bytes of text per validation token, on average."""
         counts = self.manifest["validation"]
         return counts["bytes"] / max(counts["tokens"], 1)
 
     @property
     def sha256(self) -> str:
-        """Of the tokens that tell these from any others."""
+        """The hash that identifies these tokens."""
         return self.manifest["train"]["sha256"]
+
+    @property
+    def epoch_tokens(self) -> int:
+        return len(self.training)
+
+    def steps_per_epoch(self, config: TrainConfig, context: int) -> float:
+        return (self.epoch_tokens // context) / (config.batch_tokens // context)
 
     def batch(self, config: TrainConfig, context: int, step: int) -> np.ndarray:
         """The windows of optimizer step `step` (from 0), (windows, context + 1), int64.
 
-        A pure function of (seed, step): each epoch shuffles all windows anew and begins to cut at
-        another place, the text being read as a ring, so no token is left out.
+        A pure function of (seed, step). The text is read as a ring, so no token is left out.
         """
-        windows, N = config.batch_tokens // context, len(self.training)
-        per_epoch = N // context
-        number = np.arange(step * windows, (step + 1) * windows)
-        starts = np.empty(windows, dtype=np.int64)
-        for epoch in np.unique(number // per_epoch):
-            here = number // per_epoch == epoch
-            offset, order = _epoch_order(config.seed, int(epoch), per_epoch, N)
-            starts[here] = offset + order[number[here] % per_epoch] * context
+        windows, N = config.batch_tokens // context, self.epoch_tokens
+        numbers = np.arange(step * windows, (step + 1) * windows)
+        starts = self.window_starts(numbers, context, config.seed)
         return self.training[(starts[:, None] + np.arange(context + 1)) % N].astype(np.int64)
 
-    def steps_per_epoch(self, config: TrainConfig, context: int) -> float:
-        return (len(self.training) // context) / (config.batch_tokens // context)
+    def window_starts(self, numbers: np.ndarray, context: int, seed: int) -> np.ndarray:
+        """Where the windows of these numbers, counted from the first step, start in the text.
+
+        Each epoch shuffles all windows anew and starts to cut at another place.
+        """
+        starts, per_epoch = np.empty(len(numbers), dtype=np.int64), self.epoch_tokens // context
+        for epoch in np.unique(numbers // per_epoch):
+            here = numbers // per_epoch == epoch
+            offset, order = _epoch_order(seed, int(epoch), per_epoch, self.epoch_tokens)
+            starts[here] = offset + order[numbers[here] % per_epoch] * context
+        return starts
 
 
 @lru_cache(maxsize=2)
@@ -1859,7 +1908,7 @@ def _epoch_order(seed: int, epoch: int, windows: int, tokens: int) -> tuple[int,
 
 
 def _read_split(folder: Path, manifest: dict[str, Any], split: str) -> np.ndarray | None:
-    """A token file, or None where it is missing or not what the manifest says."""
+    """A token file, or None where it is missing or differs from the manifest."""
     path, expected, dtype = folder / f"{split}.bin", manifest[split], manifest["dtype"]
     if dtype not in ("uint16", "uint32") or not path.is_file() or not expected["tokens"]:
         return None
@@ -1873,8 +1922,11 @@ def _read_split(folder: Path, manifest: dict[str, Any], split: str) -> np.ndarra
     return tokens
 
 
+_STREAMING = "max_train_tokens with a folder or a data set of the hub"
+
+
 def _read_tokens(folder: Path, manifest: dict[str, Any]) -> TokenData | None:
-    """Whatever data a manifest tells of, or None where a file is not what it says."""
+    """The data that a manifest describes, or None where a file differs from it."""
     validation = _read_split(folder, manifest, "validation")
     if validation is None:
         return None
@@ -1899,13 +1951,13 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def same_data(out: Path, config: DataConfig, vocab_size: int) -> bool:
-    """Whether the token files of a run folder are of this source and size of vocabulary."""
+    """Whether a run folder's token files were made with these settings."""
     manifest = read_json(out / "data" / "manifest.json") or {}
     return manifest.get("asked") == {"data": asdict(config), "vocab_size": vocab_size}
 
 
 def _prepared_data(out: Path, config: DataConfig, vocab_size: int) -> tuple[TokenData, Any] | None:
-    """What `prepare_data` made before; None where it is not all there, or not what it was."""
+    """What `prepare_data` made before; None where a part is missing or has changed."""
     if not same_data(out, config, vocab_size) or not (out / "tokenizer.json").is_file():
         return None
     tokenizer = load_tokenizer(out / "tokenizer.json")
@@ -1918,48 +1970,67 @@ def _prepared_data(out: Path, config: DataConfig, vocab_size: int) -> tuple[Toke
     return (tokens, tokenizer) if tokens and made_with == tokenizer_hash(tokenizer) else None
 
 
+def _check_unchanged(config: DataConfig, manifest: dict[str, Any]) -> None:
+    if is_streamed(config):  # a stream is there to avoid reading all of it again
+        return
+    now = source_fingerprint(config.data)
+    if now is not None and now != manifest["source_sha256"]:
+        raise ValueError(
+            f"data={config.data!r}: the text has changed since this run started. Put the old text "
+            "back, or train on the new one in another folder (--out)"
+        )
+
+
+def _run_tokenizer(path: Path, texts: Iterable[str], config: DataConfig, vocab_size: int) -> Any:
+    """The tokenizer at `path`, or one trained on `texts` where there is none."""
+    if path.is_file():
+        tokenizer = load_tokenizer(path)
+        say(f"tokenizer: reusing {path}")
+    else:
+        start = time.perf_counter()
+        tokenizer = train_tokenizer(texts, vocab_size, config.tokenizer)
+        say(f"tokenizer: {tokenizer.get_vocab_size()} tokens, {time.perf_counter() - start:.1f} s")
+    check_tokenizer(tokenizer, vocab_size, path)
+    return tokenizer
+
+
 def prepare_data(
     config: DataConfig, vocab_size: int, context: int, out: str | Path
 ) -> tuple[TokenData, Any]:
     """Tokenizer and token files of a run folder, made where they are not there yet.
 
     Files: `tokenizer.json` (reused when present) and `data/{train,validation}.bin` with
-    `data/manifest.json`. Reading the source again is not needed once they are there.
+    `data/manifest.json`. The source is not read again once they are there.
 
     Raises:
         ValueError: too little text, or the local source has changed since the files were made.
     """
     out = Path(out)
-    folder = out / "data"
+    folder, path = out / "data", out / "tokenizer.json"
     found = _prepared_data(out, config, vocab_size)
     if found:
         _check_unchanged(config, found[0].manifest)
         return found
     folder.mkdir(parents=True, exist_ok=True)
-    streaming = extension("streaming", _STREAMING) if is_streamed(config) else None
-    fingerprint = None if streaming else source_fingerprint(config.data)
-    read = partial(streaming.read_stream, config) if streaming else _splits(config)
-    path = out / "tokenizer.json"
-    if path.is_file():
-        tokenizer = load_tokenizer(path)
-        say(f"tokenizer: reusing {path}")
+    if is_streamed(config):
+        streaming = extension("streaming", _STREAMING)
+        fingerprint, texts = None, streaming.tokenizer_texts(config)
+        write = partial(streaming.begin_stream, config)
     else:
-        start = time.perf_counter()
-        texts = (text for split, text, _ in read() if split == "train")
-        chars = streaming.tokenizer_chars(config) if streaming else _TOKENIZER_CHARS
-        tokenizer = train_tokenizer(_limited(texts, chars), vocab_size, config.tokenizer)
-        say(f"tokenizer: {tokenizer.get_vocab_size()} tokens, {time.perf_counter() - start:.1f} s")
-    check_tokenizer(tokenizer, vocab_size, path)
+        fingerprint, read = source_fingerprint(config.data), _splits(config)
+        train_texts = (text for split, text, _ in read() if split == "train")
+        texts = limited(train_texts, _TOKENIZER_CHARS)
+
+        def write(tokenizer: Any, folder: Path) -> dict[str, Any]:
+            return tokenize(tokenizer, read(), folder, config.max_train_tokens)
+
+    tokenizer = _run_tokenizer(path, texts, config, vocab_size)
     manifest = {
         "format_version": 1,
         "asked": {"data": asdict(config), "vocab_size": vocab_size},
         "source_sha256": fingerprint,
         "tokenizer_sha256": tokenizer_hash(tokenizer),
-        **(
-            streaming.begin_stream(config, tokenizer, folder)
-            if streaming
-            else tokenize(tokenizer, read(), folder, config.max_train_tokens)
-        ),
+        **write(tokenizer, folder),
     }
     for split, needed in (("train", context + 1), ("validation", 2)):
         if manifest[split]["tokens"] < needed:
@@ -1972,20 +2043,6 @@ def prepare_data(
     tokens = _read_tokens(folder, manifest)
     assert tokens is not None, "token files differ from what was just written"
     return tokens, tokenizer
-
-
-_STREAMING = "text that comes in while training runs (max_train_tokens of a hub's set or a folder)"
-
-
-def _check_unchanged(config: DataConfig, manifest: dict[str, Any]) -> None:
-    if is_streamed(config):  # reading all of it again is what a stream is there to avoid
-        return
-    now = source_fingerprint(config.data)
-    if now is not None and now != manifest["source_sha256"]:
-        raise ValueError(
-            f"data={config.data!r}: the text has changed since this run began. Put the old text "
-            "back, or train on the new one in another folder (--out)"
-        )
 
 
 def say(line: str) -> None:

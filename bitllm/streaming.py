@@ -11,7 +11,8 @@ import itertools
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ import numpy as np
 
 from bitllm_core import (
     DataConfig,
+    HubSource,
     Piece,
+    SplitPiece,
     TokenData,
     TrainConfig,
-    column_of,
     cut_long,
     end_of_text_id,
     file_rows,
@@ -32,51 +34,77 @@ from bitllm_core import (
     hub_source,
     is_local,
     join_lines,
+    limited,
     local_files,
     read_json,
     read_pieces,
     say,
+    text_column,
     tokenize,
     write_atomically,
 )
 
-VALIDATION_CHARS = 2_000_000  # held out at the beginning of a source of unknown length
-TOKENIZER_CHARS = 20_000_000  # text a tokenizer is trained on where training waits for it
-ROWS = 64  # of a stream read at once
-BLOCK_TOKENS = 1 << 22  # of a stream that come, and are shuffled, together
+VALIDATION_CHARS = 2_000_000  # the start of a stream is held out: its length is unknown
+TOKENIZER_CHARS = 20_000_000  # text a tokenizer is trained on, at most; training waits for it
+ROWS = 64  # read at once
+BLOCK_TOKENS = 1 << 22  # written, and shuffled, together
 RETRY_S = (1.0, 60.0, 10)
-"""Seconds until a broken stream is opened again: at first, doubling, at most; and how often."""
+"""Seconds until a broken stream is opened again (doubling from the first to the second), and how
+often in a row."""
+
+State = dict[str, Any]
+"""Where to resume: the number of a local file and of its row, or the state of `datasets`."""
+Rows = tuple[list[str], State]  # texts, and where to resume after them
+
+
+def _file_rows(path: Path, column: str | None, start: int) -> Iterator[Rows]:
+    """The rows of a local file from number `start`, `ROWS` at a time."""
+    rows = itertools.islice(file_rows(path, column), start, None)
+    while batch := list(itertools.islice(rows, ROWS)):
+        start += len(batch)
+        yield batch, {"rows": start}
+
+
+def _hub_rows(
+    hub: HubSource, wanted: str | None, state: State
+) -> Iterator[tuple[list[str], State]]:
+    rows = hub_rows(hub, "train", streaming=True)
+    # choosing the column reads the first rows: once is enough
+    column = state.get("column") or text_column(
+        next(iter(rows), {}), hub.column or wanted, hub.name
+    )
+    if state.get("rows"):
+        rows.load_state_dict(state["rows"])
+    for batch in rows.iter(batch_size=ROWS):
+        yield batch[column], {"column": column, "rows": rows.state_dict()}
 
 
 def stream_pieces(
-    config: DataConfig, state: dict[str, Any] | None = None
-) -> Iterator[tuple[list[Piece], dict[str, Any]]]:
-    """The training text some rows at once, with the `state` that goes on after them."""
-    state = state or {"source": 0, "column": None, "rows": None}
+    config: DataConfig, state: State | None = None
+) -> Iterator[tuple[list[Piece], State]]:
+    """The training text, some rows at a time, each with the state that resumes after it."""
+    state = state or {"source": 0}
     files = local_files(Path(config.data).expanduser()) if is_local(config.data) else []
-    hub = None if files else hub_source(config.data)
     for number in range(state["source"], len(files) or 1):
-        if hub:
-            rows, lines, wanted = hub_rows(hub, "train", True), hub.lines, hub.column
+        if files:
+            path, lines = files[number], files[number].suffix == ".txt"
+            batches = _file_rows(path, config.text_column, state.get("rows") or 0)
         else:
-            rows, lines, wanted = file_rows(files[number]), files[number].suffix == ".txt", None
-        # looking for the column reads the first rows: once is enough
-        column = state["column"] or column_of(rows, wanted or config.text_column, config.data)
-        if state["rows"]:
-            rows.load_state_dict(state["rows"])
-        for batch in rows.iter(batch_size=ROWS):
-            texts: Iterable[str] = filter(None, batch[column])
-            pieces = [(t, not lines) for t in (join_lines(texts) if lines else texts)]
-            at = {"source": number, "column": column, "rows": rows.state_dict()}
-            yield list(cut_long(pieces)), at
-        state = {"source": number + 1, "column": None, "rows": None}
+            hub = hub_source(config.data)
+            lines, batches = hub.lines, _hub_rows(hub, config.text_column, state)
+        for rows, position in batches:
+            texts = filter(None, rows)
+            pieces = [(text, not lines) for text in (join_lines(texts) if lines else texts)]
+            yield list(cut_long(pieces)), {"source": number, **position}
+        state = {"source": number + 1}
         if lines:
             yield [("", True)], state
 
 
-def read_stream(config: DataConfig) -> Iterator[tuple[str, str, bool]]:
-    for pieces, _ in stream_pieces(config):
-        yield from (("train", *piece) for piece in pieces)
+def tokenizer_texts(config: DataConfig) -> Iterator[str]:
+    """The text to train a tokenizer on, from the start of the stream."""
+    texts = (text for pieces, _ in stream_pieces(config) for text, _ in pieces)
+    return limited(texts, min(TOKENIZER_CHARS, 8 * (config.max_train_tokens or 0)))
 
 
 @lru_cache(maxsize=4)
@@ -85,11 +113,11 @@ def _block_order(seed: int, epoch: int, first: int, size: int) -> np.ndarray:
 
 
 class StreamedData(TokenData):
-    """Tokens of which a thread brings in more while training reads what is there.
+    """Tokens that a thread reads while training uses those that are there.
 
-    Windows are shuffled inside blocks of `BLOCK_TOKENS`, so that a step's are a function of (seed,
-    step) whenever they came. train.bin grows; progress.json beside it tells how far it is whole
-    and from where to go on.
+    Windows are shuffled inside blocks of `BLOCK_TOKENS`, so a step's are a function of (seed, step)
+    no matter when they arrived. train.bin grows; progress.json beside it records its complete
+    parts, each with the state to resume from.
     """
 
     def __init__(self, folder: Path, validation: np.ndarray, manifest: dict[str, Any]) -> None:
@@ -99,23 +127,24 @@ class StreamedData(TokenData):
 
     @property
     def sha256(self) -> str:
-        return self.manifest["validation"]["sha256"]  # the beginning of the same source
+        return self.manifest["validation"]["sha256"]  # the start of the same source
+
+    @property
+    def epoch_tokens(self) -> int:
+        """The budget, or as many tokens as the source has."""
+        return len(self.training) if self.ended else self.budget
 
     def refresh(self) -> None:
-        """See what has come."""
-        progress = read_json(self.folder / "progress.json") or {"parts": [], "ended": False}
+        """Look for new tokens."""
+        progress = _progress(self.folder)
         count = progress["parts"][-1]["tokens"] if progress["parts"] else 0
         if count > len(self.training):
             path, dtype = self.folder / "train.bin", self.manifest["dtype"]
             self.training = np.memmap(path, dtype=dtype, mode="r", shape=(count,))
         self.ended = progress["ended"]
 
-    def _in_all(self) -> int:
-        """Tokens an epoch: the budget, or as many as the source has."""
-        return len(self.training) if self.ended else self.budget
-
     def ready(self, config: TrainConfig, context: int, step: int) -> bool:
-        """Whether the tokens of a step have come."""
+        """Whether the tokens of a step are there; `error` is set where they never will be."""
         last = (step + 1) * (config.batch_tokens // context) - 1
         needed = (last // self._block(context) + 1) * self._block(context) * context + 1
         for look in (lambda: None, self.refresh):
@@ -123,37 +152,33 @@ class StreamedData(TokenData):
             if self.ended and len(self.training) <= context:
                 count = len(self.training)
                 self.error = ValueError(
-                    f"{count} tokens in the stream; expected more than a window"
+                    f"the stream has {count} tokens; expected more than one window ({context})"
                 )
             elif self.ended or len(self.training) >= min(needed, self.budget):
                 return True
         return False
 
     def _block(self, context: int) -> int:
-        """Windows shuffled together: fewer where the budget is small, so that training begins."""
+        """Windows shuffled together: fewer where the budget is small, so that training starts."""
         return max(min(BLOCK_TOKENS, self.budget // 16) // context, 1)
 
-    def batch(self, config: TrainConfig, context: int, step: int) -> np.ndarray:
-        """The windows of a step that is `ready`, as `TokenData.batch`."""
-        windows, block, N = config.batch_tokens // context, self._block(context), self._in_all()
-        starts = np.empty(windows, dtype=np.int64)
-        for row, number in enumerate(range(step * windows, (step + 1) * windows)):
-            epoch, within = divmod(number, N // context)
+    def window_starts(self, numbers: np.ndarray, context: int, seed: int) -> np.ndarray:
+        """Where the windows of a step that is `ready` start: shuffled inside their block."""
+        block, per_epoch = self._block(context), self.epoch_tokens // context
+        starts = np.empty(len(numbers), dtype=np.int64)
+        for row, number in enumerate(numbers.tolist()):
+            epoch, within = divmod(number, per_epoch)
             first = within // block * block
-            size = min(block, N // context - first)
-            order = _block_order(config.seed, epoch, first, size)
+            order = _block_order(seed, epoch, first, min(block, per_epoch - first))
             starts[row] = (first + order[within - first]) * context
-        return self.training[(starts[:, None] + np.arange(context + 1)) % N].astype(np.int64)
-
-    def steps_per_epoch(self, config: TrainConfig, context: int) -> float:
-        return (self._in_all() // context) / (config.batch_tokens // context)
+        return starts
 
     @contextlib.contextmanager
     def coming(self, tokenizer: Any) -> Iterator[None]:
-        """Bring the rest in, in the background, until the end of the block."""
+        """Read the rest in the background until the end of the block."""
         self.refresh()
         closed = threading.Event()
-        work = partial(self._bring_all, tokenizer, closed)
+        work = partial(self._read_all, tokenizer, closed)
         thread = threading.Thread(target=work, name="stream", daemon=True)
         if not self.ended:
             thread.start()
@@ -162,14 +187,15 @@ class StreamedData(TokenData):
         finally:
             closed.set()
             if thread.is_alive():
-                thread.join(5)  # one that waits for the network finds out later, and writes nothing
+                thread.join(5)  # one that waits for the network notices later, and writes nothing
 
-    def _bring_all(self, tokenizer: Any, closed: threading.Event) -> None:
-        wait, most, tries = RETRY_S
+    def _read_all(self, tokenizer: Any, closed: threading.Event) -> None:
+        """Read until the end, opening the stream again after an error."""
+        wait, longest, tries = RETRY_S
         failures, before = 0, -1
         while not closed.is_set():
             try:
-                self._bring(tokenizer, closed)
+                self._read(tokenizer, closed)
                 return
             except Exception as error:  # each layer of the hub's clients has kinds of its own
                 self.refresh()
@@ -178,97 +204,98 @@ class StreamedData(TokenData):
                 if isinstance(error, ValueError) or failures > tries:
                     self.error = error
                     return
-                pause = min(wait * 2.0 ** (failures - 1), most)
+                pause = min(wait * 2.0 ** (failures - 1), longest)
                 if not closed.is_set():
                     say(f"data: {first_line(error)}; trying again in {pause:.0f} s")
                 closed.wait(pause)
 
-    def _bring(self, tokenizer: Any, closed: threading.Event) -> None:
-        """Append what comes, from where the last part ended, until the budget is reached."""
+    def _read(self, tokenizer: Any, closed: threading.Event) -> None:
+        """Append tokens from where the last part ended until the budget is reached."""
         config, eot = DataConfig(**self.manifest["asked"]["data"]), end_of_text_id(tokenizer)
-        parts = (read_json(self.folder / "progress.json") or {"parts": []})["parts"]
-        state = parts[-1]["state"] if parts else self.manifest["stream_state"]
-        dtype = np.dtype(self.manifest["dtype"])
-        done, new, size = (parts[-1]["tokens"] if parts else 0), bytearray(), 0
-
-        def write(ended: bool) -> None:
-            nonlocal done, new, size
-            if closed.is_set():
-                return
-            with path.open("r+b") as file:
-                file.seek(done * dtype.itemsize)  # what a kill left after it is overwritten
-                file.write(new)
-                file.flush()
-                os.fsync(file.fileno())
-            done += len(new) // dtype.itemsize
-            part = {"tokens": done, "bytes": size, "sha256": hashlib.sha256(new).hexdigest()}
-            parts.append({**part, "state": state})
-            text = json.dumps({"parts": parts, "ended": ended})
-            write_atomically(self.folder / "progress.json", text.encode())
-            new, size = bytearray(), 0
-
-        path = self.folder / "train.bin"
-        path.touch()
-        at_once = min(BLOCK_TOKENS, self.budget // 16) * dtype.itemsize
-        room = (self.budget - done) * dtype.itemsize
+        parts = _PartWriter(self.folder, self.manifest, closed)
+        at_once = min(BLOCK_TOKENS, self.budget // 16)
         try:
-            for pieces, after in stream_pieces(config, state):
+            for pieces, after in stream_pieces(config, parts.state):
                 texts = [text for text, _ in pieces]
                 encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
                 ids: list[int] = []
                 for (_, ends), tokens in zip(pieces, encoded, strict=True):
                     ids += tokens.ids + ([eot] if ends and eot is not None else [])
-                new += np.asarray(ids, dtype=dtype).tobytes()  # all of them or none
-                size, state = size + sum(len(text.encode()) for text in texts), after
+                parts.add(ids, sum(len(text.encode()) for text in texts), after)
                 if closed.is_set():
                     return
-                if len(new) >= room:
+                if parts.tokens >= self.budget:
                     break
-                if len(new) >= at_once:
-                    room -= len(new)
-                    write(ended=False)
+                if len(parts.new) >= at_once:
+                    parts.write()
         except BaseException:
-            if new:
-                write(ended=False)  # it need not come again
+            if parts.new:
+                parts.write()  # need not be read again
             raise
-        del new[room:]
-        write(ended=True)
+        del parts.new[max(self.budget - parts.done, 0) :]
+        parts.write(ended=True)
 
 
-def _mend(folder: Path, manifest: dict[str, Any]) -> None:
-    """Take a stream back to where train.bin is what was written."""
-    progress = read_json(folder / "progress.json") or {"parts": []}
-    itemsize, good, end = np.dtype(manifest["dtype"]).itemsize, [], 0
-    with contextlib.suppress(FileNotFoundError), (folder / "train.bin").open("rb") as file:
-        for part in progress["parts"]:
-            data = file.read((part["tokens"] - end) * itemsize)
-            if hashlib.sha256(data).hexdigest() != part["sha256"]:
-                break
-            good, end = [*good, part], part["tokens"]
-    if len(good) < len(progress["parts"]):
-        say(f"data: train.bin is not what was written after token {end:,}; that is read again")
-        text = json.dumps({"parts": good, "ended": False})
-        write_atomically(folder / "progress.json", text.encode())
+class _PartWriter:
+    """Appends parts to train.bin, and their ends, hashes and states to progress.json."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], closed: threading.Event) -> None:
+        self.folder, self.closed, self.dtype = folder, closed, np.dtype(manifest["dtype"])
+        self.parts = _progress(folder)["parts"]
+        self.done: int = self.parts[-1]["tokens"] if self.parts else 0
+        self.state = self.parts[-1]["state"] if self.parts else manifest["stream_state"]
+        self.new = array(self.dtype.char)
+        self.text_bytes = 0
+        (folder / "train.bin").touch()
+
+    @property
+    def tokens(self) -> int:
+        return self.done + len(self.new)
+
+    def add(self, ids: list[int], text_bytes: int, state: State) -> None:
+        self.new.extend(ids)
+        self.text_bytes += text_bytes
+        self.state = state
+
+    def write(self, ended: bool = False) -> None:
+        """Write what was added as one part, unless the stream was closed meanwhile."""
+        if self.closed.is_set():
+            return
+        data = self.new.tobytes()
+        with (self.folder / "train.bin").open("r+b") as file:
+            file.seek(self.done * self.dtype.itemsize)  # overwrites what a kill left there
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        self.done += len(self.new)
+        digest = hashlib.sha256(data).hexdigest()
+        part = {"tokens": self.done, "bytes": self.text_bytes, "sha256": digest}
+        self.parts.append({**part, "state": self.state})
+        _write_progress(self.folder, self.parts, ended)
+        self.new, self.text_bytes = array(self.dtype.char), 0
+
+
+def _progress(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "progress.json") or {"parts": [], "ended": False}
+
+
+def _write_progress(folder: Path, parts: list[dict[str, Any]], ended: bool) -> None:
+    text = json.dumps({"parts": parts, "ended": ended})
+    write_atomically(folder / "progress.json", text.encode())
 
 
 def begin_stream(config: DataConfig, tokenizer: Any, folder: Path) -> dict[str, Any]:
-    """Write validation.bin; return what the manifest says of a stream that begins after it."""
+    """Write validation.bin; return the manifest's entries for the stream that starts after it."""
     for name in ("train.bin", "progress.json"):
         (folder / name).unlink(missing_ok=True)
-    state: dict[str, Any] = {}
-    held = config.validation_data
-    own = read_pieces(held or config.data, "train" if held else "validation", config)
+    state: State = {}
+    source = config.validation_data
+    own = read_pieces(source or config.data, "train" if source else "validation", config)
     first = next(own, None)
+    share = 4 * config.validation_fraction * (config.max_train_tokens or 0)
+    limit, seen = min(VALIDATION_CHARS, share), 0.0
 
-    seen, limit = (
-        0.0,
-        min(
-            VALIDATION_CHARS,
-            4 * config.validation_fraction * (config.max_train_tokens or 0),
-        ),
-    )
-
-    def pieces() -> Iterator[tuple[str, str, bool]]:
+    def pieces() -> Iterator[SplitPiece]:
         nonlocal seen
         if first is not None:
             yield from (("validation", *piece) for piece in itertools.chain([first], own))
@@ -284,19 +311,35 @@ def begin_stream(config: DataConfig, tokenizer: Any, folder: Path) -> dict[str, 
     counts = tokenize(tokenizer, pieces(), folder, None)
     if seen < limit:
         raise ValueError(
-            f"data={config.data!r}: all of its {seen:,.0f} characters would validate, for a "
-            "stream's beginning does; leave max_train_tokens out for a text as short as this"
+            f"data={config.data!r}: the start of a stream is held out for validation, and that "
+            f"would be all of its {seen:,.0f} characters; leave max_train_tokens out for a text as "
+            "short as this"
         )
-    to_come = {"tokens": config.max_train_tokens, "bytes": 0, "sha256": ""}
-    return {**counts, "train": to_come, "stream_state": state or None}
+    train = {"tokens": config.max_train_tokens, "bytes": 0, "sha256": ""}
+    return {**counts, "train": train, "stream_state": state or None}
 
 
-def open_stream(folder: Path, validation: np.ndarray, manifest: dict[str, Any]) -> StreamedData:
-    """The stream that `begin_stream` began, from where it is."""
-    _mend(folder, manifest)
+def open_stream(
+    folder: Path, validation: np.ndarray, manifest: dict[str, Any]
+) -> StreamedData | None:
+    """The stream that `begin_stream` started, as far as train.bin holds what was written.
+
+    None where it must be read again from the start: earlier versions kept the position in a local
+    folder as a state of `datasets`. The tokens are the same.
+    """
+    progress = _progress(folder)
+    states = [manifest["stream_state"], *(part["state"] for part in progress["parts"])]
+    old = any(isinstance(state and state.get("rows"), dict) for state in states)
+    if old and is_local(manifest["asked"]["data"]["data"]) and not progress["ended"]:
+        return None
+    itemsize, good, end = np.dtype(manifest["dtype"]).itemsize, [], 0
+    with contextlib.suppress(FileNotFoundError), (folder / "train.bin").open("rb") as file:
+        for part in progress["parts"]:
+            data = file.read((part["tokens"] - end) * itemsize)
+            if hashlib.sha256(data).hexdigest() != part["sha256"]:
+                break
+            good, end = [*good, part], part["tokens"]
+    if len(good) < len(progress["parts"]):
+        say(f"data: train.bin is damaged after token {end:,}; reading that part again")
+        _write_progress(folder, good, ended=False)
     return StreamedData(folder, validation, manifest)
-
-
-def tokenizer_chars(config: DataConfig) -> int:
-    """How much text to train a tokenizer on: training waits for it."""
-    return min(TOKENIZER_CHARS, 8 * (config.max_train_tokens or 0))

@@ -88,6 +88,20 @@ def test_broken_off_anywhere_it_goes_on_exactly(whole, stories, tmp_path):
     assert data.training.tolist() == whole[0].training.tolist()
 
 
+def test_a_stream_of_an_earlier_version_is_read_again_to_the_same_tokens(whole, stories, tmp_path):
+    data, tokenizer = streamed(stories, tmp_path)
+    wait(data, tokenizer, lambda data: len(data.training) > 5000)
+    path = tmp_path / "data" / "progress.json"
+    progress = bit.read_json(path)
+    for part in progress["parts"]:
+        part["state"] |= {"column": "text", "rows": {"examples_iterable": {"shard_idx": 0}}}
+    path.write_text(json.dumps(progress))
+    again, tokenizer = streamed(stories, tmp_path)
+    assert again.sha256 == data.sha256
+    assert len(again.training) == 0
+    assert wait(again, tokenizer).training.tolist() == whole[0].training.tolist()
+
+
 class FailsOnce:
     """A tokenizer of which one row of one batch cannot be had at first."""
 
@@ -122,7 +136,7 @@ def test_damage_is_noticed_and_read_again(whole, stories, tmp_path, capsys):
     del data
     (tmp_path / "data" / "train.bin").write_bytes(damaged)
     data, tokenizer = streamed(stories, tmp_path)
-    assert "not what was written" in capsys.readouterr().err
+    assert "damaged after token" in capsys.readouterr().err
     data.refresh()
     wait(data, tokenizer)
     assert data.training.tolist() == whole[0].training.tolist()
@@ -160,7 +174,7 @@ def test_every_window_comes_once_an_epoch_and_epochs_differ(whole):
 
 
 def test_a_source_that_ends_before_the_budget(stories, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"would validate.*leave max_train_tokens out"):
+    with pytest.raises(ValueError, match=r"held out for validation.*leave max_train_tokens out"):
         streamed(stories, tmp_path, budget=10**7)
     monkeypatch.setattr(streaming, "VALIDATION_CHARS", 10_000)
     data, tokenizer = streamed(stories, tmp_path, budget=10**7)

@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -63,6 +64,41 @@ def test_rows_of_jsonl_and_parquet_are_documents(tmp_path):
         list(bit.read_pieces(parquet))
     config = bit.DataConfig(data=parquet, text_column="body")
     assert list(bit.read_pieces(parquet, config=config)) == expected
+
+
+def test_marks_line_ends_and_blank_rows_of_local_text(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffone\r\n\x85two\u2028\x0b\rthree".encode())
+    assert list(bit.read_pieces(str(path))) == [("one\n\x85two\u2028\x0b\nthree", True)]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(
+        b'\xef\xbb\xbf{"text": "a"}\r\n\n {"n": 2}\n{"text": null}\n{"text": "\\ud800b"}'
+    )
+    assert list(bit.read_pieces(str(path))) == [("a", True), ("\ufffdb", True)]
+    assert list(bit.file_rows(path)) == ["a", "", "", "\ufffdb"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": 3}', "line 2: column 'text' holds .* type int"),
+        ("a.jsonl", b'[{"text": "a"}]', 'line 1: expected an object such as {"text"'),
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', "line 2: cannot be read as JSON"),
+        ("a.jsonl", b'{"a": "x", "b": "y"}', "columns a, b; .*--text-column"),
+        ("a.parquet", b"PAR1 is not all of it", "cannot be read as .parquet"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}.*{says}"):
+        list(bit.read_pieces(str(tmp_path / name)))
+
+
+def test_a_missing_library_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").touch()
+    with pytest.raises(ImportError, match=r"reading a.parquet .*pip install pyarrow"):
+        list(bit.read_pieces(str(tmp_path / "a.parquet")))
 
 
 def test_a_folder_gives_its_own_validation_split(tmp_path):
