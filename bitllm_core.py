@@ -626,15 +626,12 @@ def weight_quant(weight: Tensor) -> tuple[Tensor, Tensor]:
     if weight.ndim != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected a matrix")
     weight = weight.float()
-    scale = ternary_scale(weight.abs().mean(dim=1))
-    return to_trits(weight, scale), scale
+    scale = weight.abs().mean().clamp(min=_SCALE_FLOOR)
+    return (weight / scale).round().clamp(-1, 1), scale
 
 
 def ternary_scale(row_means: Tensor) -> Tensor:
-    """Scale, shape (), of a matrix of which these are the mean magnitudes of the rows, (O).
-
-    The mean of their mean: the same bits wherever the rows lie.
-    """
+    """Scale, shape (), of a matrix of which these are the mean magnitudes of the rows, (O)."""
     return row_means.mean().clamp(min=_SCALE_FLOOR)
 
 
@@ -643,7 +640,7 @@ def to_trits(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _to_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole numbers from -127 to 127, float32, like x, (..., I), and what x was multiplied by."""
+    """Integers from -127 to 127, float32, like x, (..., I), and the factor they were scaled by."""
     x = x.float()
     scale = 127 / x.abs().amax(dim=-1, keepdim=True).clamp(min=_SCALE_FLOOR)  # (..., 1)
     return (x * scale).round().clamp(-128, 127), scale
@@ -660,14 +657,14 @@ def activation_quant(x: Tensor) -> Tensor:
 
     Source: [1], "Training Tips, Code and FAQ", activation_quant.
     """
-    whole, scale = _to_8_bits(x)
-    return whole / scale
+    integers, scale = _to_8_bits(x)
+    return integers / scale
 
 
 class _StraightThrough(torch.autograd.Function):
     """Forward: a quantizer. Backward: the gradient unchanged, none to the scale ([1], FAQ).
 
-    `x + (q(x) - x).detach()` is the same mathematics; compiled, it made a step three times slower.
+    `x + (q(x) - x).detach()` is the same mathematics, but three times slower when compiled.
     """
 
     @staticmethod
@@ -694,51 +691,18 @@ class _Held(torch.autograd.Function):
         return grad[0].to(ctx.dtype), None
 
 
-class _Gathered(torch.autograd.Function):
-    """F.linear by a weight whose memory FSDP frees between forward and backward pass.
-
-    Autograd would keep what multiplies, quantized or cast, of every block: in the end a whole
-    model. Here it is made of the weight again, which FSDP then gathers again. `linear` is dense
-    where trits were gathered, which are quantized already (`TritGather`).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, linear: str) -> Tensor:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        ctx.linear, ctx.dtype, x = linear, x.dtype, x.to(dtype)
-        ctx.save_for_backward(x, weight)
-        with torch.autocast(kind, enabled=False):
-            return F.linear(x, _Gathered.multiplier(weight, linear, dtype))
-
-    @staticmethod
-    def multiplier(weight: Tensor, linear: str, dtype: torch.dtype) -> Tensor:
-        if linear != "dense":
-            ternary, scale = weight_quant(weight.detach())
-            weight = ternary.mul_(scale)
-        return weight.to(dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grad: Any) -> Any:
-        x, weight = ctx.saved_tensors
-        d_y = grad[0]
-        d_x = d_y @ _Gathered.multiplier(weight, ctx.linear, x.dtype)
-        d_weight = d_y.flatten(0, -2).T @ x.flatten(0, -2)
-        return d_x.to(ctx.dtype), d_weight.to(weight.dtype), None
-
-
 def held_for(parameter: Tensor, held: Tensor) -> Tensor:
-    """`held`, made from `parameter` beforehand; its gradient reaches the parameter unchanged."""
+    """`held`, computed from `parameter` earlier; its gradient reaches the parameter unchanged."""
     return _Held.apply(parameter, held) if torch.is_grad_enabled() else held
 
 
 def quantize_input(x: Tensor, linear: str) -> Tensor:
-    """What BitLinears of form `linear` read: 8-bit where ternary. Once for all that share `x`."""
+    """What BitLinears of form `linear` read: 8-bit values where that is ternary."""
     return _StraightThrough.apply(x, "activation") if linear == "ternary" else x
 
 
 def pack_trits(trits: Tensor) -> Tensor:
-    """Trits, (O, I), two bits each: byte j of a row holds those of inputs j + k * ceil(I / 4)."""
+    """Trits, (O, I), at two bits each: byte j of a row holds inputs j + k * ceil(I / 4)."""
     codes = F.pad(trits + 1, (0, -trits.shape[1] % 4)).to(torch.uint8)
     a, b, c, d = codes.chunk(4, dim=1)
     return a | b << 2 | c << 4 | d << 6  # (O, ceil(I / 4))
@@ -751,27 +715,27 @@ def unpack_trits(packed: Tensor, in_features: int) -> Tensor:
 
 
 class Kernels(Protocol):
-    """Faster ways to compute what inference needs most, for the inputs they are made for."""
+    """A faster implementation of some inference operations, for inputs of some kind."""
 
     def ready(self, x: Tensor) -> bool:
-        """Whether x, (..., I), can be computed with; here and now, without a gradient."""
+        """Whether it can compute with x, (..., I)."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """As `RMSNorm`, float32."""
+        """What `RMSNorm` returns, float32."""
         ...
 
     def ternary_linear(self, x: Tensor, layers: Sequence[BitLinear]) -> Sequence[Tensor]:
-        """As `project` through frozen ternary layers: the same bits."""
+        """What `project` returns for frozen ternary layers, bit for bit."""
         ...
 
 
 KERNELS: list[Kernels] = []
-"""Where they register (bitllm.cpu does); the first that is ready computes, else plain torch."""
+"""The first that is ready is used, otherwise plain torch. Importing bitllm.cpu adds one."""
 
 
 def kernels_for(x: Tensor) -> Kernels | None:
-    """The first of KERNELS that is ready for x; None where there is something to learn or trace."""
+    """The kernels to use for x; None where a gradient is wanted, or inside torch.compile."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     for kernels in KERNELS:
@@ -781,30 +745,31 @@ def kernels_for(x: Tensor) -> Kernels | None:
 
 
 def project(x: Tensor, layers: Sequence[BitLinear]) -> Sequence[Tensor]:
-    """Each layer's output of one input, (..., I), which is quantized once for all of them."""
+    """Each layer's output for one input, (..., I), which is quantized once for all of them."""
     first = layers[0]
     packed = first.frozen and first.linear == "ternary" and first.held is None
     kernels = kernels_for(x) if packed else None
     if kernels is not None:
         return kernels.ternary_linear(x, layers)
-    x = first.read(x)
+    if not first.frozen:  # the inference form quantizes its input itself
+        x = quantize_input(x, first.linear)
     return [layer(x) for layer in layers]
 
 
 class BitLinear(nn.Linear):
     """A matrix without bias that computes with ternary weights and learns in full precision.
 
-    The input is expected to be what `read` returns; `project` sees to it.
+    Call it through `project`, which quantizes the input.
 
     Args:
         in_features, out_features: sizes; the weight is (out_features, in_features).
         linear: "ternary" or "weight_only" (both quantize the weight), or "dense" (neither).
 
-    `freeze` turns the layer into its inference form, two bits a weight: `packed`, uint8
-    (O, ceil(I / 4)), and `weight_scale`, float32 (), in place of the weight. Its output equals the
-    training form's to float rounding; and where activations are quantized too, it is made of sums
-    of whole numbers, and is therefore the same bits by whichever way it is computed.
-    Never quantize t * s again: the mean of already ternary weights is smaller than their scale.
+    `freeze` turns the layer into its inference form, two bits per weight: `packed`, uint8
+    (O, ceil(I / 4)), and `weight_scale`, float32 (), replace the weight. The output equals the
+    training form's to float rounding. Where activations are quantized too, it consists of sums of
+    integers, and every way to compute it gives the same bits.
+    Never quantize t * s again: the mean of weights that are already ternary is below their scale.
     """
 
     packed: Tensor
@@ -814,7 +779,6 @@ class BitLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
         self.linear = linear
         self.held: Tensor | None = None  # see BitLM.hold_weights
-        self.gathered: str | None = None  # form of the weight that FSDP brings, see sharded_model
 
     @property
     def frozen(self) -> bool:
@@ -826,7 +790,7 @@ class BitLinear(nn.Linear):
 
     @property
     def trits(self) -> Tensor:
-        """Of the inference form: int8, (O, I)."""
+        """The trits of the inference form: int8, (O, I)."""
         return unpack_trits(self.packed, self.in_features)
 
     def effective_weight(self) -> Tensor:
@@ -840,7 +804,7 @@ class BitLinear(nn.Linear):
         return _StraightThrough.apply(self.weight, "weight")
 
     def hold(self, dtype: torch.dtype) -> None:
-        """Keep what multiplies ready in `dtype`, until `held` is None again."""
+        """Keep the weight that multiplies in `dtype` until `held` is None again."""
         self.held = None
         self.held = (self.trits if self.frozen else self.effective_weight().detach()).to(dtype)
 
@@ -866,21 +830,14 @@ class BitLinear(nn.Linear):
         self.register_buffer("packed", pack_trits(trits))
         self.register_buffer("weight_scale", scale)
 
-    def read(self, x: Tensor) -> Tensor:
-        """Quantize an input for this layer's `forward`; the inference form does that itself."""
-        return x if self.frozen else quantize_input(x, self.linear)
-
     def forward(self, input: Tensor) -> Tensor:
-        if self.gathered:
-            return _Gathered.apply(input, self.weight, self.gathered)
-        return self._infer(input) if self.frozen else F.linear(input, self.effective_weight())
-
-    def _infer(self, x: Tensor) -> Tensor:
-        weight = self.trits.to(x.dtype) if self.held is None else self.held
+        if not self.frozen:
+            return F.linear(input, self.effective_weight())
+        weight = self.trits.to(input.dtype) if self.held is None else self.held
         if self.linear == "weight_only":
-            return F.linear(x, weight) * self.weight_scale
-        whole, scale = _to_8_bits(x)
-        return F.linear(whole, weight) * (self.weight_scale / scale)
+            return F.linear(input, weight) * self.weight_scale
+        integers, scale = _to_8_bits(input)
+        return F.linear(integers, weight) * (self.weight_scale / scale)
 
 
 # -----------------------------------------------------------------------------
@@ -1131,14 +1088,14 @@ class BitLM(nn.Module):
         """Quantize each weight once, to `dtype`, for an optimizer step, an evaluation or a text.
 
         Gradients pass through what is held. What a step of an optimizer changes in the meantime
-        has no effect before the end. Nothing is held of a sharded model: see `_Gathered`.
+        has no effect before the end.
         """
-        layers = [layer for layer in self.bit_linears().values() if not layer.gathered]
+        layers = self.bit_linears().values()
         try:
             with torch.no_grad():
                 for layer in layers:
                     layer.hold(dtype)
-                if self.lm_head is None and layers:
+                if self.lm_head is None and any(layer.held is not None for layer in layers):
                     self.held_head = self.model.embed_tokens.weight.detach().to(dtype)
             yield
         finally:

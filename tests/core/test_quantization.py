@@ -28,6 +28,15 @@ def test_quantizers_agree_with_the_reference(factor):
     torch.testing.assert_close(ternary * scale, reference_weight_quant(x))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_trits_and_scale_are_the_seed_scripts_to_the_bit(seed):
+    """A scale that rounds differently flips the trits of weights on an edge."""
+    weight = torch.empty(512, 2048).uniform_(generator=torch.Generator().manual_seed(seed)) - 0.5
+    ternary, scale = bit.weight_quant(weight)
+    assert torch.equal(scale, weight.abs().mean())
+    assert torch.equal(ternary, torch.round(weight / scale).clamp(-1, 1))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_tiny_and_zero_rows_stay_finite_in_half_precision(dtype):
     x = torch.tensor([[0.0, 0.0], [1e-4, -1e-5], [3e4, 1.0]]).to(dtype)
