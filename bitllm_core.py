@@ -56,6 +56,7 @@ import inspect
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import platform
@@ -87,6 +88,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+log = logging.getLogger("bitllm")
 
 __all__ = [
     "PRESETS",
@@ -140,10 +143,12 @@ __all__ = [
 END_OF_TEXT = "<|endoftext|>"
 WORDPIECE_SPECIALS = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"]
 NO_COUNTERPART = "only block=bitnet, linear=ternary and a tied embedding have a counterpart"
-MIN_VOCAB_SIZE = 257  # 256 bytes and <|endoftext|>
+MIN_VOCAB_SIZE = 257
+_SMALLEST_VOCAB = f"at least {MIN_VOCAB_SIZE} (256 bytes and {END_OF_TEXT})"
 
 
 def require(ok: bool, name: str, value: object, expected: str) -> None:
+    """Raise the ValueError that names a field, its value and what was expected, unless `ok`."""
     if not ok:
         raise ValueError(f"{name}={value!r}: expected {expected}")
 
@@ -155,7 +160,7 @@ def config_from(kind: Any, values: Any, path: Path) -> Any:
     types = {item.name: str(item.type).split(" | ") for item in fields(kind)}
     for name, value in values.items():
         if name not in types:
-            raise ValueError(f"{path}: {name!r:.80} is no field of {kind.__name__}")
+            raise ValueError(f"{path}: {kind.__name__} has no field {name!r:.80}")
         given = "None" if value is None else type(value).__name__
         if given not in types[name] and not (given == "int" and "float" in types[name]):
             expected = " or ".join(types[name])
@@ -167,12 +172,12 @@ def config_from(kind: Any, values: Any, path: Path) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """The beginning of a library's error, for the line in which we explain it."""
+    """The first line of a library's error, to quote in a message of ours."""
     return next(iter(str(error).strip().splitlines()), "")[:140]
 
 
 def library(name: str, why: str) -> Any:
-    """A package that not everybody needs; ImportError says how to install it."""
+    """An optional library, imported; ImportError says how to install it."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -192,9 +197,31 @@ def extension(module: str, why: str) -> Any:
         if error.name not in ("bitllm", f"bitllm.{module}"):
             raise
         raise ImportError(
-            f"{why} needs the bitllm package around bitllm_core.py: "
+            f"{why} needs the bitllm package, not bitllm_core.py alone: "
             "pip install it from its repository, or run in a checkout"
         ) from error
+
+
+_AT_LEAST_1 = (lambda value: value >= 1, "at least 1")
+_NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
+_POSITIVE = (lambda value: value > 0, "a positive number")
+
+
+def _at_most(most: int) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value <= most, f"at most {most:,}"
+
+
+def _one_of(*allowed: str) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value in allowed, f"one of {', '.join(allowed)}"
+
+
+def _check(config: Any, *checks: tuple[str, Callable[[Any], bool], str]) -> None:
+    """Check fields against rows of (names, condition, what is expected); None where it may be."""
+    optional = {item.name for item in fields(config) if "None" in str(item.type)}
+    for names, holds, expected in checks:
+        for name in names.split():
+            value = getattr(config, name)
+            require((value is None and name in optional) or holds(value), name, value, expected)
 
 
 @dataclass(frozen=True)
@@ -202,7 +229,7 @@ class ModelConfig:
     """The shape of the network, in Hugging Face's names. The defaults are the `demo` preset's."""
 
     vocab_size: int = 2048
-    """embedding rows; the tokenizer is trained to at most as many tokens"""
+    """embedding rows; the tokenizer is trained to at most this many tokens"""
     hidden_size: int = 256
     """width of the residual stream"""
     intermediate_size: int = 768
@@ -220,51 +247,38 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5
     """added to the mean square in every norm"""
     tie_word_embeddings: bool = True
-    """the output head is the (float) embedding; without it the head is a BitLinear of its own"""
+    """use the (float) embedding as output head; otherwise the head is a BitLinear of its own"""
     linear: str = "ternary"
     """form of every BitLinear: ternary (and 8-bit activations), weight_only, or dense (the twin)"""
     block: str = "bitnet"
     """bitnet (RMSNorm, rotary, SiLU, sub-norms) or seed (LayerNorm, learned positions, ReLU)"""
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name, most in _MOST.items():
-            require(getattr(self, name) <= most, name, getattr(self, name), f"at most {most:,}")
-        require(
-            self.vocab_size >= MIN_VOCAB_SIZE,
-            "vocab_size",
-            self.vocab_size,
-            f"at least {MIN_VOCAB_SIZE} (256 bytes and {END_OF_TEXT})",
+        _check(
+            self,
+            ("hidden_size intermediate_size num_hidden_layers num_attention_heads", *_AT_LEAST_1),
+            ("vocab_size", lambda size: size >= MIN_VOCAB_SIZE, _SMALLEST_VOCAB),
+            ("max_position_embeddings", lambda length: length >= 2, "at least 2"),
+            # beyond any machine: a slip of the hand, or a hostile file
+            ("num_hidden_layers", *_at_most(1 << 10)),
+            ("hidden_size", *_at_most(1 << 16)),
+            ("intermediate_size", *_at_most(1 << 18)),
+            ("max_position_embeddings", *_at_most(1 << 20)),
+            ("vocab_size", *_at_most(1 << 24)),
+            ("rope_theta rms_norm_eps", *_POSITIVE),
+            ("linear", *_one_of("ternary", "weight_only", "dense")),
+            ("block", *_one_of("bitnet", "seed")),
         )
-        heads, kv_heads = self.num_attention_heads, self.num_kv_heads
-        require(heads >= 1, "num_attention_heads", heads, "at least 1")
-        require(
-            self.hidden_size % heads == 0,
-            "num_attention_heads",
-            heads,
-            f"a divisor of hidden_size={self.hidden_size}, "
-            f"such as {_near_divisor(self.hidden_size, heads)}",
-        )
-        require(
-            self.block == "seed" or self.head_dim % 2 == 0,
-            "num_attention_heads",
-            heads,
-            f"an even head width (rotary embedding turns pairs), not {self.head_dim}",
-        )
-        require(
-            kv_heads >= 1 and heads % kv_heads == 0,
-            "num_key_value_heads",
-            kv_heads,
-            f"a divisor of num_attention_heads={heads}, such as {_near_divisor(heads, kv_heads)}",
-        )
-        context = self.max_position_embeddings
-        require(context >= 2, "max_position_embeddings", context, "at least 2")
-        require(self.rope_theta > 0, "rope_theta", self.rope_theta, "a positive number")
-        require(self.rms_norm_eps > 0, "rms_norm_eps", self.rms_norm_eps, "a positive number")
-        linears = ("ternary", "weight_only", "dense")
-        require(self.linear in linears, "linear", self.linear, f"one of {', '.join(linears)}")
-        require(self.block in ("bitnet", "seed"), "block", self.block, "bitnet or seed")
+        heads, kv_heads, D = self.num_attention_heads, self.num_kv_heads, self.hidden_size
+        expected = f"a divisor of hidden_size={D}, such as {_near_divisor(D, heads)}"
+        require(D % heads == 0, "num_attention_heads", heads, expected)
+        expected = f"an even head width (rotary embedding turns pairs), not {self.head_dim}"
+        even = self.block == "seed" or self.head_dim % 2 == 0
+        require(even, "num_attention_heads", heads, expected)
+        expected = f"a divisor of num_attention_heads={heads}, such as "
+        expected += str(_near_divisor(heads, kv_heads))
+        fits = kv_heads >= 1 and heads % kv_heads == 0
+        require(fits, "num_key_value_heads", kv_heads, expected)
 
     @property
     def head_dim(self) -> int:
@@ -276,7 +290,7 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """All trained numbers, the embedding counted once where it is tied."""
+        """All trained numbers; a tied embedding counts once."""
         D, M, kv = self.hidden_size, self.intermediate_size, self.num_kv_heads * self.head_dim
         seed = self.block == "seed"
         norms = 4 * D if seed else 3 * D + M
@@ -287,7 +301,7 @@ class ModelConfig:
 
     @property
     def export_limits(self) -> list[str]:
-        """What keeps this model from some client once it is exported; empty: every client works."""
+        """Why an export of this model would not run everywhere; empty where it does."""
         found = []
         if self.block != "bitnet" or not self.tie_word_embeddings or self.linear != "ternary":
             found.append(NO_COUNTERPART)
@@ -297,15 +311,6 @@ class ModelConfig:
         if self.head_dim not in (64, 128):
             found.append(f"head width {self.head_dim} is neither 64 nor 128")
         return found
-
-
-_MOST = {  # beyond any machine: a slip of the hand, or a hostile file
-    "vocab_size": 1 << 24,
-    "hidden_size": 1 << 16,
-    "intermediate_size": 1 << 18,
-    "num_hidden_layers": 1 << 10,
-    "max_position_embeddings": 1 << 20,
-}
 
 
 def _near_divisor(n: int, wanted: int) -> int:
@@ -326,28 +331,28 @@ class DataConfig:
     text_column: str | None = None
     """column of .jsonl, .parquet or hub rows; default: text, or the only column of strings"""
     max_train_tokens: int | None = None
-    """train on no more than this many; hub sources and folders then come in while training runs"""
+    """train on at most this many; hub sources and folders then arrive while training runs"""
     tokenizer: str = "bpe"
     """bpe (byte-level, lossless) or wordpiece (the seed's)"""
 
     def __post_init__(self) -> None:
-        require(bool(self.data), "data", self.data, "a file, a folder, a data set's name or pydocs")
-        fraction = self.validation_fraction
-        require(0 < fraction < 0.9, "validation_fraction", fraction, "a number in (0, 0.9)")
-        budget = self.max_train_tokens
-        require(budget is None or budget > 0, "max_train_tokens", budget, "a positive number")
-        kinds = ("bpe", "wordpiece")
-        require(self.tokenizer in kinds, "tokenizer", self.tokenizer, "bpe or wordpiece")
+        _check(
+            self,
+            ("data", bool, "a file, a folder, a data set's name or pydocs"),
+            ("validation_fraction", lambda share: 0 < share < 0.9, "a number in (0, 0.9)"),
+            ("max_train_tokens", *_POSITIVE),
+            ("tokenizer", *_one_of("bpe", "wordpiece")),
+        )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, how fast and with what care to train."""
+    """How long, how fast and how carefully to train."""
 
     max_steps: int = 200
     """optimizer steps in all"""
     batch_tokens: int = 4096
-    """tokens an optimizer step, a multiple of max_position_embeddings"""
+    """tokens per optimizer step, a multiple of max_position_embeddings"""
     micro_batch_size: int | None = None
     """windows at once on the device; default: found. Does not change the mathematics"""
     seed: int = 0
@@ -381,7 +386,7 @@ class TrainConfig:
     compile: str = "auto"
     """torch.compile: auto (where it pays), on, off"""
     fsdp: bool = False
-    """share out the model itself over several processes (FSDP): for what does not fit on one GPU"""
+    """shard the model over several processes (FSDP), for a model that does not fit on one GPU"""
     deterministic: bool = False
     """ask a GPU for repeatable kernels (slower); a CPU always is"""
     log_every_steps: int = 10
@@ -393,7 +398,7 @@ class TrainConfig:
     patience: int = 0
     """evaluations in a row without a better validation loss that end the run; 0: none do"""
     sample_prompt: str = ""
-    """beginning of the text written at each evaluation"""
+    """start of the text generated at each evaluation"""
     save_every_steps: int = 0
     """optimizer steps between checkpoints; 0: by time only"""
     save_every_minutes: float = 5.0
@@ -401,39 +406,25 @@ class TrainConfig:
     save_every_epoch: bool = False
     """keep a checkpoint of every finished epoch, as the seed script does"""
     keep_checkpoints: int = 2
-    """how many of the newest checkpoints stay"""
+    """how many of the newest checkpoints to keep"""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_tokens", "log_every_steps", "keep_checkpoints"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        batch = self.batch_tokens
-        require(batch <= 1 << 27, "batch_tokens", batch, f"at most {1 << 27:,}")
-        for name in ("eval_every_steps", "patience", "save_every_steps", "warmup_steps", "seed"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        for name in ("weight_decay", "max_grad_norm", "save_every_minutes"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        require(self.eval_tokens >= 1, "eval_tokens", self.eval_tokens, "at least 1")
-        micro = self.micro_batch_size
-        require(micro is None or micro >= 1, "micro_batch_size", micro, "at least 1")
-        for name in ("learning_rate", "adamw_learning_rate"):
-            rate = getattr(self, name)
-            require(rate is None or rate > 0, name, rate, "a positive number")
-        for name in ("momentum", "adam_beta1", "adam_beta2"):
-            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a number in [0, 1)")
-        share = self.cooldown_fraction
-        require(0 <= share <= 1, "cooldown_fraction", share, "a number in [0, 1]")
-        for name, allowed in _CHOICES.items():
-            value = getattr(self, name)
-            require(value in allowed, name, value, f"one of {', '.join(allowed)}")
-
-
-_CHOICES = {
-    "optimizer": ("muon", "adamw"),
-    "schedule": ("wsd", "cosine"),
-    "device": ("auto", "cpu", "cuda", "mps"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "compile": ("auto", "on", "off"),
-}
+        _check(
+            self,
+            ("max_steps batch_tokens micro_batch_size eval_tokens", *_AT_LEAST_1),
+            ("log_every_steps keep_checkpoints", *_AT_LEAST_1),
+            ("batch_tokens", *_at_most(1 << 27)),
+            ("eval_every_steps patience save_every_steps warmup_steps seed", *_NOT_NEGATIVE),
+            ("weight_decay max_grad_norm save_every_minutes", *_NOT_NEGATIVE),
+            ("learning_rate adamw_learning_rate", *_POSITIVE),
+            ("momentum adam_beta1 adam_beta2", lambda beta: 0 <= beta < 1, "a number in [0, 1)"),
+            ("cooldown_fraction", lambda share: 0 <= share <= 1, "a number in [0, 1]"),
+            ("optimizer", *_one_of("muon", "adamw")),
+            ("schedule", *_one_of("wsd", "cosine")),
+            ("device", *_one_of("auto", "cpu", "cuda", "mps")),
+            ("dtype", *_one_of("auto", "float32", "bfloat16", "float16")),
+            ("compile", *_one_of("auto", "on", "off")),
+        )
 
 
 @dataclass(frozen=True)
@@ -441,7 +432,7 @@ class SamplingConfig:
     """How the next token is chosen."""
 
     max_new_tokens: int = 100
-    """tokens to write at most"""
+    """tokens to generate, at most"""
     temperature: float = 0.8
     """divides the logits; 0: always the likeliest token"""
     top_k: int = 50
@@ -449,18 +440,17 @@ class SamplingConfig:
     top_p: float = 1.0
     """choose among the likeliest tokens whose probabilities reach this sum"""
     repetition_penalty: float = 1.0
-    """divides (negative: multiplies) the logits of tokens already there; 1: none"""
+    """divides (negative: multiplies) the logits of tokens already in the text; 1: none"""
     seed: int | None = None
     """of the choices; default: a new one each time"""
 
     def __post_init__(self) -> None:
-        require(self.max_new_tokens >= 0, "max_new_tokens", self.max_new_tokens, "0 or more")
-        require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
-        require(self.top_k >= 0, "top_k", self.top_k, "0 or more")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
-        penalty = self.repetition_penalty
-        require(penalty > 0, "repetition_penalty", penalty, "a positive number")
-        require(self.seed is None or self.seed >= 0, "seed", self.seed, "0 or more")
+        _check(
+            self,
+            ("max_new_tokens temperature top_k seed", *_NOT_NEGATIVE),
+            ("top_p", lambda share: 0 < share <= 1, "a number in (0, 1]"),
+            ("repetition_penalty", *_POSITIVE),
+        )
 
 
 _TUNED_RATES = {  # tools/experiments.py, recipe: of the matrices, of the rest
@@ -474,7 +464,7 @@ _TUNED_RATES = {  # tools/experiments.py, recipe: of the matrices, of the rest
 def peak_rates(model: ModelConfig, training: TrainConfig) -> tuple[float, float]:
     """Peak rates of the matrices and of embedding, norms and head; tuned where nothing is set.
 
-    A ternary weight moves only when its master crosses a threshold, so it wants the faster rate.
+    A ternary weight changes only when its master crosses a threshold, so it wants a higher rate.
     """
     tuned = _TUNED_RATES[training.optimizer, "dense" if model.linear == "dense" else "ternary"]
     matrices = training.learning_rate or tuned[0]
@@ -485,33 +475,19 @@ def peak_rates(model: ModelConfig, training: TrainConfig) -> tuple[float, float]
 def check_configs(model: ModelConfig, training: TrainConfig) -> None:
     """Check what depends on two configurations; ValueError names field, value and remedy."""
     context, batch = model.max_position_embeddings, training.batch_tokens
-    below = max(batch // context, 1) * context
-    require(
-        batch % context == 0,
-        "batch_tokens",
-        batch,
-        f"a multiple of max_position_embeddings={context}, such as {below} or {below + context}",
-    )
-    micro, windows = training.micro_batch_size, batch // context
-    require(
-        micro is None or windows % micro == 0,
-        "micro_batch_size",
-        micro,
-        f"a divisor of the {windows} windows a step, such as {_near_divisor(windows, micro or 1)}",
-    )
+    below, windows = max(batch // context, 1) * context, batch // context
+    expected = f"a multiple of max_position_embeddings={context}, such as {below}"
+    require(batch % context == 0, "batch_tokens", batch, f"{expected} or {below + context}")
+    micro = training.micro_batch_size or 1
+    expected = f"a divisor of the {windows} windows per step"
+    expected += f", such as {_near_divisor(windows, micro)}"
+    require(windows % micro == 0, "micro_batch_size", micro, expected)
 
 
+# ModelConfig(vocab_size, hidden_size, intermediate_size, layers, heads, key/value heads, context)
 PRESETS: dict[str, tuple[ModelConfig, DataConfig, TrainConfig]] = {
     "ci": (
-        ModelConfig(
-            vocab_size=512,
-            hidden_size=64,
-            intermediate_size=192,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=64,
-        ),
+        ModelConfig(512, 64, 192, 2, 2, 1, 64),
         DataConfig(),
         TrainConfig(
             max_steps=40,
@@ -526,60 +502,27 @@ PRESETS: dict[str, tuple[ModelConfig, DataConfig, TrainConfig]] = {
         ModelConfig(),
         DataConfig(),
         TrainConfig(
-            max_steps=400,
-            batch_tokens=2048,
-            save_every_steps=100,
-            eval_every_steps=100,
-            patience=3,
+            max_steps=400, batch_tokens=2048, save_every_steps=100, eval_every_steps=100, patience=3
         ),
     ),
     "laptop": (
-        ModelConfig(
-            vocab_size=8192,
-            hidden_size=512,
-            intermediate_size=1024,
-            num_hidden_layers=6,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            max_position_embeddings=256,
-        ),
+        ModelConfig(8192, 512, 1024, 6, 8, 4, 256),
         DataConfig(data="wikitext-2"),
         TrainConfig(max_steps=750, batch_tokens=8192, eval_every_steps=75, patience=3),
     ),
     "t4-1h": (
-        ModelConfig(
-            vocab_size=8192,
-            hidden_size=512,
-            intermediate_size=1536,
-            num_hidden_layers=8,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            max_position_embeddings=512,
-        ),
+        ModelConfig(8192, 512, 1536, 8, 8, 4, 512),
         DataConfig(data="tinystories", max_train_tokens=150_000_000),
         TrainConfig(max_steps=2500, batch_tokens=65_536, warmup_steps=100, eval_every_steps=250),
     ),
     "t4-3h": (
-        ModelConfig(
-            vocab_size=16_384,
-            hidden_size=768,
-            intermediate_size=2048,
-            num_hidden_layers=7,
-            num_attention_heads=12,
-            num_key_value_heads=4,
-            max_position_embeddings=512,
-        ),
+        ModelConfig(16_384, 768, 2048, 7, 12, 4, 512),
         DataConfig(data="fineweb-edu", max_train_tokens=300_000_000),
         TrainConfig(max_steps=4000, batch_tokens=65_536, warmup_steps=100, eval_every_steps=250),
     ),
     "seed": (
         ModelConfig(
-            vocab_size=30_000,
-            hidden_size=512,
-            intermediate_size=2048,
-            num_hidden_layers=6,
-            num_attention_heads=8,
-            max_position_embeddings=512,
+            *(30_000, 512, 2048, 6, 8, None, 512),
             tie_word_embeddings=False,
             linear="weight_only",
             block="seed",

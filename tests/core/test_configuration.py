@@ -14,7 +14,7 @@ import bitllm_core as bit
         ("max_position_embeddings", 1, "at least 2"),
         ("hidden_size", 0, "at least 1"),
         ("linear", "binary", "one of ternary"),
-        ("block", "llama", "bitnet or seed"),
+        ("block", "llama", "one of bitnet, seed"),
     ],
 )
 def test_wrong_model_sizes_name_field_value_and_remedy(tiny_config, field, value, says):
