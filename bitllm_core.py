@@ -81,7 +81,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -160,7 +160,7 @@ def config_from(kind: Any, values: Any, path: Path) -> Any:
     types = {item.name: str(item.type).split(" | ") for item in fields(kind)}
     for name, value in values.items():
         if name not in types:
-            raise ValueError(f"{path}: {kind.__name__} has no field {name!r:.80}")
+            raise ValueError(f"{path}: {name!r:.80} is no field of {kind.__name__}")
         given = "None" if value is None else type(value).__name__
         if given not in types[name] and not (given == "int" and "float" in types[name]):
             expected = " or ".join(types[name])
@@ -605,43 +605,29 @@ def activation_quant(x: Tensor) -> Tensor:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Forward: a quantizer. Backward: the gradient unchanged, none to the scale ([1], FAQ).
+    """Forward: what was computed from x. Backward: the gradient unchanged ([1], FAQ).
 
     `x + (q(x) - x).detach()` is the same mathematics, but three times slower when compiled.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kind: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, quantized: Tensor) -> Tensor:
         ctx.dtype = x.dtype
-        if kind == "activation":
-            return activation_quant(x)
-        ternary, scale = weight_quant(x)
-        return ternary * scale
+        return quantized.view_as(quantized)
 
     @staticmethod
     def backward(ctx: Any, *grad: Any) -> Any:
         return grad[0].to(ctx.dtype), None
 
 
-class _Held(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor, held: Tensor) -> Tensor:
-        ctx.dtype = parameter.dtype
-        return held.view_as(held)
-
-    @staticmethod
-    def backward(ctx: Any, *grad: Any) -> Any:
-        return grad[0].to(ctx.dtype), None
-
-
-def held_for(parameter: Tensor, held: Tensor) -> Tensor:
-    """`held`, computed from `parameter` earlier; its gradient reaches the parameter unchanged."""
-    return _Held.apply(parameter, held) if torch.is_grad_enabled() else held
+def straight_through(x: Tensor, quantized: Tensor) -> Tensor:
+    """`quantized`, which was computed from x; its gradient reaches x unchanged."""
+    return _StraightThrough.apply(x, quantized) if torch.is_grad_enabled() else quantized
 
 
 def quantize_input(x: Tensor, linear: str) -> Tensor:
     """What BitLinears of form `linear` read: 8-bit values where that is ternary."""
-    return _StraightThrough.apply(x, "activation") if linear == "ternary" else x
+    return straight_through(x, activation_quant(x.detach())) if linear == "ternary" else x
 
 
 def pack_trits(trits: Tensor) -> Tensor:
@@ -657,28 +643,16 @@ def unpack_trits(packed: Tensor, in_features: int) -> Tensor:
     return codes[:, :in_features].to(torch.int8) - 1
 
 
-class Kernels(Protocol):
-    """A faster implementation of some inference operations, for inputs of some kind."""
+KERNELS: list[Any] = []
+"""Faster inference, used instead of plain torch where it is ready. Importing bitllm.cpu adds one.
 
-    def ready(self, x: Tensor) -> bool:
-        """Whether it can compute with x, (..., I)."""
-        ...
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """What `RMSNorm` returns, float32."""
-        ...
-
-    def ternary_linear(self, x: Tensor, layers: Sequence[BitLinear]) -> Sequence[Tensor]:
-        """What `project` returns for frozen ternary layers, bit for bit."""
-        ...
+Each has `ready(x) -> bool`; `rms_norm(x, weight, eps)`, which returns what `RMSNorm` does; and
+`ternary_linear(x, layers)`, which returns what `project` does for frozen layers, bit for bit.
+"""
 
 
-KERNELS: list[Kernels] = []
-"""The first that is ready is used, otherwise plain torch. Importing bitllm.cpu adds one."""
-
-
-def kernels_for(x: Tensor) -> Kernels | None:
-    """The kernels to use for x; None where a gradient is wanted, or inside torch.compile."""
+def kernels_for(x: Tensor) -> Any:
+    """The first of KERNELS that is ready; None where a gradient is wanted or torch compiles."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     for kernels in KERNELS:
@@ -741,10 +715,11 @@ class BitLinear(nn.Linear):
         if self.frozen:
             return self.trits * self.weight_scale
         if self.held is not None:
-            return held_for(self.weight, self.held)
+            return straight_through(self.weight, self.held)
         if self.linear == "dense":
             return self.weight
-        return _StraightThrough.apply(self.weight, "weight")
+        ternary, scale = weight_quant(self.weight.detach())
+        return straight_through(self.weight, ternary * scale)
 
     def hold(self, dtype: torch.dtype) -> None:
         """Keep the weight that multiplies in `dtype` until `held` is None again."""
@@ -785,12 +760,12 @@ class BitLinear(nn.Linear):
 
 # -----------------------------------------------------------------------------
 # 3 Model
-# The block of BitNet b1.58 2B4T [2] with a SiLU gate, which both transformers' and llama.cpp's
-# "bitnet" can hold; and, through the same classes, the seed guide's.
+# The block of BitNet b1.58 2B4T [2] with a SiLU gate, as in transformers' and llama.cpp's "bitnet";
+# and, with the same classes, the seed guide's.
 
 
 class RMSNorm(nn.Module):
-    """Divide by the root mean square, times a learned weight. Always float32."""
+    """Divide by the root mean square and multiply by a learned weight, in float32."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -819,24 +794,24 @@ def _rope_table(config: ModelConfig) -> Tensor:
 
 
 def _rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn the pairs (k, k + K/2) of x, (B, H, T, K), by rope, (2, B or 1, T, K/2)."""
+    """Rotate the pairs (k, k + K/2) of x, (B, H, T, K), by rope, (2, B or 1, T, K/2)."""
     cos, sin = rope.unsqueeze(2)  # (B or 1, 1, T, K/2) each
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, room for `max_position_embeddings` of them."""
+    """Keys and values of the tokens so far, at most `max_position_embeddings` of them."""
 
     def __init__(self, config: ModelConfig, batch: int, device: torch.device) -> None:
-        room = (config.num_hidden_layers, batch, config.num_kv_heads)
-        shape = (*room, config.max_position_embeddings, config.head_dim)
+        layers, G = config.num_hidden_layers, config.num_kv_heads
+        shape = (layers, batch, G, config.max_position_embeddings, config.head_dim)
         self.keys = torch.zeros(shape, device=device)
         self.values = torch.zeros(shape, device=device)
         self.length = 0
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, G, T, K) behind what is there; return all of it, (B, G, length + T, K)."""
+        """Append (B, G, T, K) and return all so far, (B, G, length + T, K)."""
         end = self.length + keys.shape[2]
         self.keys[layer, :, :, self.length : end] = keys
         self.values[layer, :, :, self.length : end] = values
@@ -869,7 +844,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         groups = q.shape[1] // k.shape[1]
-        if T == 1 and mask is None:  # one token sees all: the heads of a group are its queries
+        if T == 1 and mask is None:  # it attends to all: the heads of a group can be its queries
             q, groups = q.view(B, k.shape[1], groups, K), 1
         if groups > 1:  # not enable_gqa: the T4's memory-efficient kernel does not have it
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -880,7 +855,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Gated SiLU with a norm before the way down; in the seed's block, plain ReLU."""
+    """Gated SiLU with a norm before `down_proj`; in the seed's block, plain ReLU."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -901,7 +876,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each normed before and added to the stream after."""
+    """Attention, then feed-forward; each reads the normed stream and adds to it."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -918,7 +893,7 @@ class Block(nn.Module):
 
 
 class _Trunk(nn.Module):
-    """Everything but the head; it exists to give the parameters Hugging Face's names."""
+    """Everything but the head, so that the parameters have Hugging Face's names."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -930,12 +905,13 @@ class _Trunk(nn.Module):
 
 
 CHUNK_BYTES = 32 << 20  # of logits in float32 at once; smaller is slower: docs/log.md
+IGNORE_INDEX = -100  # the target of a position that does not count, as in F.cross_entropy
 
 
-def token_probabilities(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """log p of what was wanted, (N, 1) in float32, and p of all tokens in the logits' dtype."""
+def token_probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """log p of the targets, (N, 1), in float32, and p of all tokens in the logits' dtype."""
     log_p = logits.log_softmax(dim=1, dtype=torch.float32)
-    return log_p.gather(1, wanted), log_p.exp_().to(logits.dtype)
+    return log_p.gather(1, targets), log_p.exp_().to(logits.dtype)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -943,9 +919,8 @@ class _ChunkedLoss(torch.autograd.Function):
 
     All logits of a step would be its largest tensor by far (half a gigabyte at a vocabulary of
     30,000), written and read several times. Here a chunk's gradient is taken while its logits are
-    there, so nothing of their size outlives it: what is kept for the backward pass is the finished
-    gradient of hidden states and weight. The idea is that of Liger Kernel's fused linear cross
-    entropy [6], in plain torch.
+    there, and what is kept for the backward pass is the finished gradient of hidden states and
+    weight. The idea is that of Liger Kernel's fused linear cross-entropy [6], in plain torch.
     """
 
     @staticmethod
@@ -968,17 +943,19 @@ class _ChunkedLoss(torch.autograd.Function):
             rows = max(1, CHUNK_BYTES // (4 * len(w)))
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
-                x, wanted = hidden[part].to(dtype), targets[part, None]
+                ignored = (targets[part] == IGNORE_INDEX)[:, None]  # (rows, 1)
+                x = hidden[part].to(dtype).masked_fill(ignored, 0)  # adds 0 to the weight's
                 logits = x @ w.T  # (rows, V)
                 if not learning:
                     nats += F.cross_entropy(logits.float(), targets[part], reduction="sum")
                     continue
-                log_p, d_logits = probabilities(logits, wanted)
-                nats -= log_p.sum()
-                # the gradient of the logits is p, less 1 at what was wanted
+                counted = targets[part].clamp(min=0)
+                log_p, d_logits = probabilities(logits, counted[:, None])
+                nats -= log_p.masked_fill(ignored, 0).sum()
+                # the gradient of the logits is p, less 1 at the target
                 at = torch.arange(len(x), device=x.device)  # scatter_ would copy all the logits
-                d_logits[at, targets[part]] = log_p.expm1().squeeze(1).to(dtype)
-                d_hidden[part] = d_logits @ w
+                d_logits[at, counted] = log_p.expm1().squeeze(1).to(dtype)
+                d_hidden[part] = (d_logits @ w).masked_fill_(ignored, 0)
                 d_weight.addmm_(d_logits.T, x)
         return nats
 
@@ -1011,7 +988,7 @@ class BitLM(nn.Module):
             initialize(self, torch.Generator().manual_seed(seed))
 
     def fill_rope(self) -> None:
-        """Make the table of positions, anew where the model was made without memory."""
+        """Compute the rotary table, again where the model was built on the meta device."""
         bitnet = self.config.block == "bitnet"
         table = _rope_table(self.config) if bitnet else torch.zeros(0)
         self.register_buffer("rope", table, persistent=False)
@@ -1030,8 +1007,7 @@ class BitLM(nn.Module):
     def hold_weights(self, dtype: torch.dtype = torch.float32) -> Iterator[None]:
         """Quantize each weight once, to `dtype`, for an optimizer step, an evaluation or a text.
 
-        Gradients pass through what is held. What a step of an optimizer changes in the meantime
-        has no effect before the end.
+        Gradients reach the parameters; changes of the parameters have no effect inside the block.
         """
         layers = self.bit_linears().values()
         try:
@@ -1067,7 +1043,7 @@ class BitLM(nn.Module):
         return x
 
     def embed(self, input_ids: Tensor, at: Tensor | None = None) -> Tensor:
-        """What the first block reads, (B, T, D), of tokens at the positions `at`, (T) or (B, T)."""
+        """The first block's input, (B, T, D), for tokens at positions `at`, (T) or (B, T)."""
         x = self.model.embed_tokens(input_ids)
         if self.config.block == "seed":
             at = torch.arange(input_ids.shape[1], device=x.device) if at is None else at
@@ -1092,15 +1068,15 @@ class BitLM(nn.Module):
     def _padded_mask(self, at: Tensor, left_pad: Tensor) -> Tensor:
         keys = torch.arange(int(at[-1]) + 1, device=at.device)
         seen = (keys <= at[:, None]) & (keys >= left_pad[:, None, None])  # (B, T, keys)
-        own = keys == at[:, None]  # padding sees itself: a row without keys would be NaN
+        own = keys == at[:, None]  # padding attends to itself: a row without keys would be NaN
         return (seen | own)[:, None]
 
     def head_weight(self) -> Tensor:
-        """What turns hidden states into logits, (V, D)."""
+        """The matrix that turns hidden states into logits, (V, D)."""
         if self.lm_head is not None:
             return self.lm_head.effective_weight()
         weight = self.model.embed_tokens.weight
-        return weight if self.held_head is None else held_for(weight, self.held_head)
+        return weight if self.held_head is None else straight_through(weight, self.held_head)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states, (..., V)."""
@@ -1114,9 +1090,9 @@ class BitLM(nn.Module):
         """Logits of the token after each given one.
 
         Args:
-            input_ids: (B, T), int64; with `cache`, only the tokens it has not seen.
-            cache: filled by earlier calls, extended by this one.
-            left_pad: (B,), how many tokens at the beginning of each row are only filling.
+            input_ids: (B, T), int64; with `cache`, only the tokens that are not in it.
+            cache: keys and values of earlier calls; this call appends to it.
+            left_pad: (B,), how many tokens at the start of each row are padding.
 
         Returns:
             (B, T, V).
@@ -1133,9 +1109,9 @@ class BitLM(nn.Module):
         blocks: Sequence[Callable[..., Tensor]] | None = None,
         probabilities: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = token_probabilities,
     ) -> Tensor:
-        """Cross-entropy in nats, summed over all tokens of `targets`, (B, T), in float32.
+        """Cross-entropy in nats, summed over the tokens of `targets`, (B, T), that are not -100.
 
-        `blocks` stands for `model.layers` where those are compiled, and so does `probabilities`.
+        `blocks` and `probabilities` may be compiled versions of the model's own. Float32.
         """
         at = torch.arange(input_ids.shape[1], device=input_ids.device)
         hidden = self._blocks(self.embed(input_ids), at, blocks=blocks).flatten(0, 1)  # (N, D)
@@ -1150,18 +1126,17 @@ def initialize(
 ) -> None:
     """Fill every parameter, in the order of their names, from one generator.
 
-    With `keep`, each is made beside the model, on the CPU, and `keep(parameter, values)` called.
-
         parameter                            distribution
         embed_tokens, embed_positions        normal, std 0.02 (the tied head starts near uniform)
         q, k, v, gate, up, untied head       uniform, std 1/sqrt(in_features): unit gain
         o_proj, down_proj                    the same / sqrt(2 num_hidden_layers); bitnet: / 10 more
         norms                                weight 1, bias 0
 
-    A ternary layer's output shrinks with its weights' common factor through its scale, so the last
-    two rows of matrices differ in gain exactly as dense ones would. Blocks that begin by adding
-    little learned a little faster with five Newton-Schulz steps, and with three as fast; zeros
-    begin without trits (docs/results.md).
+    A ternary layer's output is proportional to its weights' scale, so the last two rows of matrices
+    differ in gain exactly as dense ones would. Blocks that start by adding little learned a little
+    faster with five Newton-Schulz steps, and as fast with three (docs/results.md).
+
+    With `keep`, values are made on the CPU and `keep(parameter, values)` is called instead.
     """
     depth = (2 * model.config.num_hidden_layers) ** -0.5
     depth *= 0.1 if model.config.block == "bitnet" else 1.0
@@ -1198,11 +1173,11 @@ def import_seed_checkpoint(path: str | Path, num_attention_heads: int = 8) -> Bi
 
     Args:
         path: `mi_llm_checkpoint.pth` or `mi_llm_epoch_N.pth`.
-        num_attention_heads: the one size the file does not tell; the script's is 8.
+        num_attention_heads: the only size that is not in the file; the script's is 8.
 
     Raises:
         FileNotFoundError: nothing at `path`.
-        ValueError: not such a checkpoint. Nothing in the file is ever executed.
+        ValueError: not such a checkpoint. Nothing in the file is executed.
     """
     path = Path(path)
     if not path.is_file():
@@ -1246,15 +1221,15 @@ def _seed_config(weights: dict[str, Tensor], num_attention_heads: int) -> ModelC
 
 # -----------------------------------------------------------------------------
 # 4 Tokenizer
-# The library `tokenizers` does the work; here is only which tokenizer, and its special tokens.
+# The library `tokenizers` does the work; here are the choice of tokenizer and its special tokens.
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: str = "bpe") -> Any:
-    """Train a tokenizer by iterating once over `texts`.
+    """Train a tokenizer in one pass over `texts`.
 
     Args:
-        texts: pieces of text, never all in memory.
-        vocab_size: most tokens, special ones included; a small text gives fewer.
+        texts: pieces of text; they need not fit into memory.
+        vocab_size: the most tokens, special ones included; a small text gives fewer.
         kind: "bpe", byte-level with GPT-2's pre-tokenizer: decode(encode(x)) == x for every
             string; or "wordpiece", the seed's, which loses white space and unknown characters.
 
@@ -1292,7 +1267,7 @@ _TOKENIZER_BYTES = 64 << 20  # a tokenizer.json of 100,000 tokens has 7 MB
 
 
 def tokenizer_from(text: str, path: Path) -> Any:
-    """The tokenizer that a tokenizer.json holds; ValueError names the file it came from."""
+    """The tokenizer in the text of a tokenizer.json; ValueError names the file."""
     from tokenizers import Tokenizer, decoders
 
     try:
@@ -1300,7 +1275,7 @@ def tokenizer_from(text: str, path: Path) -> Any:
     except Exception as error:
         raise ValueError(f"{path}: not a tokenizer.json ({first_line(error)})") from error
     if tokenizer.decoder is None and tokenizer.token_to_id("[UNK]") is not None:
-        tokenizer.decoder = decoders.WordPiece()  # the seed script forgot it
+        tokenizer.decoder = decoders.WordPiece()  # missing in the seed script's
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -1319,7 +1294,7 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int, path: Path) -> None:
-    """Every id must have its row in the embedding; ValueError names the file."""
+    """Raise a ValueError naming the file if an id has no row in the embedding."""
     ids = tokenizer.get_vocab(with_added_tokens=True).values()
     if len(ids) > vocab_size or max(ids, default=0) >= vocab_size:
         raise ValueError(
@@ -1347,7 +1322,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """sha256 of what the tokenizer does."""
+    """sha256 that identifies a tokenizer."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
 
 

@@ -165,6 +165,25 @@ def test_the_chunked_loss_is_the_whole_one(tiny_config, monkeypatch, tied, dtype
         assert (a - b).abs().max() <= close * b.abs().max()
 
 
+@pytest.mark.parametrize("ignored", [[], [0, 5, 6, 30], list(range(32))])
+def test_ignored_targets_add_neither_loss_nor_gradient(tiny_config, monkeypatch, ignored):
+    model = bit.BitLM(tiny_config, seed=3)
+    x = torch.randint(tiny_config.vocab_size, (2, 17))
+    inputs, targets = x[:, :-1], x[:, 1:].clone()
+    targets.view(-1)[ignored] = -100
+    logits = model(inputs).flatten(0, 1)
+    whole = F.cross_entropy(logits, targets.flatten(), reduction="sum")
+    expected = torch.autograd.grad(whole, list(model.parameters()))
+    monkeypatch.setattr(bit, "CHUNK_BYTES", 4 * tiny_config.vocab_size * 7)
+    loss = model.loss(inputs, targets)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    torch.testing.assert_close(loss, whole)
+    for a, b in zip(gradients, expected, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+    with torch.no_grad():
+        torch.testing.assert_close(model.loss(inputs, targets), whole)
+
+
 @pytest.mark.parametrize("linear", ["ternary", "weight_only", "dense"])
 def test_held_weights_learn_as_those_quantized_at_every_call(tiny_config, linear):
     model = bit.BitLM(dataclasses.replace(tiny_config, linear=linear), seed=3)
