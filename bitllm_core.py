@@ -1023,46 +1023,32 @@ class BitLM(nn.Module):
                 layer.held = None
 
     def hidden(
-        self, input_ids: Tensor, cache: KVCache | None = None, left_pad: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        cache: KVCache | None = None,
+        left_pad: Tensor | None = None,
+        blocks: Sequence[Callable[..., Tensor]] | None = None,
     ) -> Tensor:
-        """The normed output of the last block, (B, T, D); arguments as in `forward`."""
-        past, T = (cache.length if cache else 0), input_ids.shape[1]
+        """The normed output of the last block, (B, T, D); arguments as in `forward` and `loss`."""
+        T, past = input_ids.shape[1], cache.length if cache else 0
         limit = self.config.max_position_embeddings
         if past + T > limit:
             raise ValueError(f"{past + T} tokens, but max_position_embeddings={limit}")
-        at = torch.arange(past, past + T, device=input_ids.device)
-        mask = None
+        at, mask = torch.arange(past, past + T, device=input_ids.device), None
         if left_pad is not None:
             mask = self._padded_mask(at, left_pad)  # (B, 1, T, past + T)
             at = (at - left_pad[:, None]).clamp(min=0)  # (B, T)
         elif past and T > 1:
             mask = at[:, None] >= torch.arange(past + T, device=at.device)  # (T, past + T)
-        x = self._blocks(self.embed(input_ids, at), at, cache, mask)
-        if cache:
-            cache.length += T
-        return x
-
-    def embed(self, input_ids: Tensor, at: Tensor | None = None) -> Tensor:
-        """The first block's input, (B, T, D), for tokens at positions `at`, (T) or (B, T)."""
-        x = self.model.embed_tokens(input_ids)
+        x, rope = self.model.embed_tokens(input_ids), None  # (B, T, D)
         if self.config.block == "seed":
-            at = torch.arange(input_ids.shape[1], device=x.device) if at is None else at
             x = x + self.model.embed_positions(at)
-        return x
-
-    def _blocks(
-        self,
-        x: Tensor,
-        at: Tensor,
-        cache: KVCache | None = None,
-        mask: Tensor | None = None,
-        blocks: Sequence[Callable[..., Tensor]] | None = None,
-    ) -> Tensor:
-        rope = None
-        if self.config.block == "bitnet":
-            rope = self.rope[:, at].view(2, -1, x.shape[1], self.config.head_dim // 2)
+        else:
+            rope = self.rope[:, at].view(2, -1, T, self.config.head_dim // 2)
         for block in blocks or self.model.layers:
             x = block(x, rope, cache, mask)
+        if cache:
+            cache.length += T
         return self.model.norm(x)
 
     def _padded_mask(self, at: Tensor, left_pad: Tensor) -> Tensor:
@@ -1113,8 +1099,7 @@ class BitLM(nn.Module):
 
         `blocks` and `probabilities` may be compiled versions of the model's own. Float32.
         """
-        at = torch.arange(input_ids.shape[1], device=input_ids.device)
-        hidden = self._blocks(self.embed(input_ids), at, blocks=blocks).flatten(0, 1)  # (N, D)
+        hidden = self.hidden(input_ids, blocks=blocks).flatten(0, 1)  # (N, D)
         if self.lm_head is not None:
             hidden = quantize_input(hidden, self.config.linear)
         return _ChunkedLoss.apply(hidden, self.head_weight(), targets.flatten(), probabilities)
@@ -1239,24 +1224,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: str = "bpe") ->
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     require(vocab_size >= MIN_VOCAB_SIZE, "vocab_size", vocab_size, f"at least {MIN_VOCAB_SIZE}")
+    options: dict[str, Any] = {"vocab_size": vocab_size, "show_progress": False}
     if kind == "wordpiece":
         tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         tokenizer.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[*WORDPIECE_SPECIALS, END_OF_TEXT],
-            show_progress=False,
-        )
+        special = [*WORDPIECE_SPECIALS, END_OF_TEXT]
+        trainer = trainers.WordPieceTrainer(special_tokens=special, **options)
     else:
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[END_OF_TEXT],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
+            special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, **options
         )
     tokenizer.train_from_iterator(texts, trainer=trainer)
     tokenizer.encode_special_tokens = True
@@ -1933,13 +1914,10 @@ def say(line: str) -> None:
 def _choose(
     logits: Tensor, seen: Tensor, config: SamplingConfig, generator: torch.Generator
 ) -> Tensor:
-    """The next token of each row from logits, (B, V), and the tokens so far, (B, T). (B,)"""
+    """The next token of each row, (B), from logits, (B, V), and the tokens so far, (B, T)."""
     if config.repetition_penalty != 1:
-        old = logits.gather(1, seen)
-        penalised = torch.where(
-            old > 0, old / config.repetition_penalty, old * config.repetition_penalty
-        )
-        logits = logits.scatter(1, seen, penalised)
+        old, penalty = logits.gather(1, seen), config.repetition_penalty
+        logits = logits.scatter(1, seen, torch.where(old > 0, old / penalty, old * penalty))
     if config.temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits / config.temperature
@@ -1954,11 +1932,10 @@ def _choose(
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
 
 
-def _at_two_bits(model: BitLM, rows: int) -> bool:
-    """Whether the weights can stay packed: some kernels are ready for a token of each row."""
-    if not all(
-        layer.frozen and layer.linear == "ternary" for layer in model.bit_linears().values()
-    ):
+def _can_stay_packed(model: BitLM, rows: int) -> bool:
+    """Whether some kernels can generate from packed weights, a token of each row at a time."""
+    layers = model.bit_linears().values()
+    if not all(layer.frozen and layer.linear == "ternary" for layer in layers):
         return False
     device = next(model.buffers()).device
     return kernels_for(torch.empty(rows, model.config.hidden_size, device=device)) is not None
@@ -1974,7 +1951,7 @@ def generate_tokens(
 ) -> Iterator[list[int | None]]:
     """Yield one new token id for each prompt at a time; None for those that have ended.
 
-    Text may go on beyond `max_position_embeddings`: when the context is full, its older half is
+    Text may be longer than `max_position_embeddings`: when the context is full, its older half is
     dropped and the newer half read again.
 
     Args:
@@ -1982,8 +1959,7 @@ def generate_tokens(
         end_id: a row ends before this token.
         num_tokens: choose among the first `num_tokens` rows of the head only.
     """
-    device = next(model.buffers()).device
-    limit = model.config.max_position_embeddings
+    device, limit = next(model.buffers()).device, model.config.max_position_embeddings
     width = max(map(len, prompts))
     rows = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])  # (B, T), on the CPU
     pad = torch.tensor([width - len(p) for p in prompts])
@@ -1991,57 +1967,53 @@ def generate_tokens(
     cache = KVCache(model.config, len(prompts), device)
     generator = torch.Generator()
     generator.manual_seed(config.seed) if config.seed is not None else generator.seed()
-    ended = [False] * len(prompts)
-    was_training = model.training
+    ended, was_training = [False] * len(prompts), model.training
+    packed = _can_stay_packed(model, len(prompts))
     model.eval()
     try:
-        with (
-            contextlib.nullcontext() if _at_two_bits(model, len(prompts)) else model.hold_weights()
-        ):
+        with contextlib.nullcontext() if packed else model.hold_weights():
             for _ in range(config.max_new_tokens):
                 if cache.length + unread > limit:
                     start, unread, cache.length = rows.shape[1] - limit // 2, limit // 2, 0
-                left_pad = (pad - start).clamp(min=0)
-                # a row whose padding is all of the window cannot be: its own tokens are newer
+                left_pad = (pad - start).clamp(min=0)  # less than the window: a row's own are newer
                 padded = left_pad.to(device) if left_pad.any() else None
                 logits = model(rows[:, -unread:].to(device), cache, padded)[:, -1]
-                logits = logits[:, :num_tokens].float().cpu()
-                seen = _real_tokens(rows, pad)
-                chosen = _choose(logits, seen, config, generator)
+                filling = torch.arange(rows.shape[1]) < pad[:, None]
+                seen = torch.where(filling, rows[:, -1:], rows)  # no penalty for the filling
+                chosen = _choose(logits[:, :num_tokens].float().cpu(), seen, config, generator)
                 rows, unread = torch.cat([rows, chosen[:, None]], dim=1), 1
-                ended = [e or c == end_id for e, c in zip(ended, chosen.tolist(), strict=True)]
-                yield [None if e else c for e, c in zip(ended, chosen.tolist(), strict=True)]
+                tokens = chosen.tolist()
+                ended = [e or token == end_id for e, token in zip(ended, tokens, strict=True)]
+                yield [None if e else token for e, token in zip(ended, tokens, strict=True)]
                 if all(ended):
                     return
     finally:
         model.train(was_training)
 
 
-def _real_tokens(rows: Tensor, pad: Tensor) -> Tensor:
-    """`rows` with the filling at each left end replaced by the row's last token."""
-    filling = torch.arange(rows.shape[1]) < pad[:, None]
-    return torch.where(filling, rows[:, -1:], rows)
-
-
 def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """An empty prompt begins where a document ends."""
-    eot = end_of_text_id(tokenizer)
-    return encode(tokenizer, prompt) or [0 if eot is None else eot]
+    """An empty prompt starts where a document ends."""
+    return encode(tokenizer, prompt) or [end_of_text_id(tokenizer) or 0]
+
+
+def _continuations(
+    model: BitLM, tokenizer: Any, prompts: list[list[int]], sampling: SamplingConfig | None
+) -> Iterator[list[int | None]]:
+    eot, size = end_of_text_id(tokenizer), tokenizer.get_vocab_size()
+    return generate_tokens(model, prompts, sampling or SamplingConfig(), eot, size)
 
 
 def stream(
     model: BitLM, tokenizer: Any, prompt: str, sampling: SamplingConfig | None = None
 ) -> Iterator[str]:
-    """Yield the continuation of `prompt` bit by bit, whole characters only."""
+    """Yield the continuation of `prompt` piece by piece, in complete characters."""
     from tokenizers.decoders import DecodeStream
 
-    decoder = DecodeStream(skip_special_tokens=True)
-    for token in _prompt_ids(tokenizer, prompt):  # word pieces join what came before
+    decoder, ids = DecodeStream(skip_special_tokens=True), _prompt_ids(tokenizer, prompt)
+    for token in ids:  # word pieces join what came before
         decoder.step(tokenizer, token)
-    eot, size = end_of_text_id(tokenizer), tokenizer.get_vocab_size()
-    prompts = [_prompt_ids(tokenizer, prompt)]
-    for tokens in generate_tokens(model, prompts, sampling or SamplingConfig(), eot, size):
-        text = None if tokens[0] is None else decoder.step(tokenizer, tokens[0])
+    for (token,) in _continuations(model, tokenizer, [ids], sampling):
+        text = None if token is None else decoder.step(tokenizer, token)
         if text:
             yield text
 
@@ -2053,11 +2025,11 @@ def generate(
     sampling: SamplingConfig | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Any:
-    """The continuation of a prompt, or the list of those of several prompts at once.
+    """The continuation of a prompt, or a list of those of several prompts at once.
 
     Args:
         prompt: one text or several; the results do not contain it.
-        on_text: called with every piece of text as it is written (one prompt only).
+        on_text: called with every piece of text as it is generated (one prompt only).
     """
     if isinstance(prompt, str):
         pieces = []
@@ -2070,14 +2042,12 @@ def generate(
         raise ValueError("on_text goes with one prompt: expected a string, got several prompts")
     if not prompt:
         return []
-    prompts = [_prompt_ids(tokenizer, p) for p in prompt]
-    written: list[list[int]] = [[] for _ in prompts]
-    eot, size = end_of_text_id(tokenizer), tokenizer.get_vocab_size()
-    for tokens in generate_tokens(model, prompts, sampling or SamplingConfig(), eot, size):
-        for row, token in zip(written, tokens, strict=True):
-            if token is not None:
-                row.append(token)
-    return [tokenizer.decode(row) for row in written]
+    ids = [_prompt_ids(tokenizer, p) for p in prompt]
+    generated: list[list[int]] = [[] for _ in ids]
+    for tokens in _continuations(model, tokenizer, ids, sampling):
+        for row, token in zip(generated, tokens, strict=True):
+            row += [] if token is None else [token]
+    return [tokenizer.decode(row) for row in generated]
 
 
 # -----------------------------------------------------------------------------

@@ -66,6 +66,7 @@ def test_empty_prompts_and_no_tokens(model, tokenizer):
     none = bit.SamplingConfig(max_new_tokens=0)
     assert bit.generate(model, tokenizer, "a", none) == ""
     assert bit.generate(model, tokenizer, [], GREEDY) == []
+    assert bit.generate(model, tokenizer, ["a", "b"], none) == ["", ""]
 
 
 def test_it_stops_where_a_document_ends(model):
