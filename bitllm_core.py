@@ -1423,17 +1423,17 @@ def file_rows(path: Path, column: str | None = None) -> Iterator[str]:
         raise ValueError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
-def local_files(path: Path, split: str = "train") -> list[Path]:
+def local_files(source: str, split: str = "train") -> list[Path]:
     """The files of a source, sorted. In a folder, valid*, dev* and test* are not training text."""
+    path = Path(source).expanduser()
     if path.is_file():
         files = [path] if split == "train" else []
     else:
         found = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _READERS)
         files = [p for p in found if _split_of(p) == split]
-    wrong = any(p.suffix not in _READERS for p in files)
-    if wrong or (split == "train" and not files):
+    if any(p.suffix not in _READERS for p in files) or (split == "train" and not files):
         raise ValueError(
-            f"data={str(path)!r}: expected {', '.join(_READERS)} files"
+            f"data={source!r}: expected {', '.join(_READERS)} files"
             + (" in the folder" if path.is_dir() else f", not {path.suffix or 'no suffix'}")
         )
     return files
@@ -1548,8 +1548,8 @@ def read_pieces(
     config = config or DataConfig(data=source)
     pieces: Iterator[Piece] = iter(())
     if is_local(source):
-        files = local_files(Path(source).expanduser(), split)
-        pieces = (piece for path in files for piece in _file_pieces(path, config.text_column))
+        paths = local_files(source, split)
+        pieces = (piece for path in paths for piece in _file_pieces(path, config.text_column))
     elif source == "pydocs":
         pieces = _pydocs() if split == "train" else pieces
     else:
@@ -1594,8 +1594,8 @@ def _splits(config: DataConfig) -> Callable[[], Iterator[SplitPiece]]:
 
 def is_streamed(config: DataConfig) -> bool:
     """Whether tokens arrive while training runs: a budget of a hub's set or a folder."""
-    small = config.data == "pydocs" or Path(config.data).expanduser().is_file()
-    return config.max_train_tokens is not None and not small
+    whole = config.data == "pydocs" or Path(config.data).expanduser().is_file()
+    return config.max_train_tokens is not None and not whole
 
 
 def open_new(path: Path) -> Any:
@@ -1619,30 +1619,6 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
         raise
 
 
-class _TokenWriter:
-    """Appends tokens to a file beside its final name, counting and hashing them."""
-
-    def __init__(self, path: Path, dtype: str) -> None:
-        self.path, self.dtype = path, dtype
-        self.file = open_new(path.with_suffix(".tmp"))
-        self.digest = hashlib.sha256()
-        self.counts = {"tokens": 0, "bytes": 0}
-
-    def write(self, ids: list[int], text_bytes: int) -> None:
-        data = np.asarray(ids, dtype=self.dtype).tobytes()
-        self.file.write(data)
-        self.digest.update(data)
-        self.counts["tokens"] += len(ids)
-        self.counts["bytes"] += text_bytes
-
-    def close(self) -> dict[str, Any]:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        self.path.with_suffix(".tmp").replace(self.path)
-        return {**self.counts, "sha256": self.digest.hexdigest()}
-
-
 def tokenize(
     tokenizer: Any, pieces: Iterable[SplitPiece], folder: Path, budget: int | None
 ) -> dict[str, Any]:
@@ -1650,21 +1626,29 @@ def tokenize(
     from tqdm.auto import tqdm
 
     dtype = "uint16" if tokenizer.get_vocab_size() <= 1 << 16 else "uint32"
-    eot = end_of_text_id(tokenizer)
-    writers = {s: _TokenWriter(folder / f"{s}.bin", dtype) for s in ("train", "validation")}
-    pieces = iter(pieces)
-    with tqdm(unit="B", unit_scale=True, desc="tokenizing", mininterval=0.5) as bar:
+    eot, pieces = end_of_text_id(tokenizer), iter(pieces)
+    counts: dict[str, Any] = {s: {"tokens": 0, "bytes": 0} for s in ("train", "validation")}
+    with contextlib.ExitStack() as stack:
+        files = {s: stack.enter_context(open_new(folder / f"{s}.tmp")) for s in counts}
+        bar = stack.enter_context(tqdm(unit="B", unit_scale=True, desc="tokenizing"))
         while batch := list(itertools.islice(pieces, 64)):
             texts = [text for _, text, _ in batch]
             encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             for (split, text, ends), tokens in zip(batch, encoded, strict=True):
-                size = len(text.encode())
-                end = [eot] if ends and eot is not None else []
-                writers[split].write(tokens.ids + end, size)
-                bar.update(size)
-            if budget and writers["train"].counts["tokens"] >= budget:
+                ids = tokens.ids + ([eot] if ends and eot is not None else [])
+                files[split].write(np.asarray(ids, dtype=dtype).tobytes())
+                counts[split]["tokens"] += len(ids)
+                counts[split]["bytes"] += len(text.encode())
+            bar.update(sum(count["bytes"] for count in counts.values()) - bar.n)
+            if budget and counts["train"]["tokens"] >= budget:
                 break
-    return {"dtype": dtype, **{split: writer.close() for split, writer in writers.items()}}
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+    for split, count in counts.items():
+        path = (folder / f"{split}.tmp").replace(folder / f"{split}.bin")
+        count["sha256"] = file_hash(path)
+    return {"dtype": dtype, **counts}
 
 
 def limited(texts: Iterable[str], chars: int) -> Iterator[str]:
@@ -1689,11 +1673,8 @@ def source_fingerprint(source: str) -> str | None:
     """sha256 of a local source's files; None for any other source, or where it is not there."""
     if not is_local(source):
         return None
-    digest = hashlib.sha256()
-    for split in ("train", "validation"):
-        for file in local_files(Path(source).expanduser(), split):
-            digest.update(file_hash(file).encode())
-    return digest.hexdigest()
+    paths = [path for split in ("train", "validation") for path in local_files(source, split)]
+    return hashlib.sha256("".join(map(file_hash, paths)).encode()).hexdigest()
 
 
 @dataclass
@@ -1768,14 +1749,11 @@ def _read_split(folder: Path, manifest: dict[str, Any], split: str) -> np.ndarra
     path, expected, dtype = folder / f"{split}.bin", manifest[split], manifest["dtype"]
     if dtype not in ("uint16", "uint32") or not path.is_file() or not expected["tokens"]:
         return None
-    if path.stat().st_size != expected["tokens"] * np.dtype(dtype).itemsize:
+    same_size = path.stat().st_size == expected["tokens"] * np.dtype(dtype).itemsize
+    if not same_size or file_hash(path) != expected["sha256"]:
         return None
     tokens = np.memmap(path, dtype=dtype, mode="r")
-    if file_hash(path) != expected["sha256"]:
-        return None
-    if tokens.max() >= manifest["asked"]["vocab_size"]:  # it has no row in the embedding
-        return None
-    return tokens
+    return tokens if tokens.max() < manifest["asked"]["vocab_size"] else None
 
 
 _STREAMING = "max_train_tokens with a folder or a data set of the hub"
@@ -1841,11 +1819,12 @@ def _run_tokenizer(path: Path, texts: Iterable[str], config: DataConfig, vocab_s
     """The tokenizer at `path`, or one trained on `texts` where there is none."""
     if path.is_file():
         tokenizer = load_tokenizer(path)
-        say(f"tokenizer: reusing {path}")
+        log.info("tokenizer: reusing %s", path)
     else:
         start = time.perf_counter()
         tokenizer = train_tokenizer(texts, vocab_size, config.tokenizer)
-        say(f"tokenizer: {tokenizer.get_vocab_size()} tokens, {time.perf_counter() - start:.1f} s")
+        size, seconds = tokenizer.get_vocab_size(), time.perf_counter() - start
+        log.info("tokenizer: %d tokens, %.1f s", size, seconds)
     check_tokenizer(tokenizer, vocab_size, path)
     return tokenizer
 

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import os
 import threading
 from array import array
@@ -38,11 +39,12 @@ from bitllm_core import (
     local_files,
     read_json,
     read_pieces,
-    say,
     text_column,
     tokenize,
     write_atomically,
 )
+
+log = logging.getLogger("bitllm")
 
 VALIDATION_CHARS = 2_000_000  # the start of a stream is held out: its length is unknown
 TOKENIZER_CHARS = 20_000_000  # text a tokenizer is trained on, at most; training waits for it
@@ -84,7 +86,7 @@ def stream_pieces(
 ) -> Iterator[tuple[list[Piece], State]]:
     """The training text, some rows at a time, each with the state that resumes after it."""
     state = state or {"source": 0}
-    files = local_files(Path(config.data).expanduser()) if is_local(config.data) else []
+    files = local_files(config.data) if is_local(config.data) else []
     for number in range(state["source"], len(files) or 1):
         if files:
             path, lines = files[number], files[number].suffix == ".txt"
@@ -206,7 +208,7 @@ class StreamedData(TokenData):
                     return
                 pause = min(wait * 2.0 ** (failures - 1), longest)
                 if not closed.is_set():
-                    say(f"data: {first_line(error)}; trying again in {pause:.0f} s")
+                    log.warning("data: %s; trying again in %.0f s", first_line(error), pause)
                 closed.wait(pause)
 
     def _read(self, tokenizer: Any, closed: threading.Event) -> None:
@@ -340,6 +342,6 @@ def open_stream(
                 break
             good, end = [*good, part], part["tokens"]
     if len(good) < len(progress["parts"]):
-        say(f"data: train.bin is damaged after token {end:,}; reading that part again")
+        log.warning("data: train.bin is damaged after token %d; reading the rest again", end)
         _write_progress(folder, good, ended=False)
     return StreamedData(folder, validation, manifest)

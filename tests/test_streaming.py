@@ -128,7 +128,7 @@ def test_what_fails_amid_some_rows_doubles_none_of_them(whole, stories, tmp_path
     assert bytes_of(tmp_path) == bytes_of(whole[2])
 
 
-def test_damage_is_noticed_and_read_again(whole, stories, tmp_path, capsys):
+def test_damage_is_noticed_and_read_again(whole, stories, tmp_path, caplog):
     data, tokenizer = streamed(stories, tmp_path)
     wait(data, tokenizer)
     damaged = bytearray(bytes_of(tmp_path))
@@ -136,7 +136,7 @@ def test_damage_is_noticed_and_read_again(whole, stories, tmp_path, capsys):
     del data
     (tmp_path / "data" / "train.bin").write_bytes(damaged)
     data, tokenizer = streamed(stories, tmp_path)
-    assert "damaged after token" in capsys.readouterr().err
+    assert "damaged after token" in caplog.text
     data.refresh()
     wait(data, tokenizer)
     assert data.training.tolist() == whole[0].training.tolist()
