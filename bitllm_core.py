@@ -1,27 +1,25 @@
-"""Train a ternary (BitNet b1.58) language model from scratch, stop and go on exactly, and use it.
+"""Train a ternary (BitNet b1.58) language model from scratch, resume exactly, and use it.
 
-One file holds the model, the tokenizer, the data, the resumable training loop and the command
-line; it runs on a laptop's CPU as well as on a GPU. Importing it defines names and does nothing.
+This one file holds the model, the tokenizer, the data, the resumable training loop and a small
+command line, for a laptop's CPU as well as a GPU; the package bitllm around it adds the rest.
 
     import bitllm_core as bit
     model, data, train = bit.PRESETS["demo"]
-    bit.train(model, data, train, "runs/demo")          # again: goes on where it stopped
+    bit.train(model, data, train, "runs/demo")          # run it again: it resumes
     net, tokenizer = bit.load_model("runs/demo")
     print(bit.generate(net, tokenizer, "The with statement", bit.SamplingConfig(seed=0)))
 
 Contents
-    1 Configuration   what can be set, checked when it is set, and the presets
+    1 Configuration   what can be set, checked at construction, and the presets
     2 Quantization    ternary weights, 8-bit activations and the layer made of them
     3 Model           the transformer, its initialisation and the import of seed checkpoints
     4 Tokenizer       byte-level BPE (lossless) or the seed's WordPiece
-    5 Data            any text to a token file; a batch is a function of (seed, step)
+    5 Data            from any text to token files; a batch is a function of (seed, step)
     6 Generation      cached sampling, streamed or whole
     7 Optimization    Muon and AdamW, their groups and the schedule
-    8 Checkpoints     written whole or not at all, and loaded as data only
+    8 Checkpoints     complete or not written at all, and loaded as data only
     9 Training        evaluation and the loop
-    10 Export         to transformers, llama.cpp, one small file and a web page, and back
-    11 Notebook       settings form, live display with buttons, Drive, prompt box
-    12 Command line   train, generate, evaluate, bench, info
+    10 Command line   train, generate, evaluate
 
 Dimensions in comments
     B batch   T tokens   D hidden_size   H query heads   G key/value heads   K head_dim
@@ -29,7 +27,7 @@ Dimensions in comments
 
 References
     [1] Ma et al., The Era of 1-bit LLMs: All Large Language Models are in 1.58 Bits, 2024,
-        arXiv:2402.17764; the authors' "Training Tips, Code and FAQ" to it.
+        arXiv:2402.17764; and the authors' "Training Tips, Code and FAQ".
     [2] Ma et al., BitNet b1.58 2B4T Technical Report, 2025, arXiv:2504.12285.
     [3] Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024.
     [4] Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, arXiv:2104.09864.
@@ -1630,7 +1628,9 @@ def tokenize(
     counts: dict[str, Any] = {s: {"tokens": 0, "bytes": 0} for s in ("train", "validation")}
     with contextlib.ExitStack() as stack:
         files = {s: stack.enter_context(open_new(folder / f"{s}.tmp")) for s in counts}
-        bar = stack.enter_context(tqdm(unit="B", unit_scale=True, desc="tokenizing"))
+        bar = stack.enter_context(
+            tqdm(unit="B", unit_scale=True, desc="tokenizing", mininterval=0.5)
+        )
         while batch := list(itertools.islice(pieces, 64)):
             texts = [text for _, text, _ in batch]
             encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
