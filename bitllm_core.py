@@ -1357,7 +1357,9 @@ def text_column(row: dict[str, Any], wanted: str | None, source: object) -> str:
 
 def _text_in(row: dict[str, Any], column: str, where: object) -> str:
     """The text of a row, "" where it has none."""
-    value = row.get(column) or ""
+    value = row.get(column)
+    if value is None:
+        return ""
     if not isinstance(value, str):
         kind = type(value).__name__
         raise ValueError(f"{where}: column {column!r} holds a value of type {kind}, expected text")

@@ -1,4 +1,4 @@
-"""Text that comes in while training runs: a budget of a hub's data set, or of a local folder.
+"""Text that arrives while training runs: a budget of a hub's data set, or of a local folder.
 
 `bitllm_core.prepare_data` reaches it where `max_train_tokens` is set for such a source.
 """
@@ -67,14 +67,11 @@ def _file_rows(path: Path, column: str | None, start: int) -> Iterator[Rows]:
         yield batch, {"rows": start}
 
 
-def _hub_rows(
-    hub: HubSource, wanted: str | None, state: State
-) -> Iterator[tuple[list[str], State]]:
-    rows = hub_rows(hub, "train", streaming=True)
-    # choosing the column reads the first rows: once is enough
-    column = state.get("column") or text_column(
-        next(iter(rows), {}), hub.column or wanted, hub.name
-    )
+def _hub_rows(hub: HubSource, wanted: str | None, state: State) -> Iterator[Rows]:
+    """The rows of a data set on the hub from a state of `datasets`, `ROWS` at a time."""
+    rows, column = hub_rows(hub, "train", streaming=True), state.get("column")
+    if not column:  # choosing it reads the first rows: once is enough
+        column = text_column(next(iter(rows), {}), hub.column or wanted, hub.name)
     if state.get("rows"):
         rows.load_state_dict(state["rows"])
     for batch in rows.iter(batch_size=ROWS):
