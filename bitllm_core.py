@@ -1012,7 +1012,7 @@ class BitLM(nn.Module):
             with torch.no_grad():
                 for layer in layers:
                     layer.hold(dtype)
-                if self.lm_head is None and any(layer.held is not None for layer in layers):
+                if self.lm_head is None:
                     self.held_head = self.model.embed_tokens.weight.detach().to(dtype)
             yield
         finally:
@@ -1032,12 +1032,15 @@ class BitLM(nn.Module):
         limit = self.config.max_position_embeddings
         if past + T > limit:
             raise ValueError(f"{past + T} tokens, but max_position_embeddings={limit}")
-        at, mask = torch.arange(past, past + T, device=input_ids.device), None
+        keys = torch.arange(past + T, device=input_ids.device)
+        at, mask = keys[past:], None
         if left_pad is not None:
-            mask = self._padded_mask(at, left_pad)  # (B, 1, T, past + T)
+            seen = (keys <= at[:, None]) & (keys >= left_pad[:, None, None])  # (B, T, past + T)
+            own = keys == at[:, None]  # padding attends to itself: no keys at all would be NaN
+            mask = (seen | own)[:, None]  # (B, 1, T, past + T)
             at = (at - left_pad[:, None]).clamp(min=0)  # (B, T)
         elif past and T > 1:
-            mask = at[:, None] >= torch.arange(past + T, device=at.device)  # (T, past + T)
+            mask = keys <= at[:, None]  # (T, past + T)
         x, rope = self.model.embed_tokens(input_ids), None  # (B, T, D)
         if self.config.block == "seed":
             x = x + self.model.embed_positions(at)
@@ -1048,12 +1051,6 @@ class BitLM(nn.Module):
         if cache:
             cache.length += T
         return self.model.norm(x)
-
-    def _padded_mask(self, at: Tensor, left_pad: Tensor) -> Tensor:
-        keys = torch.arange(int(at[-1]) + 1, device=at.device)
-        seen = (keys <= at[:, None]) & (keys >= left_pad[:, None, None])  # (B, T, keys)
-        own = keys == at[:, None]  # padding attends to itself: a row without keys would be NaN
-        return (seen | own)[:, None]
 
     def head_weight(self) -> Tensor:
         """The matrix that turns hidden states into logits, (V, D)."""
@@ -1137,18 +1134,18 @@ def initialize(
             keep(parameter, values)
 
 
-_SEED_NAMES = [
-    ("token_embedding", "model.embed_tokens"),
-    ("position_embedding", "model.embed_positions"),
-    ("output_layer", "lm_head"),
-    ("layers.", "model.layers."),
-    (".norm1.", ".input_layernorm."),
-    (".norm2.", ".post_attention_layernorm."),
-    (".attn.out_proj.", ".self_attn.o_proj."),
-    (".attn.", ".self_attn."),
-    (".ff.w_1.", ".mlp.up_proj."),
-    (".ff.w_2.", ".mlp.down_proj."),
-]
+_SEED_NAMES = {
+    "token_embedding": "model.embed_tokens",
+    "position_embedding": "model.embed_positions",
+    "output_layer": "lm_head",
+    "layers.": "model.layers.",
+    ".norm1.": ".input_layernorm.",
+    ".norm2.": ".post_attention_layernorm.",
+    ".attn.out_proj.": ".self_attn.o_proj.",
+    ".attn.": ".self_attn.",
+    ".ff.w_1.": ".mlp.up_proj.",
+    ".ff.w_2.": ".mlp.down_proj.",
+}
 
 
 def import_seed_checkpoint(path: str | Path, num_attention_heads: int = 8) -> BitLM:
@@ -1183,7 +1180,7 @@ def import_seed_checkpoint(path: str | Path, num_attention_heads: int = 8) -> Bi
 
 
 def _seed_name(name: str) -> str:
-    for old, new in _SEED_NAMES:
+    for old, new in _SEED_NAMES.items():
         name = name.replace(old, new)
     return "model." + name if name.startswith("norm.") else name
 
@@ -1793,28 +1790,28 @@ def same_data(out: Path, config: DataConfig, vocab_size: int) -> bool:
 
 
 def _prepared_data(out: Path, config: DataConfig, vocab_size: int) -> tuple[TokenData, Any] | None:
-    """What `prepare_data` made before; None where a part is missing or has changed."""
+    """What `prepare_data` made before; None where a part is missing or has changed.
+
+    ValueError where it is the local text that has changed.
+    """
     if not same_data(out, config, vocab_size) or not (out / "tokenizer.json").is_file():
         return None
     tokenizer = load_tokenizer(out / "tokenizer.json")
     manifest = read_json(out / "data" / "manifest.json") or {}
     try:
         tokens = _read_tokens(out / "data", manifest)
-        made_with = manifest["tokenizer_sha256"]
+        made_with, read_from = manifest["tokenizer_sha256"], manifest["source_sha256"]
     except (KeyError, TypeError, ValueError):  # a manifest that is not ours
         return None
-    return (tokens, tokenizer) if tokens and made_with == tokenizer_hash(tokenizer) else None
-
-
-def _check_unchanged(config: DataConfig, manifest: dict[str, Any]) -> None:
-    if is_streamed(config):  # a stream is there to avoid reading all of it again
-        return
-    now = source_fingerprint(config.data)
-    if now is not None and now != manifest["source_sha256"]:
+    if tokens is None or made_with != tokenizer_hash(tokenizer):
+        return None
+    now = None if tokens.streamed else source_fingerprint(config.data)  # not all is read again
+    if now is not None and now != read_from:
         raise ValueError(
             f"data={config.data!r}: the text has changed since this run started. Put the old text "
             "back, or train on the new one in another folder (--out)"
         )
+    return tokens, tokenizer
 
 
 def _run_tokenizer(path: Path, texts: Iterable[str], config: DataConfig, vocab_size: int) -> Any:
@@ -1846,7 +1843,6 @@ def prepare_data(
     folder, path = out / "data", out / "tokenizer.json"
     found = _prepared_data(out, config, vocab_size)
     if found:
-        _check_unchanged(config, found[0].manifest)
         return found
     folder.mkdir(parents=True, exist_ok=True)
     if is_streamed(config):
