@@ -571,15 +571,6 @@ def weight_quant(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale).round().clamp(-1, 1), scale
 
 
-def ternary_scale(row_means: Tensor) -> Tensor:
-    """Scale, shape (), of a matrix of which these are the mean magnitudes of the rows, (O)."""
-    return row_means.mean().clamp(min=_SCALE_FLOOR)
-
-
-def to_trits(weight: Tensor, scale: Tensor) -> Tensor:
-    return (weight / scale).round().clamp(-1, 1)
-
-
 def _to_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
     """Integers from -127 to 127, float32, like x, (..., I), and the factor they were scaled by."""
     x = x.float()
