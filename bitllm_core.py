@@ -73,7 +73,6 @@ import tempfile
 import threading
 import time
 import urllib.request
-import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -107,7 +106,6 @@ __all__ = [
     "activation_quant",
     "download_button",
     "environment_report",
-    "estimate_memory",
     "evaluate",
     "export_gguf",
     "export_hf",
@@ -2820,22 +2818,14 @@ def _split_tensors(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     return tree
 
 
-def _join_tensors(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(tree, dict):
-        if tree.keys() == {"tensor"}:
-            return tensors[tree["tensor"]]
-        return {k: _join_tensors(v, tensors) for k, v in tree.items()}
-    return [_join_tensors(v, tensors) for v in tree] if isinstance(tree, list) else tree
-
-
-def _snapshot(contents: dict[str, Any]) -> tuple[str, dict[str, Tensor]]:
+def snapshot(contents: dict[str, Any]) -> tuple[str, dict[str, Tensor]]:
     """Contents as JSON, with names in place of the tensors, and copies of those."""
     tensors: dict[str, Tensor] = {}
     tree = _split_tensors({"format_version": FORMAT_VERSION, **contents}, "", tensors)
     return json.dumps(tree), tensors
 
 
-def _write(folder: Folder, name: str, tree: str, tensors: dict[str, Tensor]) -> Path:
+def write_snapshot(folder: Folder, name: str, tree: str, tensors: dict[str, Tensor]) -> Path:
     """Write a checkpoint beside its name, read it back, and publish it."""
     part = name + PART
     folder.write_tensors(part, tensors, {"contents": tree})
@@ -2895,7 +2885,7 @@ def save_checkpoint(folder: str | Path, contents: dict[str, Any], kind: str = "s
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     name = f"{kind}_{contents['step']:08d}.safetensors"
-    return _write(Folder(folder), name, *_snapshot(contents))
+    return write_snapshot(Folder(folder), name, *snapshot(contents))
 
 
 def read_manifest(folder: Folder, name: str) -> dict[str, Any]:
@@ -2949,11 +2939,14 @@ def _read_safetensors(path: Path, mapped: bool) -> dict[str, Any]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            tree = json.loads(file.metadata()["contents"])
-            # copied, since the library's tensors lie in the file, which may be deleted any time
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            tensors = tensors if mapped else {name: t.clone() for name, t in tensors.items()}
-        contents = _join_tensors(tree, tensors)
+
+            def join(tree: dict[str, Any]) -> Any:
+                if tree.keys() != {"tensor"}:
+                    return tree
+                tensor = file.get_tensor(tree["tensor"])
+                return tensor if mapped else tensor.clone()  # the file may be deleted any time
+
+            contents = json.loads(file.metadata()["contents"], object_hook=join)
         if not isinstance(contents["format_version"], int):
             raise ValueError("no format version in it")
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
@@ -3013,51 +3006,6 @@ def is_finished(folder: Folder, name: str) -> bool:
         return read_manifest(folder, name)["size"] == folder.size(name)
     except (ValueError, OSError):
         return False
-
-
-class CheckpointWriter:
-    """Saves to one folder while training goes on: it waits only for copies of the tensors.
-
-    Args:
-        keep: how many of the newest stay, by kind.
-        mirror: a `bitllm.mirror.Mirror` that gets each finished checkpoint.
-    """
-
-    def __init__(self, folder: Path, keep: dict[str, int], mirror: Any = None) -> None:
-        self.folder, self.keep, self.mirror = Folder(folder), keep, mirror
-        with contextlib.suppress(OSError):
-            remove_unfinished(self.folder)
-        self.worker = ThreadPoolExecutor(1, "checkpoints")
-        self.running: list[tuple[str, Future[Path]]] = []
-        """names and outcomes of those that are not collected yet"""
-
-    def save(self, contents: dict[str, Any], kind: str = "step") -> None:
-        """Begin a checkpoint; a third one waits for the first, since each holds a copy."""
-        for _, earlier in self.running[:-1]:
-            earlier.exception()
-        name, tree, tensors = f"{kind}_{contents['step']:08d}.safetensors", *_snapshot(contents)
-        self.running.append((name, self.worker.submit(self._write, kind, name, tree, tensors)))
-
-    def _write(self, kind: str, *parts: Any) -> Path:
-        path = _write(self.folder, *parts)
-        if kind in self.keep:
-            if self.mirror:
-                self.mirror.offer(kind, path.name)
-            with contextlib.suppress(OSError):  # what stays is pruned next time
-                spare = self.mirror.copying if self.mirror else ""
-                prune_checkpoints(self.folder, self.keep[kind], kind, spare)
-        return path
-
-    def finished(self, wait: bool = False) -> list[tuple[str, Path | OSError]]:
-        """What has ended since the last call: its name, and its path or the error."""
-        results: list[tuple[str, Path | OSError]] = []
-        while self.running and (wait or self.running[0][1].done()):
-            name, future = self.running.pop(0)
-            try:
-                results.append((name, future.result()))
-            except OSError as error:
-                results.append((name, error))
-        return results
 
 
 def checked_settings(values: Any, path: Path) -> dict[str, Any]:
@@ -3206,33 +3154,6 @@ def choose_device(device: str = "auto", dtype: str = "auto") -> Device:
     return Device(found, torch.float32, "no fast bfloat16 here")
 
 
-def why_not_compile(device: Device) -> str:
-    """Why torch.compile cannot work here; empty where it can."""
-    if sys.platform == "win32" or device.device.type == "mps":
-        return f"not used on {device.device.type} under {platform.system()}"
-    if device.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        return "no C++ compiler found"
-    return ""
-
-
-def compiled_loss(model: BitLM) -> Callable[[Tensor, Tensor], Tensor]:
-    """`model.loss` with compiled blocks and softmax.
-
-    The blocks are alike, so they are compiled once. The embedding stays eager: on a CPU, its
-    compiled gradient is summed by several threads in no fixed order, and so two runs would differ.
-    """
-    blocks = [torch.compile(block, dynamic=False) for block in model.model.layers]
-    # dynamic: the last chunk is a smaller one
-    probabilities = torch.compile(token_probabilities, dynamic=True)
-
-    def loss(input_ids: Tensor, targets: Tensor) -> Tensor:
-        with warnings.catch_warnings():  # the compiler looks at the input's .grad; it has none
-            warnings.filterwarnings("ignore", message="The .grad attribute")
-            return model.loss(input_ids, targets, blocks, probabilities)
-
-    return loss
-
-
 def windows_at_once(
     model: ModelConfig, train: TrainConfig, device: Device, world_size: int = 1
 ) -> int:
@@ -3248,31 +3169,6 @@ def windows_at_once(
     numbers = model.num_hidden_layers * (8 * model.hidden_size + 3 * model.intermediate_size)
     fit = room // (device.dtype.itemsize * numbers * model.max_position_embeddings)
     return max(d for d in range(1, windows + 1) if windows % d == 0 and d <= max(fit, 1))
-
-
-def estimate_memory(model: ModelConfig, train: TrainConfig) -> int:
-    """Bytes of weights, gradients and optimizer state in training, float32."""
-    matrices = model.num_parameters - model.vocab_size * model.hidden_size
-    moments = 2 * model.num_parameters - (matrices if train.optimizer == "muon" else 0)
-    return 4 * (2 * model.num_parameters + moments)
-
-
-def check_memory(
-    model: ModelConfig, train: TrainConfig, device: Device, world_size: int = 1
-) -> None:
-    """Refuse what cannot fit before anything of it is made; ValueError names both sizes."""
-    there = math.inf
-    if device.device.type == "cuda":
-        there = torch.cuda.mem_get_info()[1]
-    elif hasattr(os, "sysconf"):
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = estimate_memory(model, train) // (world_size if train.fsdp else 1)
-    if needed > there:
-        raise ValueError(
-            f"{model.num_parameters:,} parameters need {needed / 2**30:,.1f} GiB for weights, "
-            f"gradients and optimizer; {device.device} has {there / 2**30:,.1f} GiB. "
-            "Choose a smaller hidden_size, num_hidden_layers or vocab_size, or --fsdp on several"
-        )
 
 
 @torch.no_grad()
@@ -3318,10 +3214,10 @@ def evaluate(
     batch_size: int = 16,
     device: Device | None = None,
 ) -> dict[str, float]:
-    """How well the model predicts a text: every token of it, once.
+    """How well the model predicts every token of a text (of a folder, the training files).
 
     Args:
-        data: a source as `DataConfig.data`; of a folder, the training files.
+        data: a source as `DataConfig.data`.
         stride: tokens that the context moves; default: the whole context, which is fastest.
 
     Returns:
@@ -3335,17 +3231,16 @@ def evaluate(
     device, context = device or choose_device(), model.config.max_position_embeddings
     fits = stride is None or 1 <= stride <= context
     require(fits, "stride", stride, f"1 to {context} tokens, the context of this model")
-    model.to(device.device)
-    eot, ids, words, size, ended = end_of_text_id(tokenizer), [], 0, 0, False
+    eot, ids, words, size = end_of_text_id(tokenizer), [], 0, 0
     config = DataConfig(data=str(data), text_column=text_column)
     for text, ends in read_pieces(str(data), "train", config):
-        ids += [eot] if ended and eot is not None else []
-        ids += encode(tokenizer, text)
+        ids += encode(tokenizer, text) + ([eot] if ends and eot is not None else [])
         words += len(text.split()) + text.count("\n")
         size += len(text.encode("utf-8", "replace"))
-        ended = ends
+    ids = ids[:-1] if eot is not None and ids[-1:] == [eot] else ids  # only between documents
     if not ids:
         raise ValueError(f"data={str(data)!r}: no text in it to evaluate on")
+    model.to(device.device)
     nats = total_loss(model, np.asarray(ids), eot or 0, device, batch_size, stride)
     return {
         "loss": nats / len(ids),
@@ -3371,37 +3266,24 @@ class TrainState:
     scaler: torch.amp.GradScaler
     config: TrainConfig
     processes: Processes = field(default_factory=Processes)
-    """those that train together; the callbacks get the main one's state"""
-    step: int = 0
-    """optimizer steps done"""
-    skipped: int = 0
-    """of these, steps left out because a gradient was not finite"""
+    step: int = 0  # optimizer steps done
+    skipped: int = 0  # of these, left out because a gradient was not finite
     skipped_in_a_row: int = 0
-    loss: float = math.nan
-    """nats per token of the last step's batch"""
-    val_loss: float = math.nan
-    """of the last evaluation"""
+    loss: float = math.nan  # nats per token of the last step's batch
+    val_loss: float = math.nan  # of the last evaluation
     best_val_loss: float = math.inf
     best_step: int = 0
     evals_since_best: int = 0
-    train_seconds: float = 0.0
-    """of training, all sessions"""
-    trits: dict[str, Tensor] = field(default_factory=dict)
-    """of each BitLinear when last logged, int8; in the main process"""
-    stop_signal: int = 0
-    """set by a signal handler or a callback; read after each step"""
-    last_saved_step: int = 0
-    """of the newest checkpoint that is safe on the disk"""
-    last_saved_at: float = 0.0
-    """time.time() of that; 0: not in this session"""
-    save_seconds: float = 0.0
-    """that training waited for saving, in this session"""
-    mirror: Any = None
-    """the `bitllm.mirror.Mirror`, with its `status()`, where there is one"""
-    save_requested: bool = False
-    """set by a callback or a button: save a checkpoint after the running step"""
-    paused: bool = False
-    """set by a callback or a button: no further step until it is cleared"""
+    train_seconds: float = 0.0  # all sessions
+    trits: dict[str, Tensor] = field(default_factory=dict)  # of each BitLinear when last logged
+    last_saved_step: int = 0  # of the newest checkpoint that is safe on the disk
+    last_saved_at: float = 0.0  # time.time() of that; 0: not in this session
+    save_seconds: float = 0.0  # that training waited for saving, in this session
+    mirror: Any = None  # the bitllm.mirror.Mirror, with its `status()`
+    # set by callbacks, buttons and signals, read after each step:
+    stop_signal: int = 0  # save a checkpoint and end, as after this signal
+    save_requested: bool = False  # save a checkpoint
+    paused: bool = False  # no further step until it is cleared
 
     _SAVED = ("step", "skipped", "skipped_in_a_row", "loss", "val_loss", "best_val_loss")
     _SAVED += ("best_step", "evals_since_best", "train_seconds")
@@ -3696,14 +3578,6 @@ def open_run(out: Path, settings: dict[str, Any], resume: str, mirror: Any) -> A
     Raises:
         ValueError: other settings, remains of which nothing is whole, or `resume` does not fit.
     """
-    saved = None
-    if (out / "config.json").is_file():
-        try:
-            saved = read_run_config(out)
-        except ValueError as error:
-            log.warning(f"skipped: {error}")
-        else:
-            check_same_settings(out, saved, settings)
     folder = out / "checkpoints"
     try:
         checkpoint = mirror.newest_checkpoint(settings) if mirror else newest_checkpoint(folder)
@@ -3714,12 +3588,14 @@ def open_run(out: Path, settings: dict[str, Any], resume: str, mirror: Any) -> A
             "--mirror out"
         ) from error
     if checkpoint is None:
-        if remains or (saved is None and (out / "config.json").is_file()):
+        if remains:
             raise ValueError(
                 f"{out}: there are remains of a run, but no checkpoint that is whole. Nothing was "
                 "changed; --resume never begins anew and moves the remains to a folder set-aside-1"
             )
         require(resume != "must", "resume", resume, f"a checkpoint in {out} to resume from")
+        if (out / "config.json").is_file():  # of a run that has not saved yet
+            check_same_settings(out, read_run_config(out), settings)
         return None
     then = checked_settings(checkpoint.get("config"), folder)
     check_same_settings(out, then, settings)
@@ -3761,19 +3637,17 @@ def versions() -> dict[str, str]:
 
 
 class _Session:
-    """One call of `train`: the model and its data in memory, steps, evaluations, checkpoints."""
+    """One call of `train`: what it holds in memory, and its steps."""
 
     def __init__(
         self, configs: tuple[Any, Any, Any], out: Path, processes: Processes, callbacks: Any
     ) -> None:
         self.model_config, data_config, self.config = configs
         self.out, self.processes, self.callbacks = out, processes, callbacks
-        self.settings = dict(zip(("model", "data", "train"), map(asdict, configs), strict=True))
-        self.context = self.model_config.max_position_embeddings
+        self.settings = _settings(configs)
+        self.context, vocab_size = self.model_config.max_position_embeddings, configs[0].vocab_size
         self.device = choose_device(self.config.device, self.config.dtype)
-        prepare = partial(
-            prepare_data, data_config, self.model_config.vocab_size, self.context, out
-        )
+        prepare = partial(prepare_data, data_config, vocab_size, self.context, out)
         self.data, self.tokenizer = processes.run_on_main(prepare) or prepare()
         size = processes.world_size
         self.micro_batch = windows_at_once(self.model_config, self.config, self.device, size)
@@ -3783,51 +3657,26 @@ class _Session:
         self.state = TrainState(model, optimizers, self.device.scaler(), self.config, processes)
         self.loss: Callable[[Tensor, Tensor], Tensor] = model.loss
         self.unproven = False  # compiled, but no step has shown yet that it works
-        self.writer = CheckpointWriter(out / "checkpoints", keep_of(self.config))
         self.log = MetricsLog(None, 0)
-        self.begun_step = -1  # of the newest checkpoint begun
-        self.last_save, self.retry_at = time.monotonic(), math.inf
-        self.mirror_status = ""
 
     def notify(self, event: str, *values: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(self.state, *values)
 
-    def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Resume from a checkpoint; other versions or another device are logged, not refused."""
-        tokens = {**self.data.manifest, "data_sha256": self.data.sha256}
-        for name in ("tokenizer_sha256", "data_sha256"):
-            if checkpoint[name] != tokens[name]:
-                raise ValueError(f"{name} differs; put its tokenizer.json and data/ back")
-        now = {**versions(), "device": str(self.device), "processes": self.processes.world_size}
-        now["fsdp"] = self.config.fsdp
-        before = {**checkpoint["versions"], "device": checkpoint["device"]}
-        before["processes"] = checkpoint.get("processes", 1)
-        before["fsdp"] = checkpoint["config"]["train"].get("fsdp", False)
-        changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
-        if changed:
-            log.info(f"note: not bit for bit as before, for these changed: {', '.join(changed)}")
-        elif not self.config.micro_batch_size:
-            self.micro_batch = int(checkpoint["micro_batch"])
-        check_weights(self.model_config, checkpoint["model"], self.out / "checkpoints")
-        self.state.load_state_dict(checkpoint)
-        self.state.last_saved_step = self.begun_step = self.state.step
-
     def compile(self) -> None:
         """Compile the loss where asked to, or where it pays: it takes ten seconds and more."""
-        model, config, why_not = self.model_config, self.config, why_not_compile(self.device)
-        why_not = "not with fsdp" if self.processes.sharded else why_not
+        model, config = self.model_config, self.config
         worth = 1e15 if self.device.device.type == "cuda" else 5e12  # a minute's work, guessed
         work = 6 * model.num_parameters * config.batch_tokens * config.max_steps
         if config.compile == "off" or (config.compile == "auto" and work <= worth):
             return
-        if why_not:
-            log.info(f"torch.compile: off ({why_not})")
-            return
-        log.info("torch.compile: on; the first step takes some ten seconds longer")
-        try:  # it also imports the compiler
-            self.loss, self.unproven = compiled_loss(self.state.model), True
-        except Exception as error:
+        try:
+            compiling = extension("compiling", "torch.compile")
+            require(not self.processes.sharded, "fsdp", True, "False to compile")
+            self.loss = compiling.compiled_loss(self.state.model)
+            self.unproven = True
+            log.info("torch.compile: on; the first step takes some ten seconds longer")
+        except Exception as error:  # of whatever kind: it also imports the compiler
             self.back_to_eager(error)
 
     def back_to_eager(self, error: Exception) -> None:
@@ -3871,7 +3720,7 @@ class _Session:
                 total += loss.detach()
         return total
 
-    def run(self) -> None:
+    def run(self, saver: _Saver) -> None:
         """Steps until all are done, a signal came, or the loss stays non-finite."""
         state, config, processes = self.state, self.config, self.processes
         parameters = parameters_of(state.optimizers)
@@ -3894,11 +3743,11 @@ class _Session:
                 self.log.write(metrics)
             self.notify("on_step", metrics)
             if config.eval_every_steps and state.step % config.eval_every_steps == 0:
-                self.evaluate_and_sample()
-            self.save_where_due()
+                self.evaluate(saver)
+            saver.save_where_due()
             if metrics:
                 steps, since = 0, time.perf_counter()
-            since += self.wait_while_paused()
+            since += self.wait_while_paused(saver)
 
     def count_step(self, finite: bool, seconds: float) -> None:
         state = self.state
@@ -3921,248 +3770,203 @@ class _Session:
 
     def tokens_came(self) -> bool:
         """Whether the next step's tokens are there, after waiting for them; False: stop first."""
-        data, state, started = self.data, self.state, time.monotonic()
+        data, waiting = self.data, False
         while data.streamed:
-            missing, failed = self.processes.all_reduce_max(
-                [not data.ready(self.config, self.context, state.step), data.error is not None]
-            )
+            ready = data.ready(self.config, self.context, self.state.step)
+            missing, failed = self.processes.all_reduce_max([not ready, data.error is not None])
             if not missing:
                 break
             if failed:
-                state.stop_signal = state.stop_signal or signal.SIGTERM
+                self.state.stop_signal = self.state.stop_signal or signal.SIGTERM
             if self.stop_asked():
                 return False
-            if started < time.monotonic() - 10:
+            if not waiting:
                 log.info(f"waiting for more text; {len(data.training):,} tokens are there")
-                started = time.monotonic() + 50
+            waiting = True
             time.sleep(0.1)
         return True
 
-    def wait_while_paused(self) -> float:
+    def wait_while_paused(self, saver: _Saver) -> float:
         """Seconds spent here, which belong to no step; stopping and saving work meanwhile."""
         start = time.perf_counter()
         while any(self.processes.all_reduce_max([self.state.paused])) and not self.stop_asked():
             self.notify("on_pause")
-            self.save_where_due(requested_only=True)
+            saver.save_where_due(paused=True)
             time.sleep(0.1)
         return time.perf_counter() - start
 
     def step_metrics(self, norm: float, factor: float, tokens_per_s: float) -> dict[str, Any]:
-        state = self.state
         return {
-            "step": state.step,
-            "loss": state.loss,
+            "step": self.state.step,
+            "loss": self.state.loss,
             "learning_rate": peak_rates(self.model_config, self.config)[0] * factor,
             "grad_norm": norm,
-            "tokens": state.tokens,
+            "tokens": self.state.tokens,
             "tokens_per_s": round(tokens_per_s, 1),
             "memory_bytes": memory_in_use(self.device),
-            "train_seconds": round(state.train_seconds, 3),
-            **self.telemetry(),
+            "train_seconds": round(self.state.train_seconds, 3),
+            **_telemetry(self.state),
         }
 
-    def telemetry(self) -> dict[str, list[float]]:
-        """Per layer: share of zeros, and of trits that changed since the last call."""
-        if self.model_config.linear == "dense":
-            return {}
-        zeros, flips, sizes = (np.zeros(self.model_config.num_hidden_layers) for _ in range(3))
-        for name, linear in self.state.model.bit_linears().items():
-            weight = self.processes.whole({name: linear.weight.detach()}).get(name)
-            if name == "lm_head" or weight is None or not self.processes.is_main:
-                continue
-            layer, trits = int(name.split(".")[2]), weight_quant(weight)[0].to("cpu", torch.int8)
-            zeros[layer] += (trits == 0).sum().item()
-            flips[layer] += (trits != self.state.trits.get(name, trits)).sum().item()
-            sizes[layer] += trits.numel()
-            self.state.trits[name] = trits
-        return {
-            "zero_fraction": [round(z, 6) for z in zeros / sizes.clip(1)],
-            "flip_rate": [round(f, 6) for f in flips / sizes.clip(1)],
-        }
+    def evaluate(self, saver: _Saver | None) -> None:
+        """Evaluate on a slice of the validation tokens, generate a text and keep the best model.
 
-    def evaluate(self, whole: bool) -> dict[str, Any]:
-        """Loss on a fixed slice of the validation tokens, or on all of them; logged."""
-        tokens = self.data.validation if whole else self.data.validation[: self.config.eval_tokens]
-        first, model = end_of_text_id(self.tokenizer) or 0, self.state.model
-        nats = total_loss(model, tokens, first, self.device, processes=self.processes)
-        self.state.val_loss = loss = nats / len(tokens)
+        Without a saver: at the end, on all of them.
+        """
+        state, config, final = self.state, self.config, saver is None
+        tokens = self.data.validation if final else self.data.validation[: config.eval_tokens]
+        first = end_of_text_id(self.tokenizer) or 0
+        nats = total_loss(state.model, tokens, first, self.device, processes=self.processes)
+        state.val_loss = loss = nats / len(tokens)
         metrics = {
-            "step": self.state.step,
+            "step": state.step,
             "val_loss": loss,
             "val_perplexity": safe_exp(loss),
             "val_bits_per_byte": loss / math.log(2) / self.data.bytes_per_token,
             "val_tokens": len(tokens),
-            **({"final": True} if whole else {}),
+            **({"final": True} if final else {}),
         }
         self.log.write(metrics)
         self.notify("on_eval", metrics)
-        return metrics
-
-    def evaluate_and_sample(self) -> None:
-        """Evaluate, generate a text of fixed seed, and keep the best model."""
-        state, prompt = self.state, self.config.sample_prompt
-        self.evaluate(whole=False)
+        if saver is None:
+            return
         model = self.processes.whole_model(state.model)
         if model and self.callbacks:
-            text = generate(model, self.tokenizer, prompt, SamplingConfig(60, seed=0))
-            self.notify("on_sample", prompt + text)
+            sampling, prompt = SamplingConfig(60, seed=0), config.sample_prompt
+            self.notify("on_sample", prompt + generate(model, self.tokenizer, prompt, sampling))
         state.evals_since_best += 1
-        if state.val_loss < state.best_val_loss:
-            state.best_val_loss, state.best_step = state.val_loss, state.step
-            state.evals_since_best = 0
-            self.save("best")
+        if loss < state.best_val_loss:
+            state.best_val_loss, state.best_step, state.evals_since_best = loss, state.step, 0
+            saver.save("best")
 
-    def checkpoint_contents(self, kind: str) -> dict[str, Any]:
-        """All of a run but its tokens; of the best, what generating needs."""
-        state = self.state
-        if kind == "best":
-            weights = self.processes.whole(state.model.state_dict())
-            contents = {"step": state.step, "val_loss": state.val_loss, "model": weights}
-        else:
-            contents = state.state_dict() | {
-                "tokenizer_sha256": self.data.manifest["tokenizer_sha256"],
-                "data_sha256": self.data.sha256,
-                "device": str(self.device),
-                "micro_batch": self.micro_batch,
-                "processes": self.processes.world_size,
-            }
-        text = self.tokenizer.to_str()
-        return {**contents, "config": self.settings, "tokenizer": text, "versions": versions()}
 
-    def write_settings(self) -> None:
-        """What a run folder holds beside its checkpoints, where it is missing or has changed."""
-        config = {"format_version": FORMAT_VERSION, **self.settings}
-        if read_json(self.out / "config.json") != json.loads(json.dumps(config)):
-            write_atomically(self.out / "config.json", json.dumps(config, indent=1).encode())
-        if not (self.out / "tokenizer.json").is_file():
-            text = self.tokenizer.to_str(pretty=True)
-            write_atomically(self.out / "tokenizer.json", text.encode())
+def _settings(configs: tuple[Any, Any, Any]) -> dict[str, Any]:
+    return dict(zip(("model", "data", "train"), map(asdict, configs), strict=True))
 
-    def save_where_due(self, requested_only: bool = False) -> None:
-        """Save what is due after this step, and report what has become safe."""
-        state, config, step = self.state, self.config, self.state.step
-        epochs = (n / self.data.steps_per_epoch(config, self.context) for n in (step - 1, step))
-        if config.save_every_epoch and not requested_only and int(next(epochs)) < int(next(epochs)):
-            self.save("epoch")
-        minutes = (time.monotonic() - self.last_save) / 60
+
+def _telemetry(state: TrainState) -> dict[str, list[float]]:
+    """Per layer: share of zeros, and of trits that changed since the last call."""
+    config, processes = state.model.config, state.processes
+    zeros, flips, sizes = (np.zeros(config.num_hidden_layers) for _ in range(3))
+    for name, linear in state.model.bit_linears().items() if config.linear != "dense" else ():
+        weight = processes.whole({name: linear.weight.detach()}).get(name)
+        if name == "lm_head" or weight is None or not processes.is_main:
+            continue
+        layer, trits = int(name.split(".")[2]), weight_quant(weight)[0].to("cpu", torch.int8)
+        zeros[layer] += (trits == 0).sum().item()
+        flips[layer] += (trits != state.trits.get(name, trits)).sum().item()
+        sizes[layer] += trits.numel()
+        state.trits[name] = trits
+    found = {"zero_fraction": zeros, "flip_rate": flips} if sizes.any() else {}
+    return {name: (counts / sizes).round(6).tolist() for name, counts in found.items()}
+
+
+class _Saver:
+    """Checkpoints of a session, written by a thread: training only waits for copies of tensors."""
+
+    def __init__(self, session: _Session) -> None:
+        self.session, self.state, self.mirror = session, session.state, session.state.mirror
+        self.folder = Folder(session.out / "checkpoints")
+        self.keep = keep_of(session.config)
+        self.worker = ThreadPoolExecutor(1, "checkpoints")
+        self.running: tuple[str, Future[Path]] | None = None
+        self.begun_step = self.state.step or -1  # of the newest checkpoint begun
+        self.last_save, self.retry_at = time.monotonic(), math.inf
+        self.mirror_status = ""
+        with contextlib.suppress(OSError):
+            remove_unfinished(self.folder)
+
+    def save_where_due(self, paused: bool = False) -> None:
+        """Save what is due after this step, and report what has become safe since the last."""
+        session, state, step = self.session, self.state, self.state.step
+        config, epoch = (
+            session.config,
+            session.data.steps_per_epoch(session.config, session.context),
+        )
         due = state.save_requested
-        if not requested_only:
+        if not paused:
+            if config.save_every_epoch and step // epoch > (step - 1) // epoch:
+                self.save("epoch")
+            minutes = (time.monotonic() - self.last_save) / 60
             due |= bool(config.save_every_steps and step % config.save_every_steps == 0)
             due |= bool(config.save_every_minutes and minutes >= config.save_every_minutes)
             due |= time.monotonic() >= self.retry_at
-        due, less = self.processes.all_reduce_max([due, -self.micro_batch])
-        self.micro_batch = -int(less)  # as small in all as where memory was scarce
+        due, less = state.processes.all_reduce_max([due, -session.micro_batch])
+        session.micro_batch = -int(less)  # in all processes as small as where memory was scarce
         if due:
             self.save()
-        self.collect_saves()
-        if state.mirror and (status := state.mirror.status()) != self.mirror_status:
-            self.mirror_status = status
-            self.notify("on_mirror", status)
+        self.collect()
+        if self.mirror and self.mirror.status() != self.mirror_status:
+            self.mirror_status = self.mirror.status()
+            session.notify("on_mirror", self.mirror_status)
 
     def save(self, kind: str = "step") -> None:
         """Begin a checkpoint; a disk that refuses does not end the training."""
-        step = self.state.step
+        start, step = time.perf_counter(), self.state.step
         if kind == "step":
             self.state.save_requested = False
-            if not any(self.processes.all_reduce_max([self.begun_step != step])):  # asked twice
+            if not any(self.state.processes.all_reduce_max([self.begun_step != step])):
                 return
-        start = time.perf_counter()
-        contents = self.checkpoint_contents(kind)  # every process gives its part
-        if kind == "step":
             self.last_save, self.begun_step = time.monotonic(), step
-        if self.processes.is_main:
-            try:
-                self.write_settings()
-                self.writer.save(contents, kind)
-            except OSError as error:
-                self.save_failed(f"{kind}_{step:08d}", error)
+        contents = self.contents(kind)  # every process gives its part
+        if self.state.processes.is_main:
+            self.collect(wait=True)  # one copy at a time
+            name = f"{kind}_{step:08d}.safetensors"
+            write = partial(write_snapshot, self.folder, name, *snapshot(contents))
+            self.running = name, self.worker.submit(write)
         self.state.save_seconds += time.perf_counter() - start
 
-    def save_failed(self, name: str, error: OSError) -> None:
-        last = self.state.last_saved_step
-        good = f"the last good one is of step {last}" if last else "there is no good one yet"
-        log.warning(f"checkpoint {name} could not be saved: {error}. Training goes on; {good}")
-        if name.startswith("step"):
-            self.begun_step, self.retry_at = -1, time.monotonic() + SAVE_RETRY_S
+    def contents(self, kind: str) -> dict[str, Any]:
+        """All of a run but its tokens; of the best, what generating needs."""
+        session, state = self.session, self.state
+        if kind == "best":
+            weights = state.processes.whole(state.model.state_dict())
+            contents = {"step": state.step, "val_loss": state.val_loss, "model": weights}
+        else:
+            contents = {**state.state_dict(), **_circumstances(session)}
+            contents["micro_batch"] = session.micro_batch
+        text = session.tokenizer.to_str()
+        return {**contents, "config": session.settings, "tokenizer": text, "versions": versions()}
 
-    def collect_saves(self, wait: bool = False) -> None:
-        """Report checkpoints that have become safe, or have not, since the last call."""
-        for name, result in self.writer.finished(wait):
-            if isinstance(result, OSError):
-                self.save_failed(name, result)
-            elif name.startswith("step"):
-                self.state.last_saved_step = checkpoint_step(result)
-                self.state.last_saved_at, self.retry_at = time.time(), math.inf
-                self.notify("on_checkpoint", result)
+    def collect(self, wait: bool = False) -> None:
+        """Report the checkpoint on its way, once it is safe or could not be saved."""
+        if self.running is None or not (wait or self.running[1].done()):
+            return
+        (name, future), self.running, state = self.running, None, self.state
+        kind = name.split("_")[0]
+        try:
+            path = future.result()
+        except OSError as error:
+            last = state.last_saved_step
+            good = f"the last good one is of step {last}" if last else "there is no good one yet"
+            log.warning(f"{name} could not be saved: {error}. Training goes on; {good}")
+            if kind == "step":
+                self.begun_step, self.retry_at = -1, time.monotonic() + SAVE_RETRY_S
+            return
+        if kind in self.keep:
+            if self.mirror:
+                self.mirror.offer(kind, name)
+            with contextlib.suppress(OSError):  # what stays is pruned next time
+                spare = self.mirror.copying if self.mirror else ""
+                prune_checkpoints(self.folder, self.keep[kind], kind, spare)
+        if kind == "step":
+            state.last_saved_step, state.last_saved_at = checkpoint_step(name), time.time()
+            self.retry_at = math.inf
+            self.session.notify("on_checkpoint", path)
 
     def save_and_wait(self) -> None:
         """Save this step and wait until it is safe; OSError where it cannot be."""
-        self.collect_saves(wait=True)
+        self.collect(wait=True)
         self.save()
-        self.collect_saves(wait=True)
-        saved = self.processes.broadcast(self.state.last_saved_step)
-        self.state.last_saved_step = saved
-        if saved != self.state.step:
+        self.collect(wait=True)
+        state = self.state
+        state.last_saved_step = state.processes.broadcast(state.last_saved_step)
+        if state.last_saved_step != state.step:
             raise OSError(
-                f"step {self.state.step} could not be saved in {self.out} (see above); the last "
-                f"good checkpoint is of step {saved}. Free some space or repair the disk, then "
-                "train again: it resumes from there"
+                f"step {state.step} could not be saved in {self.session.out} (see above); the last "
+                f"good checkpoint is of step {state.last_saved_step}. Free some space or repair "
+                "the disk, then train again: it resumes from there"
             )
-
-    def finish(self) -> None:
-        """Save, and evaluate on everything."""
-        state, config = self.state, self.config
-        if state.step < config.max_steps:
-            log.info(
-                f"ended early at step {state.step} of {config.max_steps}: no better validation "
-                f"loss in {config.patience} evaluations. The best, {state.best_val_loss:.4f} at "
-                f"step {state.best_step}, is kept (--checkpoint best); --patience 0 trains on"
-            )
-        self.save_and_wait()
-        self.evaluate(whole=True)
-
-    def train(self) -> None:
-        """Train to the end or to a stop, and leave everything safe."""
-        main, data = self.processes.is_main, self.data
-        coming = data.coming(self.tokenizer) if main else contextlib.nullcontext()
-        with _stop_on_signals(self.state), coming:
-            self.notify("on_start")
-            try:
-                self.run()
-                if self.stop_asked():
-                    self.save_and_wait()
-                else:
-                    self.finish()
-            finally:
-                self.collect_saves(wait=True)
-                self.writer.worker.shutdown()
-                self.notify("on_end")
-        if data.error:
-            raise ConnectionError(
-                f"data={self.settings['data']['data']!r} could not be read to its end "
-                f"({first_line(data.error)}). Step {self.state.step} is saved; the same command "
-                "resumes from there"
-            ) from data.error
-
-    def announce(self) -> None:
-        """What is going to happen, in a few lines."""
-        model, config, counts = self.model_config, self.config, self.data.manifest
-        epochs = config.max_steps / self.data.steps_per_epoch(config, self.context)
-        size = self.processes.world_size
-        tokens = [counts[split]["tokens"] for split in ("train", "validation")]
-        for line in (
-            f"model: {model.num_parameters / 1e6:.2f}M parameters, {model.linear}, on "
-            f"{self.device}",
-            f"data: {tokens[0]:,} training and {tokens[1]:,} validation tokens; "
-            f"{epochs:.1f} epochs",
-            f"steps: {config.max_steps} of {config.batch_tokens:,} tokens, {self.micro_batch} "
-            f"windows of {self.context} at once"
-            + (f" on each of {size} processes" if size > 1 else ""),
-            *(f"note: not every client will load this model: {x}" for x in model.export_limits),
-        ):
-            log.info(line)
-        if self.state.step:
-            log.info(f"resuming from step {self.state.step} of {config.max_steps}")
 
 
 def keep_of(config: TrainConfig) -> dict[str, int]:
@@ -4170,72 +3974,156 @@ def keep_of(config: TrainConfig) -> dict[str, int]:
     return {"step": config.keep_checkpoints, "best": 1}
 
 
-@contextlib.contextmanager
-def _repeatable_kernels(wanted: bool) -> Iterator[None]:
-    """`deterministic`, for the time of a training."""
-    before = torch.are_deterministic_algorithms_enabled()
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        torch.use_deterministic_algorithms(True)
+def _circumstances(session: _Session) -> dict[str, Any]:
+    """What a checkpoint holds for a resume to compare."""
+    return {
+        "tokenizer_sha256": session.data.manifest["tokenizer_sha256"],
+        "data_sha256": session.data.sha256,
+        "device": str(session.device),
+        "processes": session.processes.world_size,
+    }
+
+
+def _restore(session: _Session, checkpoint: dict[str, Any]) -> None:
+    """Resume from a checkpoint; other versions or another device are logged, not refused."""
+    now, state = _circumstances(session), session.state
     try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
+        for name in ("tokenizer_sha256", "data_sha256"):
+            if checkpoint[name] != now[name]:
+                raise ValueError(f"{name} differs; put its tokenizer.json and data/ back")
+        fsdp = checkpoint["config"]["train"].get("fsdp", False)
+        before = {"processes": 1, **checkpoint, **checkpoint["versions"], "fsdp": fsdp}
+        now |= {**versions(), "fsdp": session.config.fsdp}
+        changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
+        if changed:
+            log.info(f"note: not bit for bit as before, for these changed: {', '.join(changed)}")
+        elif not session.config.micro_batch_size:
+            session.micro_batch = int(checkpoint["micro_batch"])
+        check_weights(session.model_config, checkpoint["model"], session.out / "checkpoints")
+        state.load_state_dict(checkpoint)
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{session.out}: its checkpoint of step {checkpoint['step']} is not of this run "
+            f"({first_line(error)}); nothing was changed. Choose another --out, or begin anew with "
+            "--resume never"
+        ) from error
+    state.last_saved_step = state.step
 
 
-def _processes(config: TrainConfig, windows: int) -> Processes:
-    """This process alone, or those that torchrun started."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    require(
-        size > 1 or not config.fsdp,
-        "fsdp",
-        True,
-        "several processes, as of torchrun --nproc-per-node=2 bitllm_core.py train ...",
-    )
+def _write_settings(session: _Session) -> None:
+    """What a run folder holds beside its checkpoints, where it is missing or has changed."""
+    path, text = session.out / "config.json", session.tokenizer.to_str(pretty=True)
+    config = {"format_version": FORMAT_VERSION, **session.settings}
+    if read_json(path) != json.loads(json.dumps(config)):
+        write_atomically(path, json.dumps(config, indent=1).encode())
+    if not (session.out / "tokenizer.json").is_file():
+        write_atomically(session.out / "tokenizer.json", text.encode())
+
+
+def _announce(session: _Session) -> None:
+    """What is going to happen, in a few lines."""
+    model, config, counts = session.model_config, session.config, session.data.manifest
+    epochs = config.max_steps / session.data.steps_per_epoch(config, session.context)
+    several = f" on each of {session.processes.world_size} processes"
+    for line in (
+        f"model: {model.num_parameters / 1e6:.2f}M parameters, {model.linear}, {session.device}",
+        f"data: {counts['train']['tokens']:,} training and {counts['validation']['tokens']:,} "
+        f"validation tokens; {epochs:.1f} epochs",
+        f"steps: {config.max_steps} of {config.batch_tokens:,} tokens, {session.micro_batch} "
+        f"windows of {session.context} at once{several * (session.processes.world_size > 1)}",
+        *(f"note: not every client will load this model: {limit}" for limit in model.export_limits),
+    ):
+        log.info(line)
+    if session.state.step:
+        log.info(f"resuming from step {session.state.step} of {config.max_steps}")
+
+
+def _join_processes(model: ModelConfig, config: TrainConfig) -> Processes:
+    """This process alone, or those that torchrun started, once it is sure that the model fits."""
+    size, device = int(os.environ.get("WORLD_SIZE", "1")), choose_device(config.device)
+    several = "several processes, as of torchrun --nproc-per-node=2 bitllm_core.py train ..."
+    require(size > 1 or not config.fsdp, "fsdp", True, several)
+    windows = config.batch_tokens // model.max_position_embeddings
     require(size <= windows, "WORLD_SIZE", size, f"at most the {windows} windows of a step")
+    with contextlib.suppress(ImportError):
+        extension("planner", "a check of memory").check_memory(model, config, device, size)
     if size == 1:
         return Processes()
-    device = choose_device(config.device).device
-    return extension("distributed", "training with several processes").join(device, config.fsdp)
+    distributed = extension("distributed", "training with several processes")
+    return distributed.join(device.device, config.fsdp)
 
 
-def _start(
-    configs: tuple[Any, Any, Any],
-    out: Path,
-    resume: str,
-    processes: Processes,
-    mirror: Any,
-    callbacks: Sequence[Callback],
-) -> _Session:
-    """Everything in memory, as the checkpoint has it where there is one."""
-    model_config, data_config, train_config = configs
+def _open(
+    stack: contextlib.ExitStack, configs: Any, out: Path, resume: str, mirror: Any
+) -> tuple[Any, dict[str, Any] | None]:
+    """Take the run folder for this process alone.
 
-    def begin() -> dict[str, Any] | None:
-        if resume == "never":
-            for place in (out, *([mirror.folder] if mirror else [])):
-                set_aside(place, same_data(place, data_config, model_config.vocab_size))
-        settings = dict(zip(("model", "data", "train"), map(asdict, configs), strict=True))
-        return open_run(out, settings, resume, mirror)
+    Returns:
+        its `bitllm.mirror.Mirror` and the checkpoint to resume from; None where there is none.
+    """
+    check_run_folder(out)
+    module, place = None, Path(mirror or out).expanduser()
+    if mirror:
+        module = extension("mirror", "--mirror")
+        module.check_mirror(out, place)
+    out.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(_lock(out))
+    copier = module.Mirror(out, place, keep_of(configs[2])) if module else None
+    if copier:
+        stack.callback(copier.close, 1.0)  # after an error; else it was closed before
+    if resume == "never":
+        for folder in {out, place}:
+            set_aside(folder, same_data(folder, configs[1], configs[0].vocab_size))
+    return copier, open_run(out, _settings(configs), resume, copier)
 
-    checkpoint = processes.run_on_main(begin)
-    step = processes.broadcast(checkpoint and checkpoint["step"])
-    if step is not None and not checkpoint:
-        path = out / "checkpoints" / f"step_{step:08d}.safetensors"
-        checkpoint = load_checkpoint(path, mapped=train_config.fsdp)
-    session = _Session(configs, out, processes, callbacks)
-    session.state.mirror = session.writer.mirror = mirror
-    if checkpoint:
+
+def _finish(session: _Session) -> None:
+    """Train what is left of a run, if anything."""
+    state, out = session.state, session.out
+    if session.processes.is_main:
+        _write_settings(session)
+        session.log = MetricsLog(out / "metrics.jsonl", state.step)
+    if state.mirror:
+        state.mirror.offer_newest()
+    final = [x for x in session.log.lines if x.get("final") and x["step"] == state.step]
+    if state.finished and session.processes.broadcast(bool(final)):
+        state.val_loss = final[0].get("val_loss", math.nan) if final else math.nan
+        return
+    _announce(session)
+    if not state.finished:
+        session.compile()
+    _train(session, _Saver(session))
+
+
+def _train(session: _Session, saver: _Saver) -> None:
+    """Train to the end or to a stop, and leave everything safe."""
+    main, state, config = session.processes.is_main, session.state, session.config
+    coming = session.data.coming(session.tokenizer) if main else contextlib.nullcontext()
+    with _stop_on_signals(state), coming:
+        session.notify("on_start")
         try:
-            session.restore(checkpoint)
-        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"{out}: its checkpoint of step {step} is not of this run ({first_line(error)}); "
-                "nothing was changed. Choose another --out, or begin anew with --resume never"
-            ) from error
-    if processes.is_main:
-        session.write_settings()
-        session.log = MetricsLog(out / "metrics.jsonl", session.state.step)
-    return session
+            session.run(saver)
+            stopped = session.stop_asked()
+            if not stopped and state.step < config.max_steps:
+                best = f"{state.best_val_loss:.4f} at step {state.best_step}"
+                log.info(
+                    f"ended early at step {state.step} of {config.max_steps}: no better validation "
+                    f"loss in {config.patience} evaluations. The best, {best}, is kept "
+                    "(--checkpoint best); --patience 0 trains to the end"
+                )
+            saver.save_and_wait()
+            if not stopped:
+                session.evaluate(None)
+        finally:
+            saver.collect(wait=True)
+            saver.worker.shutdown()
+            session.notify("on_end")
+    if session.data.error:
+        raise ConnectionError(
+            f"data={session.settings['data']['data']!r} could not be read to its end "
+            f"({first_line(session.data.error)}). Step {state.step} is saved; the same command "
+            "resumes from there"
+        ) from session.data.error
 
 
 def train(
@@ -4252,13 +4140,12 @@ def train(
 
     Args:
         out: run folder: config.json, tokenizer.json, data/, metrics.jsonl, checkpoints/.
-        resume: "auto" resumes where there is something to resume, "must" refuses where there is
-            not; "never" begins anew and moves what is there to a folder set-aside-N in `out`.
+        resume: "auto" resumes where there is something, "must" refuses where there is not; "never"
+            begins anew and moves what is there to a folder set-aside-N in `out`.
         mirror: a second folder that checkpoints are copied to in the background, such as one on a
             mounted drive; a run also resumes from there. Its parent must exist.
-        callbacks: see `Callback`; default: a progress bar.
-
-    Under torchrun, the processes share the work; only the main one writes and calls back.
+        callbacks: see `Callback`; default: a progress bar. Of several processes, which torchrun
+            starts and which share the work, only the main one calls them, and writes.
 
     Returns:
         the state after the last step; its `stop_signal` is set when it was interrupted, after a
@@ -4273,49 +4160,34 @@ def train(
     out, configs = Path(out), (model_config, data_config, train_config)
     require(resume in ("auto", "never", "must"), "resume", resume, "auto, never or must")
     check_configs(model_config, train_config)
-    device = choose_device(train_config.device)
-    check_memory(model_config, train_config, device, int(os.environ.get("WORLD_SIZE", "1")))
+    processes = _join_processes(model_config, train_config)
     callbacks = [ProgressBar()] if callbacks is None else callbacks
-    processes = _processes(
-        train_config, train_config.batch_tokens // model_config.max_position_embeddings
-    )
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_repeatable_kernels(train_config.deterministic))
+        if train_config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+            before = torch.are_deterministic_algorithms_enabled()
+            stack.callback(torch.use_deterministic_algorithms, before)
+            torch.use_deterministic_algorithms(True)
         stack.enter_context(processes.guard())
-
-        def enter() -> Any:
-            check_run_folder(out)
-            module = extension("mirror", "--mirror") if mirror else None
-            place = Path(mirror).expanduser() if mirror else out
-            if module:
-                module.check_mirror(out, place)
-            out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_lock(out))
-            copier = module.Mirror(out, place, keep_of(train_config)) if module else None
-            if copier:
-                stack.callback(copier.close, 1.0)  # after an error; else it was closed before
-            return copier
-
-        copier = processes.run_on_main(enter)
-        called = callbacks if processes.is_main else ()
-        session = _start(configs, out, resume, processes, copier, called)
-        state, finals = session.state, [x for x in session.log.lines if x.get("final")]
-        if copier:
-            copier.offer_newest()
-        finals = [x for x in finals if x["step"] == state.step]
-        if not (state.finished and processes.broadcast(bool(finals))):
-            session.announce()
-            if not state.finished:
-                session.compile()
-            session.train()
-        elif finals:
-            state.val_loss = finals[-1].get("val_loss", math.nan)
+        begin = partial(_open, stack, configs, out, resume, mirror)
+        copier, checkpoint = processes.run_on_main(begin) or (None, None)
+        step = processes.broadcast(checkpoint and checkpoint["step"])
+        if step is not None and not checkpoint:
+            path = out / "checkpoints" / f"step_{step:08d}.safetensors"
+            checkpoint = load_checkpoint(path, mapped=train_config.fsdp)
+        session = _Session(configs, out, processes, callbacks if processes.is_main else ())
+        state, state.mirror = session.state, copier
+        if checkpoint:
+            _restore(session, checkpoint)
+            del checkpoint  # as large as the model and its optimizers
+        _finish(session)
         if copier:
             copier.close()
             log.info(copier.status())
-        return state
+    return state
 
 
+# -----------------------------------------------------------------------------
 # -----------------------------------------------------------------------------
 # 10 Export
 # One recipe that both transformers and llama.cpp accept; docs/export.md tells what each client

@@ -40,7 +40,7 @@ _MODULES = {
         "prompt_box",
         "show_run",
     ),
-    "planner": ("info", "memory_parts", "plan"),
+    "planner": ("estimate_memory", "info", "memory_parts", "plan"),
     "streaming": ("StreamedData",),
 }
 _PLACES = {name: f"bitllm.{module}" for module, names in _MODULES.items() for name in names}

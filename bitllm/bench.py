@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from bitllm.compiling import compiled_loss, why_not_compile
 from bitllm.machine import product_rate
-from bitllm.planner import machine
+from bitllm.planner import estimate_memory, machine
 from bitllm_core import (
     BitLM,
     Device,
@@ -21,12 +22,9 @@ from bitllm_core import (
     TrainConfig,
     apply_gradients,
     choose_device,
-    compiled_loss,
-    estimate_memory,
     generate_tokens,
     make_optimizers,
     memory_in_use,
-    why_not_compile,
     windows_at_once,
 )
 
@@ -39,7 +37,7 @@ def bench_step(
     config = dataclasses.replace(train or TrainConfig(), batch_tokens=tokens)
     net = BitLM(model).to(device.device)
     optimizers, scaler = make_optimizers(net, config), device.scaler()
-    loss = net.loss if why_not_compile(device) else compiled_loss(net)
+    loss = net.loss if why_not_compile(device.device) else compiled_loss(net)
     shape = (windows, model.max_position_embeddings)
     ids = torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     ids, at_once = ids.to(device.device), windows_at_once(model, config, device)

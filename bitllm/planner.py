@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import platform
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitllm.compiling import why_not_compile
 from bitllm.distributed import BUCKET_NUMBERS, MESSAGES_AT_ONCE
 from bitllm.machine import estimate_seconds, product_rate
 from bitllm_core import (
@@ -23,9 +25,7 @@ from bitllm_core import (
     ModelConfig,
     TrainConfig,
     choose_device,
-    estimate_memory,
     versions,
-    why_not_compile,
 )
 
 
@@ -124,6 +124,31 @@ GPUS = {
 """GiB, FLOP/s of 16-bit products, the assumed share of it, bytes/s assumed from one to another."""
 
 
+def estimate_memory(model: ModelConfig, train: TrainConfig) -> int:
+    """Bytes of weights, gradients and optimizer state in training, float32."""
+    matrices = model.num_parameters - model.vocab_size * model.hidden_size
+    moments = 2 * model.num_parameters - (matrices if train.optimizer == "muon" else 0)
+    return 4 * (2 * model.num_parameters + moments)
+
+
+def check_memory(
+    model: ModelConfig, train: TrainConfig, device: Device, world_size: int = 1
+) -> None:
+    """Refuse what cannot fit before anything of it is made; ValueError names both sizes."""
+    there = math.inf
+    if device.device.type == "cuda":
+        there = torch.cuda.mem_get_info()[1]
+    elif hasattr(os, "sysconf"):
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = estimate_memory(model, train) // (world_size if train.fsdp else 1)
+    if needed > there:
+        raise ValueError(
+            f"{model.num_parameters:,} parameters need {needed / 2**30:,.1f} GiB for weights, "
+            f"gradients and optimizer; {device.device} has {there / 2**30:,.1f} GiB. "
+            "Choose a smaller hidden_size, num_hidden_layers or vocab_size, or --fsdp on several"
+        )
+
+
 def plan(model: ModelConfig, config: TrainConfig, gpus: int) -> Iterator[str]:
     """Size, memory by part and time of a training on several GPUs of a kind, line by line."""
     dtype = torch.float32 if config.dtype == "float32" else torch.float16
@@ -170,7 +195,7 @@ def info() -> Iterator[str]:
     """This machine, and size, memory and time of each preset on it, line by line."""
     device = choose_device()
     yield f"device: {device}"
-    yield f"torch.compile: {why_not_compile(device) or 'available'}"
+    yield f"torch.compile: {why_not_compile(device.device) or 'available'}"
     yield from (f"{name}: {value}" for name, value in machine().items())
     rate = product_rate(device)
     yield f"\n{'preset':8} {'parameters':>10} {'memory':>8} {'time here':>10}  data"

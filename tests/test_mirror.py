@@ -138,7 +138,7 @@ def test_a_copier_that_falls_behind_skips_to_the_newest(run, tmp_path, monkeypat
 
 def test_failures_are_counted_shown_and_retried(run, tmp_path):
     heard = []
-    drive = Fault("ENOTCONN", "write", at=8, times=10**9)  # after what step 3 needs
+    drive = Fault("ENOTCONN", "write", at=9, times=10**9)  # after what step 3 needs
 
     class Ear(bit.Callback):
         def on_mirror(self, state, status):
@@ -162,7 +162,7 @@ def test_failures_are_counted_shown_and_retried(run, tmp_path):
 
 
 def test_what_a_session_could_not_bring_the_next_one_does(run, tmp_path):
-    with inject(tmp_path / "mirror", Fault("ENOTCONN", "write", at=8, times=10**9)):
+    with inject(tmp_path / "mirror", Fault("ENOTCONN", "write", at=9, times=10**9)):
         state = run(tmp_path / "run", tmp_path / "mirror")
     assert state.mirror.last_good_step == 3
     with inject(tmp_path / "mirror") as calls:
@@ -203,9 +203,9 @@ def test_the_last_two_are_kept_and_nothing_goes_before_the_newer_is_right(run, t
 
 @pytest.mark.parametrize("kind", ["short write", "altered write"])
 def test_a_corrupted_copy_in_the_mirror_is_made_again_on_reading_back(run, tmp_path, kind):
-    with inject(tmp_path / "mirror", Fault(kind, "write", at=6, times=1)) as injection:
+    with inject(tmp_path / "mirror", Fault(kind, "write", at=7, times=1)) as injection:
         state = run(tmp_path / "run", tmp_path / "mirror", max_steps=3)
-    assert injection.struck == 1  # the data of the first checkpoint, after five smaller files
+    assert injection.struck == 1  # the data of the first checkpoint, after six smaller files
     assert state.mirror.errors == 0
     for path in bit.list_checkpoints(tmp_path / "mirror" / "checkpoints"):
         bit.load_checkpoint(path)

@@ -26,6 +26,8 @@ TRAIN = dataclasses.replace(
     log_every_steps=1,
     eval_every_steps=10,
     eval_tokens=250,
+    learning_rate=0.005,  # slow enough for a curve that rounding does not change much
+    adamw_learning_rate=0.002,
 )
 TROUBLES = ("kill", "stop", "hang", "memory", "nan")
 plain_apply, plain_loss = bit.apply_gradients, bit.BitLM.loss

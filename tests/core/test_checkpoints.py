@@ -5,7 +5,6 @@ import os
 import pickle
 import shutil
 import struct
-import threading
 import zipfile
 
 import pytest
@@ -218,27 +217,6 @@ def test_nothing_is_written_through_links_out_of_the_folder(tmp_path):
     bit.write_atomically(run / "config.json", b"{}")
     bit.Folder(run).write("a", [b"data"])
     assert (tmp_path / "mine").read_text() == "precious"
-
-
-def test_saving_lets_training_wait_for_the_copying_only(tmp_path):
-    """The disk, reading back and pruning are a thread's; `finished` tells what came of it."""
-    writer = bit.CheckpointWriter(tmp_path, {"step": 2})
-    slow = threading.Event()
-    plain = bit.Folder.sync
-    bit.Folder.sync = lambda self, name: (slow.wait(30), plain(self, name))[1]
-    try:
-        for step in (1, 2):
-            writer.save({**CONTENTS, "step": step})
-        assert writer.finished() == []
-        assert bit.newest_checkpoint(tmp_path) is None
-        threading.Timer(0.5, slow.set).start()
-        writer.save({**CONTENTS, "step": 3})  # a third copy waits for the first to be safe
-        assert slow.is_set()
-        done = [name for name, _ in writer.finished(wait=True)]
-    finally:
-        bit.Folder.sync = plain
-    assert done == [f"step_0000000{n}.safetensors" for n in (1, 2, 3)]
-    assert [p.stem for p in bit.list_checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
 
 
 # load_model

@@ -130,7 +130,7 @@ def test_resuming_holds_one_copy_of_the_weights(run, tmp_path):
         storages = {
             x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
             for x in gc.get_objects()
-            if issubclass(type(x), torch.Tensor)
+            if type(x) in (torch.Tensor, torch.nn.Parameter)  # no compiler's fake ones
         }
         return sum(storages.values())
 
@@ -177,14 +177,6 @@ def test_metrics_of_strangers_do_no_harm(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": "x"}\n[1]\n{"step": 2, "loss": 1}\n' + "[" * 99_999 + "\n{")
     assert bit.MetricsLog.read(path) == [{"step": 2, "loss": 1}]
-
-
-def test_what_does_not_fit_is_refused_before_memory_is_taken(tmp_path):
-    model = bit.ModelConfig(hidden_size=65_536, num_hidden_layers=1024, num_attention_heads=512)
-    train = bit.TrainConfig()
-    with pytest.raises(ValueError, match="GiB for weights"):
-        bit.train(model, bit.DataConfig(), train, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import signal
+import threading
 import time
 
 import numpy as np
@@ -227,6 +228,26 @@ def test_a_save_asked_for_comes_after_the_running_step(run, tmp_path):
     callback = SaveAt(5)
     run(tmp_path, save_every_steps=0, callbacks=[callback])
     assert callback.saved == (5, 12)
+
+
+def test_training_does_not_wait_for_the_disk(run, tmp_path, monkeypatch):
+    """Syncing and reading back are a thread's; only a second save waits for them."""
+    disk, plain, steps = threading.Event(), bit.Folder.sync, []
+
+    def slow(self, name):
+        disk.wait(30)
+        plain(self, name)
+
+    class Watch(bit.Callback):
+        def on_step(self, state, metrics):
+            steps.append(state.last_saved_step)
+            if state.step == 7:
+                disk.set()
+
+    monkeypatch.setattr(bit.Folder, "sync", slow)
+    run(tmp_path, save_every_steps=4, eval_every_steps=0, callbacks=[Watch()])
+    assert steps[4:7] == [0, 0, 0]  # it was saving step 4 all the time
+    assert [p.stem[-2:] for p in bit.list_checkpoints(tmp_path / "checkpoints")] == ["08", "12"]
 
 
 def overfitting(changes):
