@@ -21,7 +21,7 @@ Contents
     9 Training        evaluation and the loop
     10 Export         to transformers, llama.cpp, one small file and a web page, and back
     11 Notebook       settings form, live display with buttons, Drive, prompt box
-    12 Command line   train, generate, evaluate, bench, info
+    12 Command line   train, generate, evaluate; the package adds commands
 
 Dimensions in comments
     B batch   T tokens   D hidden_size   H query heads   G key/value heads   K head_dim
@@ -2657,7 +2657,7 @@ def make_optimizers(
     if config.optimizer == "muon":
         muon = muon or (torch.optim.Muon if has_bfloat16(matrices[0].device) else Float32Muon)
         first = muon([decayed], momentum=config.momentum, ns_steps=NEWTON_SCHULZ_STEPS)
-        optimizers = [first, adamw([rest])]
+        optimizers: list[torch.optim.Optimizer] = [first, adamw([rest])]
     else:
         optimizers = [adamw([decayed, rest])]
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -2822,7 +2822,9 @@ def snapshot(contents: dict[str, Any]) -> tuple[str, dict[str, Tensor]]:
     """Contents as JSON, with names in place of the tensors, and copies of those."""
     tensors: dict[str, Tensor] = {}
     tree = _split_tensors({"format_version": FORMAT_VERSION, **contents}, "", tensors)
-    return json.dumps(tree), tensors
+    text = json.dumps(tree)
+    require(len(text) < 50 << 20, "contents", f"{len(text):,} bytes", "50 MB besides tensors")
+    return text, tensors
 
 
 def write_snapshot(folder: Folder, name: str, tree: str, tensors: dict[str, Tensor]) -> Path:
@@ -2964,11 +2966,11 @@ def list_checkpoints(folder: str | Path | Folder, kind: str = "step") -> list[Pa
 
 def newest_checkpoint(folder: str | Path, kind: str = "step") -> dict[str, Any] | None:
     """The newest whole one, None where there is none; every file it skips is logged."""
-    folder = Folder(folder)
-    for name in folder.names() if kind == "step" else ():
+    place = Folder(folder)
+    for name in place.names() if kind == "step" else ():
         if not _OUR_NAME.fullmatch(name):
-            log.warning(f"skipped: {folder.path / name}: not the name of a checkpoint")
-    for path in reversed(list_checkpoints(folder, kind)):
+            log.warning(f"skipped: {place.path / name}: not the name of a checkpoint")
+    for path in reversed(list_checkpoints(place, kind)):
         try:
             return load_checkpoint(path)
         except (ValueError, OSError) as error:
@@ -3981,6 +3983,7 @@ def _circumstances(session: _Session) -> dict[str, Any]:
         "data_sha256": session.data.sha256,
         "device": str(session.device),
         "processes": session.processes.world_size,
+        "threads": torch.get_num_threads() if session.device.device.type == "cpu" else 0,
     }
 
 
@@ -3991,10 +3994,9 @@ def _restore(session: _Session, checkpoint: dict[str, Any]) -> None:
         for name in ("tokenizer_sha256", "data_sha256"):
             if checkpoint[name] != now[name]:
                 raise ValueError(f"{name} differs; put its tokenizer.json and data/ back")
-        fsdp = checkpoint["config"]["train"].get("fsdp", False)
-        before = {"processes": 1, **checkpoint, **checkpoint["versions"], "fsdp": fsdp}
+        before = {**checkpoint, **checkpoint["versions"], **checkpoint["config"]["train"]}
         now |= {**versions(), "fsdp": session.config.fsdp}
-        changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
+        changed = [f"{k} {before[k]} -> {v}" for k, v in now.items() if before.get(k, v) != v]
         if changed:
             log.info(f"note: not bit for bit as before, for these changed: {', '.join(changed)}")
         elif not session.config.micro_batch_size:

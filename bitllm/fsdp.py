@@ -99,7 +99,8 @@ def sharded_model(config: ModelConfig, seed: int, device: torch.device) -> BitLM
         model = ShardedBitLM(config, seed=None)
     for layer in model.bit_linears().values():
         layer.__class__ = ShardedBitLinear
-    for part in (*model.model.layers, model):
+    parts: list[Any] = [*model.model.layers, model]
+    for part in parts:
         fully_shard(part, mesh=mesh)
         part.set_gradient_divide_factor(1.0)  # the loss is divided by the step's tokens
         part.set_force_sum_reduction_for_comms(True)
@@ -120,7 +121,7 @@ def shard(parameter: Any, values: Tensor) -> Tensor:
     """`values`, whole, as a DTensor like the parameter; those of another shape as they are."""
     if not is_sharded(parameter) or values.shape != parameter.shape:  # AdamW's count of steps
         return values.clone()
-    sharded = torch.empty_like(parameter, dtype=values.dtype)
+    sharded: Any = torch.empty_like(parameter, dtype=values.dtype)
     rows = _rows_of(parameter)[parameter.device_mesh.get_local_rank()]
     sharded.to_local().copy_(values[rows])
     return sharded
