@@ -70,20 +70,16 @@ import tempfile
 import threading
 import time
 import urllib.request
-import uuid
-import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
-from datetime import timedelta
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -101,15 +97,12 @@ __all__ = [
     "SamplingConfig",
     "Settings",
     "SettingsPanel",
-    "TensorBoard",
     "TokenData",
     "TrainConfig",
     "TrainState",
-    "WandB",
     "activation_quant",
     "download_button",
     "environment_report",
-    "estimate_memory",
     "evaluate",
     "export_gguf",
     "export_hf",
@@ -220,6 +213,23 @@ def _check(config: Any, *checks: tuple[str, Callable[[Any], bool], str]) -> None
         for name in names.split():
             value = getattr(config, name)
             require((value is None and name in optional) or holds(value), name, value, expected)
+
+
+def extension(module: str, why: str) -> Any:
+    """The module `bitllm.<module>`; ImportError where this file is alone.
+
+    This is the only place where the core reaches for the package around it.
+    """
+    sys.modules.setdefault("bitllm_core", sys.modules[__name__])  # run as a script: no second copy
+    try:
+        return importlib.import_module(f"bitllm.{module}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("bitllm", f"bitllm.{module}"):
+            raise
+        raise ImportError(
+            f"{why} needs the bitllm package around bitllm_core.py: "
+            "pip install it from its repository, or run in a checkout"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -1870,9 +1880,7 @@ def prepare_data(
 
 
 def say(line: str) -> None:
-    """One line to stderr, from the first process alone; results alone go to stdout."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:
-        print(line, file=sys.stderr, flush=True)
+    log.info(line)
 
 
 # -----------------------------------------------------------------------------
@@ -2020,411 +2028,93 @@ def generate(
 
 # -----------------------------------------------------------------------------
 # 7 Optimization
-# Also the processes that share the work. One alone takes the same way: its share is all of it.
+# Also the processes that share the work: here there is one, in bitllm/distributed.py more.
 
 
-def parameters_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[Tensor]:
-    """All parameters, in the optimizers' order."""
-    return [p for o in optimizers for group in o.param_groups for p in group["params"]]
+class Processes:
+    """The processes that train one model together; here, this one alone.
 
-
-PROCESS_TIMEOUT_S = 600.0
-"""Seconds without an answer from the other processes after which one gives up."""
-BUCKET_NUMBERS = 1 << 23
-"""Numbers of a message between processes, 32 MB; a larger tensor is one message."""
-MESSAGES_UNDER_WAY = 4
-
-
-@contextlib.contextmanager
-def told_of_the_dead() -> Iterator[None]:
-    """A block that talks to the other processes; ConnectionError where one is gone."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # of gloo, NCCL and the rendezvous alike
-        raise ConnectionError(
-            f"another process has ended or has not answered for {PROCESS_TIMEOUT_S:.0f} s "
-            f"({first_line(error)}). The same command goes on from the last checkpoint"
-        ) from error
-
-
-class World:
-    """The processes that train one model together; this one alone unless torchrun started it.
-
-    Each holds the whole model, takes its share of a step's windows, and updates its share of the
-    parameters, which the others receive. All methods but `part` and `owners` are for all processes
-    to call in the same order.
-
-    Where `sharded`, each holds and updates its rows of every parameter instead (`sharded_model`).
+    `bitllm.distributed` subclasses it for torchrun and FSDP. All processes call its methods in the
+    same order.
     """
 
-    rank, size, sharded = 0, 1, False
+    rank, world_size = 0, 1
+    sharded = False
+    """whether each process holds only a part of every parameter (FSDP)"""
 
-    @classmethod
-    def of_environment(cls, device: torch.device) -> World:
-        """Meet the others that torchrun's environment tells of, once in the life of a process.
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run folder and calls the callbacks."""
+        return self.rank == 0
 
-        Raises:
-            ValueError: this machine has fewer GPUs than processes.
-        """
-        world = cls()
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
-            if not dist.is_initialized():
-                world._meet(device)
-            world.rank, world.size = dist.get_rank(), dist.get_world_size()
-        return world
+    def guard(self) -> Any:
+        """A context in which the loss of another process raises ConnectionError."""
+        return contextlib.nullcontext()
 
-    def _meet(self, device: torch.device) -> None:
-        from torch.distributed.distributed_c10d import PrefixStore
-        from torch.distributed.rendezvous import rendezvous
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
+        return list(values)
 
-        backend, wait = "gloo", timedelta(seconds=PROCESS_TIMEOUT_S)
-        if device.type == "cuda":
-            backend, local = "cpu:gloo,cuda:nccl", int(os.environ.get("LOCAL_RANK", "0"))
-            there = torch.cuda.device_count()
-            require(local < there, "LOCAL_RANK", local, f"one of this machine's {there} GPUs")
-            torch.cuda.set_device(local)
-        with told_of_the_dead():
-            store, rank, size = next(rendezvous("env://", timeout=wait))
-            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-                # torchrun's own store outlives a restart, with the addresses of the dead in it
-                store = PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-            options = {"store": store, "rank": rank, "world_size": size}
-            dist.init_process_group(backend, timeout=wait, **options)
+    def all_reduce_max(self, values: Sequence[float]) -> list[float]:
+        return list(values)
 
-    def part(self, count: int) -> slice:
-        """Which of `count` things in a row are for this process."""
-        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+    def broadcast(self, value: Any) -> Any:
+        """The main process' value, in every process."""
+        return value
 
-    def most(self, value: float) -> float:
-        """The largest of the values that the processes give."""
-        return self._reduced(value, "MAX")
+    def barrier(self) -> None:
+        """Wait for all processes."""
 
-    def total(self, value: float) -> float:
-        """The sum of the values that the processes give."""
-        return self._reduced(value, "SUM")
+    def run_on_main(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns in the main process; None in the others, which wait for it."""
+        return work()
 
-    def _reduced(self, value: float, operation: str) -> float:
-        if self.size == 1:
-            return value
-        tensor = torch.tensor(float(value), dtype=torch.float64)
-        with told_of_the_dead():
-            dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
-        return tensor.item()
-
-    def first(self, work: Callable[[], Any]) -> Any:
-        """What `work` returns where the first process calls it; None on the others.
-
-        They wait as long as it takes, and end where it fails.
-        """
-        if self.size == 1:
-            return work()
-        future: Future[Any] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(work())
-            except BaseException as error:
-                future.set_exception(error)
-
-        if self.rank == 0:
-            threading.Thread(target=run, name="first", daemon=True).start()
-        while self.most(self.rank == 0 and not future.done()):
-            time.sleep(0.05)
-        failed = self.most(self.rank == 0 and future.exception() is not None)
-        if self.rank == 0:
-            return future.result()
-        if failed:
-            raise ChildProcessError("the first process could not begin; its message says why")
-        return None
-
-    def add_up(self, tensors: Iterable[Tensor]) -> None:
-        """Put the sum over all processes into each tensor, in few large messages."""
-        if self.size > 1:
-            _exchange((b, dist.all_reduce) for b in _buckets(tensors))
-
-    def owners(self, optimizers: Iterable[torch.optim.Optimizer]) -> list[int]:
-        """Which process updates each of `parameters_of`, so that all have about as much to do.
-
-        Muon's Newton-Schulz multiplies a matrix by its square, which costs its size times its
-        shorter side; AdamW passes over its numbers once.
-        """
-        cost = []
-        for optimizer in optimizers:
-            once = isinstance(optimizer, torch.optim.AdamW)
-            cost += [p.numel() * (1 if once else min(p.shape)) for p in parameters_of([optimizer])]
-        if self.sharded:
-            return [self.rank] * len(cost)
-        load, owner = [0] * self.size, [0] * len(cost)
-        for i in sorted(range(len(cost)), key=lambda i: (-cost[i], i)):
-            owner[i] = min(range(self.size), key=load.__getitem__)
-            load[owner[i]] += cost[i]
-        return owner
-
-    @torch.no_grad()
-    def spread(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> None:
-        """Give every process the owner's values of each tensor."""
-        for rank in range(self.size if self.size > 1 and not self.sharded else 0):
-            of_rank = (t for t, owner in zip(tensors, owners, strict=True) if owner == rank)
-            _exchange((b, partial(dist.broadcast, src=rank)) for b in _buckets(of_rank))
-
-    def wholes(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """On the first process: each whole, on the CPU; on the others nothing. One at a time."""
-        if not self.sharded:
-            return tensors
-        found = {}
-        for name, tensor in tensors.items():
-            found[name] = all_rows(tensor.detach()).cpu()
-            if self.rank:
-                found.clear()
-        return found
-
-    def gathered(self, tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """On the first process: what all have, by two names, that of the others on the CPU."""
-        if self.size == 1:
-            return tensors
-        if self.sharded:
-            return {name: self.wholes(of_one) for name, of_one in tensors.items()}
-        shapes: list[Any] = [None] * self.size
-        own = [(a, b, t.shape, t.dtype) for a, inner in tensors.items() for b, t in inner.items()]
-        with told_of_the_dead():
-            dist.all_gather_object(shapes, own)
-            for rank in range(1, self.size):
-                for a, b, shape, dtype in shapes[rank]:
-                    if self.rank == 0:
-                        tensors.setdefault(a, {})[b] = torch.empty(shape, dtype=dtype)
-                        dist.recv(tensors[a][b], rank)
-                    elif self.rank == rank:
-                        dist.send(tensors[a][b].cpu(), 0)
+    def gather(self, tensors: dict[Any, Tensor]) -> dict[Any, Tensor]:
+        """In the main process: the tensors that the processes hold, each its own, whole."""
         return tensors
 
+    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """In the main process: whole what every process holds, or a part of."""
+        return tensors
 
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    bucket, size = [], 0
-    for tensor in tensors:
-        if bucket and size + tensor.numel() > BUCKET_NUMBERS:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(tensor)
-        size += tensor.numel()
-    if bucket:
-        yield bucket
-
-
-def _exchange(messages: Iterable[tuple[list[Tensor], Callable[..., Any]]]) -> None:
-    """Send each bucket as one tensor and take over what comes back; a few are under way at once."""
-
-    def receive(bucket: list[Tensor], flat: Tensor, work: Any) -> None:
-        work.wait()
-        for tensor, values in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-            tensor.copy_(values.view_as(tensor))
-
-    sent: list[tuple[list[Tensor], Tensor, Any]] = []
-    with told_of_the_dead():
-        for bucket, send in messages:
-            flat = torch.cat([tensor.flatten() for tensor in bucket])
-            sent.append((bucket, flat, send(flat, async_op=True)))
-            if len(sent) == MESSAGES_UNDER_WAY:
-                receive(*sent.pop(0))
-        for message in sent:
-            receive(*message)
-
-
-def is_shared(tensor: Any) -> bool:
-    """Whether it is a DTensor, of which each process holds some rows; its module imports slowly."""
-    return hasattr(tensor, "full_tensor")
-
-
-def own_rows(tensor: Any) -> Tensor:
-    """What lies in this process of a tensor that processes share; else all of it."""
-    return tensor.to_local() if is_shared(tensor) else tensor
-
-
-def all_rows(tensor: Any) -> Tensor:
-    """All of a tensor that processes share, for which all have to ask; else itself."""
-    with told_of_the_dead():
-        return tensor.full_tensor() if is_shared(tensor) else tensor
-
-
-def _rows_of(tensor: Any) -> list[slice]:
-    """Which rows lie in each process: as even as FSDP has it, the last may have fewer or none."""
-    count, size = len(tensor), tensor.device_mesh.size()
-    most = -(-count // size)
-    return [slice(min(r * most, count), min((r + 1) * most, count)) for r in range(size)]
-
-
-@torch.no_grad()
-def sharded_like(parameter: Any, values: Tensor) -> Tensor:
-    """`values`, all of it, shared by the processes as `parameter` is; itself where that is not."""
-    if not is_shared(parameter):
+    def scatter(self, parameter: Tensor, values: Tensor) -> Tensor:
+        """The part of `values`, whole and shaped like the parameter, that this process holds."""
         return values
-    if values.shape != parameter.shape:  # AdamW's count of steps
-        return values.clone()
-    shared = torch.empty_like(parameter, dtype=values.dtype)
-    rows = _rows_of(parameter)[parameter.device_mesh.get_local_rank()]
-    own_rows(shared).copy_(values[rows])
-    return shared
 
-
-class ExactSum:
-    """As a context: the gradients of several backward passes, added in float64.
-
-    There the sum of a few float32 numbers is all but always exact. So neither their order shows nor
-    which process had which of them; a ternary model would turn a last bit into a trit.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self.parameters = parameters
-        self._sums: dict[Tensor, Tensor] = {}
-
-    def __enter__(self) -> None:
-        take = self._take
-        self._hooks = [p.register_post_accumulate_grad_hook(take) for p in self.parameters]
-
-    def __exit__(self, *error: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _take(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        if parameter in self._sums:
-            self._sums[parameter] += parameter.grad
-        else:
-            self._sums[parameter] = parameter.grad.double()
-        parameter.grad = None
-
-    def clear(self) -> None:
-        self._sums.clear()
-
-    def write(self, world: World) -> None:
-        """Make the sums over all processes the parameters' gradients, rounded once."""
-        world.add_up(self._sums[p] for p in self.parameters)
-        for parameter in self.parameters:
-            parameter.grad = self._sums.pop(parameter).float()
-
-
-class ShardedSum:
-    """The same for FSDP, which calls it to add up the gradients of one part of a model.
-
-    It adds all processes' of one backward pass to those of the passes before. FSDP rounds that and
-    takes it for the gradient of this one pass, so there must not be any other then.
-    """
-
-    total: Tensor | None = None
-
-    def clear(self) -> None:
-        self.total = None
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(size, dtype=dtype, device=device)
-
-    def __call__(
-        self,
-        output_tensor: Tensor,
-        input_tensor: Tensor,
-        group: Any,
-        op: Any,
-        async_op: bool = False,
-    ) -> None:
-        dist.reduce_scatter(output_tensor, list(input_tensor.chunk(group.size())), op, group)
-        if self.total is not None:
-            output_tensor += self.total
-        self.total = output_tensor
-
-
-class TritGather:
-    """How FSDP gathers a ternary weight: as trits, four in a byte, instead of float32.
-
-    It calls what it finds of these names on the rows in this process. The whole weight that comes
-    of them is trits * scale already, as `weight_quant` has them. Rows must share out evenly.
-    """
-
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
-
-    @classmethod
-    def attach(cls, layer: BitLinear) -> bool:
-        """Let the weight of `layer`, a DTensor, be gathered so; False where that cannot be."""
-        weight: Any = layer.weight
-        if layer.linear == "dense" or len(weight) % weight.device_mesh.size():
-            return False
-        rows = weight._local_tensor
-        way = cls(rows)
-        rows.fsdp_pre_all_gather, rows.fsdp_post_all_gather = way.pack, way.unpack
+    def owns(self, parameter: Tensor) -> bool:
+        """Whether this process updates the parameter and holds its optimizer state."""
         return True
 
-    @torch.no_grad()
-    def pack(self, mesh: Any, size: Any, stride: Any, module: Any, policy: Any) -> Any:
-        means = self.rows.abs().mean(dim=1)
-        of_all = [torch.empty_like(means) for _ in range(mesh.size())]
-        dist.all_gather(of_all, means, mesh.get_group())
-        scale = ternary_scale(torch.cat(of_all))
-        return (pack_trits(to_trits(self.rows, scale)),), scale
+    def micro_batches(self, x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+        """This process' rows of inputs and targets, (N, T) each, at most `size` at once."""
+        return list(zip(x.split(size), y.split(size), strict=True))
 
-    @torch.no_grad()
-    def unpack(self, packed: Any, scale: Tensor, dtype: Any, *, out: Tensor | None = None) -> Any:
-        whole = unpack_trits(packed[0], self.rows.shape[1]).to(dtype) * scale
-        if out is None:
-            return whole, (whole,)
-        with torch.autograd.grad_mode._unsafe_preserve_version_counter(out):  # the same values
-            return out.copy_(whole)
+    def build_model(self, config: ModelConfig, seed: int, device: torch.device) -> BitLM:
+        return BitLM(config, seed).to(device)
 
+    def whole_model(self, model: BitLM) -> BitLM | None:
+        """In the main process: a model that can generate by itself."""
+        return model
 
-def sharded_model(
-    config: ModelConfig, seed: int, device: torch.device
-) -> tuple[BitLM, list[ShardedSum]]:
-    """`BitLM(config, seed)` of which each process holds its rows of every parameter (FSDP2).
+    def make_optimizers(self, model: BitLM, config: TrainConfig) -> list[torch.optim.Optimizer]:
+        return make_optimizers(model, config)
 
-    It is made without memory, and filled one parameter at a time: no process holds all of it. The
-    blocks are gathered one by one as they compute, as trits where they can, and freed again;
-    embedding and head stay for a forward and backward pass. Gradients are summed over the
-    processes, on a CPU by what comes with the model, to be cleared at the beginning of a step.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import (
-        MixedPrecisionPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
-    )
+    def reduce_gradients(self, parameters: Sequence[Tensor], loss: Tensor) -> Tensor:
+        """Sum the gradients over all processes, in place, and the loss, which is returned."""
+        return loss
 
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    exact, sums = device.type == "cpu", []
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float64 if exact else None)
-    with torch.device("meta"):
-        model = BitLM(config, seed=None)
-    for part in [*model.model.layers, model]:
-        fully_shard(part, mesh=mesh, mp_policy=policy)
-        part.set_gradient_divide_factor(1.0)
-        part.set_force_sum_reduction_for_comms(True)
-        if exact:
-            sums.append(ShardedSum())
-            part.set_custom_reduce_scatter(sums[-1])
-    register_fsdp_forward_method(model, "loss")
-    model.to_empty(device=device)
-    model.fill_rope()
-    model.rope = model.rope.to(device)
-    for layer in model.bit_linears().values():
-        layer.gathered = "dense" if TritGather.attach(layer) else layer.linear
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        return torch.nn.utils.get_total_norm(gradients)
 
-    def keep(parameter: Tensor, values: Tensor) -> None:
-        parameter.copy_(sharded_like(parameter, values))
-
-    initialize(model, torch.Generator().manual_seed(seed), keep)
-    return model, sums
-
-
-def reshard(model: Any) -> None:
-    """Free what a sharded model has gathered without a backward pass after it."""
-    for part in [*model.model.layers, model]:
-        part.reshard()
+    def step(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        for optimizer in optimizers:
+            optimizer.step()
 
 
 def learning_rate_factor(config: TrainConfig, step: int) -> float:
     """What multiplies the peak rates at optimizer step `step` (from 0), in (0, 1].
 
     wsd: linear warm-up, constant, linear cooldown to 0 [5]; cosine: warm-up, then half a cosine
-    to a tenth. Both end at `max_steps`: a larger one moves the end, and the rate goes up again.
+    to a tenth. Both end at `max_steps`; a larger one moves the end, and the rate rises again.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
@@ -2446,8 +2136,8 @@ def has_bfloat16(device: torch.device) -> bool:
 class Float32Muon(torch.optim.Muon):
     """torch's Muon with its iteration in float32, for hardware without bfloat16.
 
-    torch's own casts to bfloat16, whose products a CPU without it computes sixty times slower than
-    float32's: `demo`'s matrices took 10.3 s a step of one core with AVX2, and take 0.28 s here.
+    torch casts to bfloat16, whose products take sixty times as long as float32's on a CPU without
+    it: a `demo` step's took 10.3 s on one core with AVX2, and take 0.28 s here.
     """
 
     @torch.no_grad()
@@ -2457,65 +2147,24 @@ class Float32Muon(torch.optim.Muon):
             weights = [p for p in group["params"] if p.grad is not None]
             for weight, update in self.updates(weights, group):
                 rate = group["lr"] * math.sqrt(max(1, weight.shape[0] / weight.shape[1]))
-                own = own_rows(weight)
-                own.mul_(1 - group["lr"] * group["weight_decay"])
-                own.add_(update, alpha=-rate)
+                weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
 
-    def updates(
-        self, weights: list[Tensor], group: dict[str, Any]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def updates(self, weights: list[Any], group: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each weight, (O, I), with its orthogonal update."""
         for weight in weights:
-            yield weight, _orthogonalize(self.mean(weight, group["momentum"]), group)
+            yield weight, orthogonalize(self.direction(weight, group["momentum"]), group)
 
-    def mean(self, weight: Tensor, momentum: float) -> Tensor:
-        """What is to be made orthogonal, of the rows that lie here."""
+    def direction(self, weight: Tensor, momentum: float) -> Tensor:
+        """Nesterov's: the gradient mixed with its running mean."""
         assert weight.grad is not None
-        state, grad = self.state[weight], own_rows(weight.grad)
+        state = self.state[weight]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(weight)
-        mean = own_rows(state["momentum_buffer"]).lerp_(grad, 1 - momentum)
-        return grad.lerp(mean, momentum)
+        mean = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
+        return weight.grad.lerp(mean, momentum)
 
 
-class ShardedMuon(Float32Muon):
-    """Muon for matrices of which each process holds some rows.
-
-    The iteration needs whole ones. So in each turn every process is sent the rows of one matrix,
-    makes it orthogonal and sends the rows back: the work is shared out, and a process holds one
-    whole matrix at a time. The iteration's dtype is torch's, or float32 as in Float32Muon.
-    """
-
-    def updates(
-        self, weights: list[Tensor], group: dict[str, Any]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        alike = sorted(weights, key=lambda w: (w.numel() * min(w.shape), w.shape))  # in one turn
-        size = dist.get_world_size()
-        for start in range(0, len(alike), size):
-            turn = alike[start : start + size]
-            yield from zip(turn, self._turn(turn, group), strict=True)
-
-    def _turn(self, turn: list[Any], group: dict[str, Any]) -> list[Tensor]:
-        mesh = turn[0].device_mesh
-        rank, processes = mesh.get_local_rank(), mesh.get_group()
-        dtype = torch.bfloat16 if has_bfloat16(turn[0].device) else torch.float32
-        mine = turn[rank] if rank < len(turn) else None
-        rows = [] if mine is None else [s.stop - s.start for s in _rows_of(mine)]
-        here = [0] * mesh.size() if mine is None else [n * mine.shape[1] for n in rows]
-        own = [self.mean(weight, group["momentum"]).to(dtype) for weight in turn]
-        there = [rows.numel() for rows in own] + [0] * (mesh.size() - len(own))
-        flat = torch.cat([rows.flatten() for rows in own])
-        received = flat.new_empty(sum(here))
-        with told_of_the_dead():
-            dist.all_to_all_single(received, flat, here, there, processes)
-        if mine is not None:
-            received = _orthogonalize(received.view(mine.shape), group).flatten()
-        with told_of_the_dead():
-            dist.all_to_all_single(flat, received, there, here, processes)
-        parts = flat.split(there)[: len(turn)]
-        return [part.view_as(rows) for part, rows in zip(parts, own, strict=True)]
-
-
-def _orthogonalize(update: Tensor, group: dict[str, Any]) -> Tensor:
+def orthogonalize(update: Tensor, group: dict[str, Any]) -> Tensor:
     """Newton-Schulz [3]: singular values to about 1, in the dtype of `update`, (O, I)."""
     a, b, c = group["ns_coefficients"]
     x = update.T if update.shape[0] > update.shape[1] else update
@@ -2530,156 +2179,135 @@ NEWTON_SCHULZ_STEPS = 3
 """Of Muon's iteration. torch's default, 5, is dearer, and small models learn less (docs/log.md)."""
 
 
-def make_optimizers(model: BitLM, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def parameters_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[Tensor]:
+    """All parameters, in the optimizers' order."""
+    return [p for o in optimizers for group in o.param_groups for p in group["params"]]
+
+
+def make_optimizers(
+    model: BitLM, config: TrainConfig, muon: Any = None
+) -> list[torch.optim.Optimizer]:
     """Muon [3] for the matrices inside the blocks and AdamW for the rest, or AdamW for all.
 
-    Matrices alone are decayed. Each group's peak rate is its `initial_lr`.
+    Only matrices are decayed. Each group's peak rate is its `initial_lr`.
     """
     matrices = [m.weight for n, m in model.bit_linears().items() if n != "lm_head"]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
-    betas = (config.adam_beta1, config.adam_beta2)
     matrix_rate, other_rate = peak_rates(model.config, config)
+    decayed = {"params": matrices, "lr": matrix_rate, "weight_decay": config.weight_decay}
     rest = {"params": others, "lr": other_rate, "weight_decay": 0.0}
-    optimizers: list[torch.optim.Optimizer] = []
+    adamw = partial(torch.optim.AdamW, betas=(config.adam_beta1, config.adam_beta2), fused=True)
     if config.optimizer == "muon":
-        muon = torch.optim.Muon if has_bfloat16(matrices[0].device) else Float32Muon
-        muon = ShardedMuon if is_shared(matrices[0]) else muon
-        optimizers.append(
-            muon(
-                matrices,
-                lr=matrix_rate,
-                momentum=config.momentum,
-                weight_decay=config.weight_decay,
-                ns_steps=NEWTON_SCHULZ_STEPS,
-            )
-        )
-        optimizers.append(torch.optim.AdamW([rest], betas=betas, fused=True))
+        muon = muon or (torch.optim.Muon if has_bfloat16(matrices[0].device) else Float32Muon)
+        first = muon([decayed], momentum=config.momentum, ns_steps=NEWTON_SCHULZ_STEPS)
+        optimizers: list[torch.optim.Optimizer] = [first, adamw([rest])]
     else:
-        decayed = {
-            "params": matrices,
-            "lr": matrix_rate,
-            "weight_decay": config.weight_decay,
-        }
-        optimizers.append(torch.optim.AdamW([decayed, rest], betas=betas, fused=True))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
+        optimizers = [adamw([decayed, rest])]
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["initial_lr"] = group["lr"]
     return optimizers
 
 
-def _squares(gradients: Sequence[Tensor]) -> float:
-    """The sum of their squares: of each row in float32, of rows in float64.
-
-    So it is the same however processes share out the rows, but for the last of 53 bits.
-    """
-    rows = [grad.norm(dim=-1) if grad.dim() > 1 else grad for grad in gradients]
-    return torch.cat(rows).cpu().double().square().sum().item()  # waits for the device
-
-
-def _clip(optimizers: list[torch.optim.Optimizer], limit: float, world: World) -> float:
-    """Clip the gradients AdamW will read; return the norm of all of them, before."""
-    total = 0.0
+def clip_gradients(optimizers: Sequence[Any], limit: float, processes: Processes) -> Tensor:
+    """Clip the gradients that AdamW will read; return the norm of all of them, before."""
+    norms = []
     for optimizer in optimizers:
         parameters = [p for p in parameters_of([optimizer]) if p.grad is not None]
-        squares = _squares([own_rows(p.grad) for p in parameters])
-        squares = world.total(squares) if world.sharded else squares
+        norms.append(processes.norm([p.grad for p in parameters if p.grad is not None]))
         if limit and isinstance(optimizer, torch.optim.AdamW):
-            norm = torch.tensor(math.sqrt(squares))
-            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-        total += squares
-    return math.sqrt(total)
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norms[-1])
+    return torch.stack(norms).norm()
 
 
 def apply_gradients(
-    optimizers: list[torch.optim.Optimizer],
-    scaler: Any,
+    optimizers: Sequence[Any],
+    scaler: torch.amp.GradScaler,
     factor: float,
     max_grad_norm: float,
-    world: World | None = None,
-) -> float:
+    loss: Tensor | None = None,
+    processes: Processes | None = None,
+) -> tuple[float, float]:
     """One optimizer step, on gradients that are the same in all processes; rates times `factor`.
 
-    Nothing is changed where a gradient is not finite: with two optimizers, GradScaler.step would
-    let one step and skip the other.
+    Nothing changes where a gradient is not finite: with two optimizers, GradScaler.step would let
+    one step and skip the other. Reading loss and norm is a step's one wait for the GPU.
 
     Returns:
-        the norm of all gradients; not finite where the step was skipped.
+        the loss and the norm of all gradients, which is not finite where the step was skipped.
     """
-    world, parameters = world or World(), parameters_of(optimizers)
+    processes = processes or Processes()
     for optimizer in optimizers:
-        with told_of_the_dead():  # it asks the others where the model is sharded
-            scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-    norm = _clip(optimizers, max_grad_norm, world)
+    norm = clip_gradients(optimizers, max_grad_norm, processes)
+    nats, norm = torch.stack([norm if loss is None else loss, norm]).tolist()
     if math.isfinite(norm):
-        owners = world.owners(optimizers)
-        for parameter, owner in zip(parameters, owners, strict=True):
-            if owner != world.rank:
-                parameter.grad = None  # the optimizer passes over it
-        for optimizer in optimizers:
-            optimizer.step()
-        world.spread(parameters, owners)
+        processes.step(optimizers)
     if scaler.is_enabled():
         scaler.update()
     for optimizer in optimizers:
         optimizer.zero_grad()
-    return norm
+    return nats, norm
 
 
 # -----------------------------------------------------------------------------
 # 8 Checkpoints
-# A checkpoint is one safetensors file, which holds the whole state of a run as data, and a manifest
-# with its size and sha256. It is written under another name, read back, its manifest written, and
-# given its own name last: what has that name was whole once, and what is damaged since is found.
+# A checkpoint is one safetensors file, the whole state of a run as data, and a manifest with its
+# size and sha256. It is written beside its name, read back, compared, given its manifest and then
+# its name: what has the name was whole once, and the manifest shows what has been damaged since.
 
-FORMAT_VERSION = 2
-LOCK_NAME = "lock.json"
+FORMAT_VERSION = 3
+READABLE_FORMATS = (2, 3)  # 2 also held the lines of metrics.jsonl
 _BLOCK = 4 << 20  # bytes read, written and hashed at once
-_PART = ".part"  # behind the name of what is not finished
+PART = ".part"  # suffix of a file that is not finished
 _CHECKPOINT_NAME = re.compile(r"(step|epoch|best)_(\d{8,})\.safetensors")
 _OUR_NAME = re.compile(r"(step|epoch|best)_\d{8,}\.(safetensors(\.part)?|json)")
-SAFETENSORS_TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 class Folder:
     """A folder of checkpoints through the few operations that a disk or Google Drive may refuse.
 
-    Each raises OSError where the file system does. Tests put a folder in its place that fails on
-    purpose (tests/faults.py).
+    Each raises OSError where the file system does. Tests replace it by one that fails on purpose
+    (tests/faults.py).
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def names(self) -> list[str]:
-        """Names of the files in it, sorted; none where the folder is not there."""
+        """Names of the files in it, sorted; empty where there is no folder."""
         try:
             return sorted(entry.name for entry in os.scandir(self.path) if not entry.is_dir())
         except FileNotFoundError:
             return []
 
-    def write(self, name: str, blocks: Iterable[bytes | memoryview]) -> None:
-        """A new file in place of what had the name; a part of it is not left behind."""
+    def write(self, name: str, blocks: Iterable[bytes]) -> None:
+        """Write a new file, or none at all."""
+        with self._new(name) as path, path.open("xb") as file:
+            for block in blocks:
+                file.write(block)
+
+    def write_tensors(self, name: str, tensors: dict[str, Tensor], metadata: Any) -> None:
+        """Write a new safetensors file, or none at all."""
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        with self._new(name) as path:
+            try:
+                save_file(tensors, path, metadata)
+            except SafetensorError as error:
+                raise OSError(errno.EIO, first_line(error), str(path)) from error
+
+    @contextlib.contextmanager
+    def _new(self, name: str) -> Iterator[Path]:
         self.path.mkdir(exist_ok=True)
         self.remove(name)
         try:
-            with (self.path / name).open("xb") as file:
-                for block in blocks:
-                    file.write(block)
+            yield self.path / name
         except BaseException:
-            with contextlib.suppress(OSError):  # a full disk needs the room
+            with contextlib.suppress(OSError):  # a full disk needs the space
                 self.remove(name)
             raise
 
@@ -2689,7 +2317,7 @@ class Folder:
             os.fsync(file.fileno())
 
     def rename(self, old: str, new: str) -> None:
-        """Only to a name that nothing has: on Drive, renaming over a file can leave two."""
+        """Only to an unused name: on Drive, renaming over a file can leave two."""
         self.remove(new)
         (self.path / old).rename(self.path / new)
 
@@ -2706,11 +2334,11 @@ class Folder:
         return (self.path / name).stat().st_size
 
     def remove(self, name: str) -> None:
-        """Delete a file, emptied first: in Drive's trash it would go on using the quota."""
+        """Delete a file, emptied first: in Drive's trash it would still use the quota."""
         path = self.path / name
         with contextlib.suppress(FileNotFoundError):
             status = path.lstat()
-            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:  # else it is someone's, too
+            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:  # not someone else's, too
                 os.truncate(path, 0)
             path.unlink()
 
@@ -2723,9 +2351,9 @@ class Folder:
 
 
 def _split_tensors(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """`tree` with each tensor moved to `tensors` and its name put there instead."""
+    """`tree` with a copy of each tensor moved to `tensors`, and its name put there instead."""
     if isinstance(tree, Tensor):
-        tensors[path] = tree.detach()
+        tensors[path] = tree.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         return {"tensor": path}
     if isinstance(tree, dict):
         return {k: _split_tensors(v, f"{path}/{k}".lstrip("/"), tensors) for k, v in tree.items()}
@@ -2734,107 +2362,56 @@ def _split_tensors(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     return tree
 
 
-def _join_tensors(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(tree, dict):
-        if tree.keys() == {"tensor"}:
-            return tensors[tree["tensor"]]
-        return {k: _join_tensors(v, tensors) for k, v in tree.items()}
-    return [_join_tensors(v, tensors) for v in tree] if isinstance(tree, list) else tree
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """A tensor of a safetensors file: what its header says, and how to make it in its turn."""
-
-    name: str
-    dtype: str
-    """a key of SAFETENSORS_TYPES"""
-    shape: tuple[int, ...]
-    make: Callable[[], Tensor]
-
-    @property
-    def itemsize(self) -> int:
-        return SAFETENSORS_TYPES[self.dtype].itemsize
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape) * self.itemsize
-
-
-def safetensors_blocks(
-    entries: Sequence[TensorEntry], metadata: dict[str, str]
-) -> Iterator[bytes | memoryview]:
-    """A safetensors file, tensor by tensor.
-
-    The library's own writer copies all tensors in memory first: for 617 MB, 617 MB more and three
-    times as long. Its reader, which checks every size, is what reads these files.
-    """
-    entries = sorted(entries, key=lambda e: (-e.itemsize, e.name))  # so that all are aligned
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for entry in entries:
-        offsets = [end, end + entry.size]
-        header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": offsets}
-        end += entry.size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for entry in entries:
-        tensor = entry.make().to("cpu", SAFETENSORS_TYPES[entry.dtype])
-        assert tuple(tensor.shape) == entry.shape, entry.name
-        for part in tensor.contiguous().reshape(-1).view(torch.uint8).split(_BLOCK):
-            yield part.numpy().data
-
-
-def _checkpoint_blocks(contents: dict[str, Any]) -> Iterator[bytes | memoryview]:
+def snapshot(contents: dict[str, Any]) -> tuple[str, dict[str, Tensor]]:
+    """Contents as JSON, with names in place of the tensors, and copies of those."""
     tensors: dict[str, Tensor] = {}
-    tree = _split_tensors(contents, "", tensors)
-    codes = {dtype: code for code, dtype in SAFETENSORS_TYPES.items()}
-    entries = [
-        TensorEntry(
-            name, codes[tensor.dtype], tuple(tensor.shape), partial(tensors.__getitem__, name)
-        )
-        for name, tensor in tensors.items()
-    ]
-    return safetensors_blocks(entries, {"contents": json.dumps(tree)})
+    tree = _split_tensors({"format_version": FORMAT_VERSION, **contents}, "", tensors)
+    text = json.dumps(tree)
+    require(len(text) < 50 << 20, "contents", f"{len(text):,} bytes", "50 MB besides tensors")
+    return text, tensors
 
 
-def _begin_checkpoint(folder: Folder, contents: dict[str, Any], kind: str) -> dict[str, Any]:
-    """Hand a checkpoint to the system, not yet safe on the disk; return its manifest."""
-    name = f"{kind}_{contents['step']:08d}.safetensors"
-    digest, size = hashlib.sha256(), 0
-
-    def hashed() -> Iterator[bytes | memoryview]:
-        nonlocal size
-        for block in _checkpoint_blocks({"format_version": FORMAT_VERSION, **contents}):
-            digest.update(block)
-            size += len(block)
-            yield block
-
-    folder.write(name + _PART, hashed())
-    return {
-        "name": name,
-        "format_version": FORMAT_VERSION,
-        "step": contents["step"],
-        "size": size,
-        "sha256": digest.hexdigest(),
-    }
-
-
-def _finish_checkpoint(folder: Folder, manifest: dict[str, Any]) -> None:
-    """Wait for the disk, read the checkpoint back, write its manifest, and let it count."""
-    name = manifest["name"]
-    part, text = name + _PART, json.dumps(manifest).encode()
+def write_snapshot(folder: Folder, name: str, tree: str, tensors: dict[str, Tensor]) -> Path:
+    """Write a checkpoint beside its name, read it back, and publish it."""
+    part = name + PART
+    folder.write_tensors(part, tensors, {"contents": tree})
     folder.sync(part)
-    if folder.size(part) != manifest["size"] or folder.digest(part) != manifest["sha256"]:
+    if not _holds(folder.path / part, tree, tensors):
         raise OSError(errno.EIO, "what was read back is not what was written", str(folder.path))
-    folder.remove(name)  # of an earlier time, damaged since; before its manifest goes
-    folder.write(_manifest_name(name), [text])
+    manifest = {"name": name, "format_version": FORMAT_VERSION, "step": checkpoint_step(name)}
+    publish(folder, {**manifest, "size": folder.size(part), "sha256": folder.digest(part)})
+    return folder.path / name
+
+
+def _holds(path: Path, tree: str, tensors: dict[str, Tensor]) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    def same(a: Tensor, b: Tensor) -> bool:  # as bytes, since NaN equals nothing
+        return torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            whole = all(same(file.get_tensor(name), tensor) for name, tensor in tensors.items())
+            return whole and file.metadata()["contents"] == tree
+    except (SafetensorError, KeyError, TypeError):
+        return False
+
+
+def checkpoint_step(path: str | Path) -> int:
+    """The step in the name of a checkpoint."""
+    return int(Path(path).name.split("_")[1].split(".")[0])
+
+
+def publish(folder: Folder, manifest: dict[str, Any]) -> None:
+    """Write the manifest of a checkpoint that was read back, then give the file its name."""
+    name = manifest["name"]
+    folder.remove(name)  # an earlier one, damaged since; before its manifest goes
+    folder.write(_manifest_name(name), [json.dumps(manifest).encode()])
     folder.sync(_manifest_name(name))
-    folder.rename(part, name)
+    folder.rename(name + PART, name)
     if folder.size(name) != manifest["size"]:
         folder.remove(name)
-        raise OSError(errno.EIO, "it is not whole after renaming", str(folder.path / name))
+        raise OSError(errno.EIO, "not whole after renaming", str(folder.path / name))
 
 
 def _manifest_name(name: str) -> str:
@@ -2842,45 +2419,35 @@ def _manifest_name(name: str) -> str:
 
 
 def save_checkpoint(folder: str | Path, contents: dict[str, Any], kind: str = "step") -> Path:
-    """Write a checkpoint and, once it is read back and right, its manifest.
+    """Write a checkpoint and, once it has been read back, its manifest.
 
     Args:
-        folder: of checkpoints; made if need be.
+        folder: of checkpoints; created if need be.
         contents: tensors and what JSON can hold, in dictionaries and lists, with at least `step`.
         kind: "step", "epoch" or "best", the beginning of the file's name.
 
     Raises:
         OSError: the disk refused; the checkpoints of other steps are untouched.
     """
-    where = Folder(folder)
-    where.path.mkdir(parents=True, exist_ok=True)
-    manifest = _begin_checkpoint(where, contents, kind)
-    _finish_checkpoint(where, manifest)
-    return where.path / manifest["name"]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    name = f"{kind}_{contents['step']:08d}.safetensors"
+    return write_snapshot(Folder(folder), name, *snapshot(contents))
 
 
 def read_manifest(folder: Folder, name: str) -> dict[str, Any]:
-    """The manifest of a checkpoint; ValueError where there is none, or it is torn or foreign."""
+    """The manifest of a checkpoint; ValueError where it is missing, torn or not ours."""
+    path, kinds = folder.path / name, {"name": str, "step": int, "size": int, "sha256": str}
     try:
         manifest = json.loads(b"".join(itertools.islice(folder.read(_manifest_name(name)), 1)))
+        if manifest["name"] != name or any(type(manifest[k]) is not t for k, t in kinds.items()):
+            raise ValueError("not of this file")
+        version = manifest["format_version"]
     except FileNotFoundError:
-        raise ValueError(
-            f"{folder.path / name}: damaged (the manifest beside it is gone)"
-        ) from None
-    except (ValueError, RecursionError):
-        manifest = None
-    kinds = {"name": str, "format_version": int, "step": int, "size": int, "sha256": str}
-    if not isinstance(manifest, dict) or any(
-        not isinstance(manifest.get(key), kind) for key, kind in kinds.items()
-    ):
-        raise ValueError(f"{folder.path / name}: the manifest beside it is torn or not ours")
-    if manifest["name"] != name:
-        raise ValueError(f"{folder.path / name}: its manifest is of {manifest['name'][:80]!r}")
-    if manifest["format_version"] != FORMAT_VERSION:
-        raise ValueError(
-            f"{folder.path / name}: format {manifest['format_version']}; "
-            f"this program reads {FORMAT_VERSION}"
-        )
+        raise ValueError(f"{path}: damaged (its manifest is missing)") from None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError(f"{path}: its manifest is torn or not its own") from None
+    if version not in READABLE_FORMATS:
+        raise ValueError(f"{path}: format {version!r:.20}, not one of {READABLE_FORMATS}")
     return manifest
 
 
@@ -2889,7 +2456,7 @@ def load_checkpoint(path: str | Path, mapped: bool = False) -> dict[str, Any]:
 
     Args:
         path: a checkpoint file, its manifest beside it; or a run folder: its newest whole one.
-        mapped: leave the tensors in the file, which must stay as it is while they are used.
+        mapped: leave the tensors in the file, which must not change while they are used.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -2906,7 +2473,7 @@ def load_checkpoint(path: str | Path, mapped: bool = False) -> dict[str, Any]:
     folder = Folder(path.parent)
     manifest = read_manifest(folder, path.name)
     if folder.size(path.name) != manifest["size"] or folder.digest(path.name) != manifest["sha256"]:
-        raise ValueError(f"{path}: damaged (its size or sha256 is not its manifest's)")
+        raise ValueError(f"{path}: damaged (its size or sha256 differs from its manifest's)")
     contents = _read_safetensors(path, mapped)
     if contents.get("step") != manifest["step"]:
         raise ValueError(f"{path}: its step is {contents.get('step')!r}, not its manifest's")
@@ -2914,138 +2481,72 @@ def load_checkpoint(path: str | Path, mapped: bool = False) -> dict[str, Any]:
 
 
 def _read_safetensors(path: Path, mapped: bool) -> dict[str, Any]:
-    """A tree that `_checkpoint_blocks` wrote; ValueError for any other file."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            tree = json.loads(file.metadata()["contents"])
-            # copied, since the library's tensors lie in the file, which may be deleted any time
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            tensors = tensors if mapped else {name: t.clone() for name, t in tensors.items()}
-        contents = _join_tensors(tree, tensors)
+
+            def join(tree: dict[str, Any]) -> Any:
+                if tree.keys() != {"tensor"}:
+                    return tree
+                tensor = file.get_tensor(tree["tensor"])
+                return tensor if mapped else tensor.clone()  # the file may be deleted any time
+
+            contents = json.loads(file.metadata()["contents"], object_hook=join)
         if not isinstance(contents["format_version"], int):
             raise ValueError("no format version in it")
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path}: not a checkpoint of this program ({first_line(error)})"
-        ) from error
+        raise ValueError(f"{path}: not a checkpoint of bitllm ({first_line(error)})") from error
     return contents
 
 
-def checkpoint_step(path: str | Path) -> int:
-    """The step that the name of a checkpoint tells."""
-    return int(Path(path).name.split("_")[1].split(".")[0])
-
-
 def list_checkpoints(folder: str | Path | Folder, kind: str = "step") -> list[Path]:
-    """Checkpoint files by step, newest last, finished or not."""
+    """Checkpoint files by step, newest last, whole or not."""
     folder = folder if isinstance(folder, Folder) else Folder(folder)
     matches = [_CHECKPOINT_NAME.fullmatch(name) for name in folder.names()]
     ours = [m[0] for m in matches if m and m[1] == kind]
     return [folder.path / name for name in sorted(ours, key=checkpoint_step)]
 
 
-def newest_checkpoint(
-    folder: str | Path, kind: str = "step", mirror: str | Path | None = None
-) -> dict[str, Any] | None:
-    """The newest that is whole, of a folder and of its mirror; None: there is none.
-
-    One in the mirror is copied to the folder and read there. Each file that is passed over is
-    said in a line.
-    """
-    local = Folder(folder)
-    places, found, unread = [local, *([Folder(mirror)] if mirror else [])], [], None
-    for order, place in enumerate(places):
+def newest_checkpoint(folder: str | Path, kind: str = "step") -> dict[str, Any] | None:
+    """The newest whole one, None where there is none; every file it skips is logged."""
+    place = Folder(folder)
+    for name in place.names() if kind == "step" else ():
+        if not _OUR_NAME.fullmatch(name):
+            log.warning(f"skipped: {place.path / name}: not the name of a checkpoint")
+    for path in reversed(list_checkpoints(place, kind)):
         try:
-            names = [path.name for path in list_checkpoints(place, kind)]
-            found += [(checkpoint_step(name), -order, place, name) for name in names]
-            for name in place.names() if kind == "step" else ():
-                if not _OUR_NAME.fullmatch(name):
-                    say(f"passed over: {place.path / name}: not a name that this program gives")
-        except OSError as error:
-            unread = error
-            say(f"passed over: {error}")
-    for _, _, place, name in sorted(found, key=lambda item: item[:2], reverse=True):
-        try:
-            if place is not local:
-                local.path.mkdir(parents=True, exist_ok=True)
-                copy_checkpoint(place, name, local)
-                say(f"fetched {place.path / name}")
-            return load_checkpoint(local.path / name)
+            return load_checkpoint(path)
         except (ValueError, OSError) as error:
-            say(f"passed over: {error}")
-    if unread:  # whether there is one is not known
-        raise unread
+            log.warning(f"skipped: {error}")
     return None
-
-
-def copy_checkpoint(
-    source: Folder, name: str, target: Folder, progress: Callable[[int], None] | None = None
-) -> None:
-    """Bring a checkpoint to another folder; its manifest comes last, once it reads back right.
-
-    Raises:
-        ValueError: the source is not whole.
-        OSError: a file system refused, or gave back something else than was written.
-    """
-    manifest = read_manifest(source, name)
-    if copy_file(source, name, target, progress, name + _PART) != manifest["sha256"]:
-        target.remove(name + _PART)
-        raise ValueError(f"{source.path / name}: damaged (its sha256 is not its manifest's)")
-    _finish_checkpoint(target, manifest)
-
-
-def copy_file(
-    source: Folder,
-    name: str,
-    target: Folder,
-    progress: Callable[[int], None] | None = None,
-    new_name: str = "",
-) -> str:
-    """Copy one file in blocks; return the sha256 of what was read."""
-    digest = hashlib.sha256()
-
-    def blocks() -> Iterator[bytes]:
-        for block in source.read(name):
-            digest.update(block)
-            yield block
-            if progress:
-                progress(len(block))
-
-    target.write(new_name or name, blocks())
-    return digest.hexdigest()
 
 
 def prune_checkpoints(
     folder: str | Path | Folder, keep: int, kind: str = "step", spare: str = ""
 ) -> None:
-    """Delete what is older than the `keep` newest finished ones of a kind, the manifest first.
-
-    Args:
-        spare: the name of one that is still being copied, which stays for now.
-    """
+    """Delete what is older than the `keep` newest finished ones of a kind, but not `spare`."""
     folder = folder if isinstance(folder, Folder) else Folder(folder)
     paths = list_checkpoints(folder, kind)
-    finished = [path for path in paths if _has_manifest(folder, path.name)]
+    finished = [path for path in paths if is_finished(folder, path.name)]
     if len(finished) <= keep:
         return
     for path in paths[: paths.index(finished[-keep])]:
         if path.name != spare:
-            folder.remove(path.name)  # first: what lacks its manifest looks damaged
+            folder.remove(path.name)  # first: without its manifest it would look damaged
             folder.remove(_manifest_name(path.name))
 
 
 def remove_unfinished(folder: Folder) -> None:
-    """Delete what an earlier session began to write and did not end."""
+    """Delete what an earlier session began to write and did not finish."""
     names = folder.names()
     for name in names:
         alone = name.endswith(".json") and name[: -len(".json")] + ".safetensors" not in names
-        if _OUR_NAME.fullmatch(name) and (name.endswith(_PART) or alone):
+        if _OUR_NAME.fullmatch(name) and (name.endswith(PART) or alone):
             folder.remove(name)
 
 
-def _has_manifest(folder: Folder, name: str) -> bool:
+def is_finished(folder: Folder, name: str) -> bool:
     """Whether a checkpoint was finished, by its manifest and size, without reading it."""
     try:
         return read_manifest(folder, name)["size"] == folder.size(name)
@@ -3053,359 +2554,34 @@ def _has_manifest(folder: Folder, name: str) -> bool:
         return False
 
 
-LOCK_RENEW_S = 60.0
-"""Seconds between signs of life in a lock file."""
-LOCK_STALE_S = 300.0
-"""Seconds without one after which the lock of another machine is taken over."""
+def checked_settings(values: Any, path: Path) -> dict[str, Any]:
+    """The settings of a run, every value checked; ValueError names the file and the field."""
+    kinds = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: not a run's settings (no JSON object with {', '.join(kinds)})")
+    return {part: asdict(config_from(kind, values.get(part), path)) for part, kind in kinds.items()}
 
 
-def _name_of(holder: dict[str, Any]) -> str:
-    return f"process {holder.get('pid')} on {holder.get('host')}"
+def read_run_config(run: Path) -> dict[str, Any]:
+    """config.json of a run, checked."""
+    return checked_settings(read_json(run / "config.json"), run / "config.json")
 
 
-def _process_start(pid: int) -> str | None:
-    """What tells a process from a later one of the same number; None: there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        if Path("/proc/self/stat").exists() or os.name != "posix":
-            return None
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except OSError:
-        pass
-    return ""
-
-
-class FolderLock:
-    """One writer a folder: a file in it names the process and is renewed every minute.
-
-    A dead process of this machine is known as such at once; that of another machine (yesterday's
-    Colab) by `LOCK_STALE_S` without a sign of life.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / LOCK_NAME
-        self.owner = {
-            "host": platform.node(),
-            "pid": os.getpid(),
-            "process_start": _process_start(os.getpid()),
-            "id": uuid.uuid4().hex,
-        }
-        self._released = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def __enter__(self) -> FolderLock:
-        self.acquire()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.release()
-
-    def acquire(self) -> None:
-        """Take the lock, if need be after waiting for a stale one to run out; again: no effect.
-
-        Raises:
-            ValueError: another process has it; the message names it.
-            OSError: the folder cannot be read or written.
-        """
-        if self._thread:
-            if self.taken():
-                raise ValueError(f"{self.folder}: taken over by {_name_of(self._holder() or {})}")
-            return
-        seen = None
-        while (holder := self._holder()) is not None and not self._is_dead(holder):
-            if holder["host"] == self.owner["host"] or (seen and holder["alive"] != seen["alive"]):
-                raise ValueError(self._refusal(holder))
-            if seen is None:
-                say(f"{self._refusal(holder)}; waiting for that")
-                seen = holder
-            time.sleep(min(1.0, LOCK_STALE_S / 10))
-        if holder is not None:
-            say(f"{self.folder}: taking over from {_name_of(holder)}, which is gone")
-            self.path.unlink(missing_ok=True)
-        try:
-            with self.path.open("x", encoding="utf-8") as file:
-                file.write(self._text())
-        except FileExistsError:  # two at the same moment: the first has it
-            raise ValueError(self._refusal(self._holder() or {})) from None
-        if holder is not None:
-            time.sleep(0.2)  # another may have found the same stale lock: the later one has it
-            if self.taken():
-                raise ValueError(self._refusal(self._holder() or {}))
-        self._thread = threading.Thread(target=self._keep_alive, name="lock", daemon=True)
-        self._thread.start()
-
-    def release(self) -> None:
-        """Delete the file, unless it is another's by now."""
-        self._released.set()
-        with contextlib.suppress(OSError):
-            if self._thread and not self.taken():
-                self.path.unlink(missing_ok=True)
-        self._thread = None
-
-    def taken(self) -> bool:
-        """Whether another process has the folder now, as when this one was asleep for long."""
-        with contextlib.suppress(OSError):
-            holder = self._holder()
-            return holder is not None and holder["id"] != self.owner["id"]
-        return False
-
-    def _text(self) -> str:
-        return json.dumps({**self.owner, "alive": time.time()})
-
-    def _holder(self) -> dict[str, Any] | None:
-        """Who has the folder; None: nobody. A torn file is nobody's who is still alive."""
-        kinds = {"host": str, "pid": int, "id": str, "alive": (int, float)}
-        for _ in range(3):
-            try:
-                found = json.loads(self.path.read_text(encoding="utf-8"))
-                if all(isinstance(found[key], kind) for key, kind in kinds.items()):
-                    return found
-            except FileNotFoundError:
-                return None
-            except (ValueError, TypeError, KeyError, RecursionError):
-                time.sleep(0.05)  # it may be just being written
-        return {"host": "?", "pid": 0, "id": "", "alive": 0.0}
-
-    def _keep_alive(self) -> None:
-        while not self._released.wait(LOCK_RENEW_S) and not self.taken():
-            with contextlib.suppress(OSError):  # the next minute may be better
-                # in place: a file that is replaced every minute would fill Drive's trash
-                self.path.write_text(self._text(), encoding="utf-8")
-
-    def _is_dead(self, holder: dict[str, Any]) -> bool:
-        if holder["host"] == self.owner["host"] and os.name == "posix":
-            start = _process_start(holder["pid"])
-            if start is None or start != holder.get("process_start"):
-                return True
-        return abs(time.time() - holder["alive"]) > LOCK_STALE_S
-
-    def _refusal(self, holder: dict[str, Any]) -> str:
-        alive = holder.get("alive", 0)
-        until = time.strftime("%H:%M:%S", time.localtime(alive + LOCK_STALE_S))
-        return (
-            f"{self.folder} is being written by {_name_of(holder)}, last sign of life "
-            f"{max(time.time() - alive, 0):.0f} s ago. Stop that one or choose another folder; "
-            f"without a further sign it is taken to be gone at {until}"
+def check_weights(config: ModelConfig, weights: Any, path: Path) -> None:
+    """Names and shapes of a model's tensors, before memory is taken; ValueError names the file."""
+    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
+        raise ValueError(f"{path}: no model in it")
+    held = sum(tensor.numel() for tensor in weights.values())
+    if held != config.num_parameters or len(weights) < config.num_hidden_layers:
+        raise ValueError(
+            f"{path}: {held:,} numbers in it, but its configuration has {config.num_parameters:,}"
         )
-
-
-MIRROR_RETRY_S = (2.0, 300.0)
-"""Seconds until a failed copy is tried again: at first, doubling each time, and at most."""
-MIRROR_FINISH_S = 120.0
-"""Seconds that the mirror gets at the end of a session to take what is not there yet."""
-
-
-class Mirror:
-    """Brings finished checkpoints to a second folder, such as a mounted Google Drive.
-
-    A thread of its own copies; training never waits for it and never ends because of it. What it
-    cannot keep up with is left out: the newest comes next. The folder becomes a run folder.
-
-    Args:
-        run: the run folder to copy from.
-        folder: made if need be; its parent must be there.
-        keep: how many of the newest stay, by kind of checkpoint.
-
-    Raises:
-        ValueError: `folder` cannot be a mirror, or another process writes to it.
-    """
-
-    def __init__(self, run: Path, folder: Path, keep: dict[str, int]) -> None:
-        self.run, self.folder, self.keep = run, folder, keep
-        self.copying = ""
-        """name of the checkpoint on its way"""
-        self.last_good_step: int | None = None
-        self.errors = 0
-        """since the last success"""
-        self._failing_since = 0.0
-        self._last_error = ""
-        self._bytes = [0, 0]  # copied, of how many
-        self._pending: dict[str, str] = {}
-        self._changed = threading.Condition()
-        self._closing = self._abandoned = False
-        self._ended = threading.Event()
-        self.lock = FolderLock(folder)
-        try:
-            folder.mkdir(exist_ok=True)
-            self.lock.acquire()
-        except OSError as error:
-            self._failed(error)
-        threading.Thread(target=self._work, name="mirror", daemon=True).start()
-
-    def offer(self, kind: str, name: str) -> None:
-        """A checkpoint is ready; one of its kind that still waits is left out."""
-        with self._changed:
-            self._pending[kind] = name
-            self._changed.notify()
-
-    def offer_newest(self) -> None:
-        """Offer what an earlier session could not bring."""
-        for kind in self.keep:
-            folder = Folder(self.run / "checkpoints")
-            finished = [p for p in list_checkpoints(folder, kind) if _has_manifest(folder, p.name)]
-            if finished:
-                self.offer(kind, finished[-1].name)
-
-    def status(self) -> str:
-        """One line for the eye."""
-        if self.errors:
-            since = time.strftime("%H:%M", time.localtime(self._failing_since))
-            times = "1 error" if self.errors == 1 else f"{self.errors} errors"
-            return (
-                f"mirror: failing since {since} ({times}), {self._last_error}, "
-                f"last good step {self.last_good_step or 'none'}"
-            )
-        if self.last_good_step is None:
-            return "mirror: nothing copied yet"
-        return f"mirror: step {self.last_good_step} is in {self.folder}"
-
-    def close(self, timeout_s: float | None = None) -> bool:
-        """Give it a bounded time to finish, with a progress bar; whether all is there."""
-        from tqdm.auto import tqdm
-
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        until = time.monotonic() + (MIRROR_FINISH_S if timeout_s is None else timeout_s)
-        options: dict[str, Any] = {"unit": "B", "unit_scale": True, "mininterval": 1.0}
-        with tqdm(desc="mirror", delay=0.5, leave=False, **options) as bar:
-            while time.monotonic() < until and not self._ended.wait(0.1):
-                bar.total = self._bytes[1]
-                bar.update(self._bytes[0] - bar.n)
-        self._abandoned = True  # where a call to the file system hangs, its thread ends after it
-        return self._ended.is_set() and not self.errors
-
-    def _failed(self, error: Exception) -> None:
-        if not self.errors:
-            self._failing_since = time.time()
-        self.errors += 1
-        number = getattr(error, "errno", None)
-        self._last_error = f"Errno {number}" if number else first_line(error)
-
-    def _next(self) -> tuple[str, str] | None:
-        """Wait for something to copy; None: the end has come and nothing is left."""
-        with self._changed:
-            if self.errors and not self._closing:
-                first, most = MIRROR_RETRY_S
-                self._changed.wait_for(
-                    lambda: self._closing, min(first * 2.0 ** (self.errors - 1), most)
-                )
-            self._changed.wait_for(lambda: self._pending or self._closing)
-            if not self._pending or self._abandoned:
-                return None
-            kind = min(self._pending, key=lambda k: k != "step")  # the one to go on from first
-            self.copying = self._pending.pop(kind)
-            return kind, self.copying
-
-    def _work(self) -> None:
-        tries_left = 5  # once the end has come
-        while (item := self._next()) is not None:
-            kind, name = item
-            try:
-                self._bring(kind, name)
-                self.errors = 0
-                if kind == "step":
-                    self.last_good_step = checkpoint_step(name)
-            except Exception as error:  # of whatever kind: training does not end because of it
-                self._failed(error)
-                tries_left -= self._closing
-                if isinstance(error, OSError) and tries_left > 0:
-                    with self._changed:
-                        self._pending.setdefault(kind, name)
-                    self._ended.wait(MIRROR_RETRY_S[0] if self._closing else 0)
-            finally:
-                self.copying = ""
-        with contextlib.suppress(Exception):
-            self._small_files(["config.json", "tokenizer.json", "metrics.jsonl"])
-        self.lock.release()
-        self._ended.set()
-
-    def _bring(self, kind: str, name: str) -> None:
-        self.folder.mkdir(exist_ok=True)
-        self.lock.acquire()
-        self._token_files()
-        self._small_files(["config.json", "tokenizer.json"])
-        source, target = Folder(self.run / "checkpoints"), Folder(self.folder / "checkpoints")
-        remove_unfinished(target)
-        self._bytes = [0, source.size(name)]
-        if not _has_manifest(target, name) or (
-            read_manifest(target, name) != read_manifest(source, name)
-        ):
-            copy_checkpoint(source, name, target, self._progress)
-        prune_checkpoints(target, self.keep[kind], kind)
-
-    def _progress(self, size: int) -> None:
-        self._bytes[0] += size
-
-    def _small_files(self, names: Sequence[str]) -> None:
-        source, target = Folder(self.run), Folder(self.folder)
-        for name in names:
-            if name in source.names() and (
-                name not in target.names() or source.digest(name) != target.digest(name)
-            ):
-                copy_file(source, name, target)
-
-    def _token_files(self) -> None:
-        """Once: tokenising anew on another machine would take minutes, and might differ."""
-        source, target = Folder(self.run / "data"), Folder(self.folder / "data")
-        text = b"".join(source.read("manifest.json"))
-        if "manifest.json" in target.names() and b"".join(target.read("manifest.json")) == text:
-            return
-        counts = json.loads(text)
-        for split in ("train", "validation"):
-            if not counts[split]["sha256"]:  # a stream's: they come from their source again
-                continue
-            name = f"{split}.bin"
-            self._bytes = [0, source.size(name)]
-            if copy_file(source, name, target, self._progress) != target.digest(name):
-                raise OSError(errno.EIO, "what was read back is not what was written", name)
-        target.write("manifest.json", [text])
-
-
-class CheckpointWriter:
-    """Saves to one folder while training goes on.
-
-    The caller waits until the system has taken the data; the disk, the reading back, the manifest,
-    the pruning and the mirror are left to a thread.
-    """
-
-    def __init__(self, folder: Path, keep: dict[str, int], mirror: Mirror | None = None) -> None:
-        self.folder, self.keep, self.mirror = Folder(folder), keep, mirror
-        with contextlib.suppress(OSError):
-            remove_unfinished(self.folder)
-        self.worker = ThreadPoolExecutor(1, "checkpoints")
-        self.running: list[tuple[str, Future[Path]]] = []
-        """names and outcomes of those that are not collected yet"""
-
-    def save(self, contents: dict[str, Any], kind: str = "step") -> None:
-        """Begin a checkpoint; OSError where not even that can be done."""
-        manifest = _begin_checkpoint(self.folder, contents, kind)
-        self.running.append((manifest["name"], self.worker.submit(self._finish, manifest, kind)))
-
-    def _finish(self, manifest: dict[str, Any], kind: str) -> Path:
-        _finish_checkpoint(self.folder, manifest)
-        if self.mirror and kind in self.keep:
-            self.mirror.offer(kind, manifest["name"])
-        if kind in self.keep:
-            with contextlib.suppress(OSError):  # what stays is pruned next time
-                spare = self.mirror.copying if self.mirror else ""
-                prune_checkpoints(self.folder, self.keep[kind], kind, spare)
-        return self.folder.path / manifest["name"]
-
-    def finished(self, wait: bool = False) -> list[tuple[str, Path | OSError]]:
-        """What has ended since the last call: its name, and its path or the error."""
-        results: list[tuple[str, Path | OSError]] = []
-        while self.running and (wait or self.running[0][1].done()):
-            name, future = self.running.pop(0)
-            try:
-                results.append((name, future.result()))
-            except OSError as error:
-                results.append((name, error))
-        return results
+    with torch.device("meta"):
+        expected = BitLM(config, seed=None).state_dict()
+    for name in expected.keys() | weights.keys():
+        want, came = (getattr(group.get(name), "shape", None) for group in (expected, weights))
+        if want != came:
+            raise ValueError(f"{path}: {name} has shape {came}; its configuration says {want}")
 
 
 def _checkpoint_of_run(path: Path, checkpoint: str | int) -> dict[str, Any]:
@@ -3427,49 +2603,8 @@ def _checkpoint_of_run(path: Path, checkpoint: str | int) -> dict[str, Any]:
     return found
 
 
-def checked_settings(values: Any, path: Path) -> dict[str, Any]:
-    """The settings of a run, every value checked; ValueError names the file and the field."""
-    kinds = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: not a run's settings (no JSON object with {', '.join(kinds)})")
-    return {part: asdict(config_from(kind, values.get(part), path)) for part, kind in kinds.items()}
-
-
-def read_run_config(run: Path) -> dict[str, Any]:
-    """config.json of a run, checked."""
-    return checked_settings(read_json(run / "config.json"), run / "config.json")
-
-
-def _check_beside(run: Path, config: ModelConfig, tokenizer: Any) -> None:
-    """config.json and tokenizer.json of a run are for people; they must not tell another story."""
-    if (run / "config.json").is_file() and read_run_config(run)["model"] != asdict(config):
-        raise ValueError(
-            f"{run / 'config.json'}: not the settings that its checkpoint was made with"
-        )
-    path = run / "tokenizer.json"
-    if path.is_file() and tokenizer_hash(load_tokenizer(path)) != tokenizer_hash(tokenizer):
-        raise ValueError(f"{path}: not the tokenizer that its checkpoint was trained with")
-
-
-def check_weights(config: ModelConfig, weights: Any, path: Path) -> None:
-    """Names and shapes of a model's tensors, before memory is taken; ValueError names the file."""
-    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
-        raise ValueError(f"{path}: no model in it")
-    held = sum(tensor.numel() for tensor in weights.values())
-    if held != config.num_parameters or len(weights) < config.num_hidden_layers:
-        raise ValueError(
-            f"{path}: {held:,} numbers in it, but its configuration has {config.num_parameters:,}"
-        )
-    with torch.device("meta"):
-        expected = BitLM(config, seed=None).state_dict()
-    for name in expected.keys() | weights.keys():
-        want, came = (getattr(group.get(name), "shape", None) for group in (expected, weights))
-        if want != came:
-            raise ValueError(f"{path}: {name} has shape {came}; its configuration says {want}")
-
-
 def load_run(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM, Any, dict[str, Any]]:
-    """A run's model ready to generate, its tokenizer, and what else its checkpoint tells.
+    """A run's model ready to generate, its tokenizer, and facts from its checkpoint.
 
     Args:
         path: a run folder (or a mirror of one), one checkpoint file; or a seed script's .pth file
@@ -3483,10 +2618,7 @@ def load_run(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM, A
     if path.suffix == ".pth":
         model = import_seed_checkpoint(path)
         return model.freeze(), load_tokenizer(path.with_name("tokenizer.json")), {}
-    if path.is_file():
-        contents = load_checkpoint(path)
-    else:
-        contents = _checkpoint_of_run(path, checkpoint)
+    contents = load_checkpoint(path) if path.is_file() else _checkpoint_of_run(path, checkpoint)
     try:
         config = config_from(ModelConfig, contents["config"]["model"], path)
         check_weights(config, contents["model"], path)
@@ -3494,12 +2626,30 @@ def load_run(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM, A
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: its checkpoint lacks what generating needs ({error})") from error
     check_tokenizer(tokenizer, config.vocab_size, path)
-    if path.is_dir():
-        _check_beside(path, config, tokenizer)
     model = BitLM(config, seed=None)
     model.load_state_dict(contents["model"])
-    told = {name: contents.get(name) for name in ("step", "config", "metrics", "val_loss")}
-    return model.freeze(), tokenizer, told
+    facts = {key: contents.get(key) for key in ("step", "config", "metrics", "loss", "val_loss")}
+    return model.freeze(), tokenizer, facts
+
+
+def load_model(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM, Any]:
+    """A model ready to generate, and its tokenizer.
+
+    Args:
+        path: a run folder, a mirror of one, or one checkpoint file; a packed file or a Hugging
+            Face folder that bitllm exported; or a seed script's .pth file with its tokenizer.json
+            beside it.
+        checkpoint: of a run folder: "last", "best" (lowest validation loss) or a kept step.
+
+    Raises:
+        FileNotFoundError, ValueError: what is missing or wrong, and where. Files are only data:
+            nothing in them is executed.
+    """
+    path = Path(path)
+    packed = path.suffix in (".safetensors", ".gguf") and not _CHECKPOINT_NAME.fullmatch(path.name)
+    if packed or "model_type" in (read_json(path / "config.json") or {}):
+        return extension("export", f"reading {path}").read_exported(path)[:2]
+    return load_run(path, checkpoint)[:2]
 
 
 # -----------------------------------------------------------------------------
@@ -3508,7 +2658,7 @@ def load_run(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM, A
 
 @dataclass(frozen=True)
 class Device:
-    """Where and in which precision to compute; chosen once, said once."""
+    """Where and in which precision to compute."""
 
     device: torch.device
     dtype: torch.dtype
@@ -3537,241 +2687,67 @@ def choose_device(device: str = "auto", dtype: str = "auto") -> Device:
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    if device == "auto":
-        device = next(name for name, there in present.items() if there)
-    there = ", ".join(name for name, ok in present.items() if ok)
-    require(present[device], "device", device, f"one that this machine has: {there}")
+    there = [name for name, ok in present.items() if ok]
+    device = there[0] if device == "auto" else device
+    require(device in there, "device", device, f"one that this machine has: {', '.join(there)}")
+    found = torch.device(device)
     if dtype != "auto":
-        return Device(torch.device(device), getattr(torch, dtype), "as asked")
+        return Device(found, getattr(torch, dtype), "as asked")
+    if has_bfloat16(found):
+        return Device(found, torch.bfloat16, "bfloat16 in hardware")
     if device == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return Device(torch.device(device), torch.bfloat16, "the GPU has bfloat16")
-        return Device(torch.device(device), torch.float16, "the GPU has no bfloat16; loss scaled")
-    if device == "cpu" and has_bfloat16(torch.device(device)):
-        return Device(torch.device(device), torch.bfloat16, "the processor has bfloat16")
-    return Device(torch.device(device), torch.float32, "no fast bfloat16 here")
-
-
-def why_not_compile(device: Device) -> str:
-    """Why torch.compile cannot work here; empty where it can."""
-    if sys.platform == "win32" or device.device.type == "mps":
-        return f"not used on {device.device.type} under {platform.system()}"
-    if device.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        return "no C++ compiler found"
-    return ""
-
-
-def compiled_loss(model: BitLM) -> Callable[[Tensor, Tensor], Tensor]:
-    """`model.loss` with its blocks compiled, once, since they are alike, and the head's softmax.
-
-    The head's products are quick as they are. The embedding has to stay eager: its gradient,
-    compiled for a CPU, is added up by several threads in no fixed order, so that two runs differ in
-    their last bits.
-    """
-    blocks = [torch.compile(block, dynamic=False) for block in model.model.layers]
-    # dynamic: the last chunk is a smaller one
-    probabilities = torch.compile(token_probabilities, dynamic=True)
-
-    def loss(input_ids: Tensor, targets: Tensor) -> Tensor:
-        with warnings.catch_warnings():  # the compiler looks at the input's .grad; it has none
-            warnings.filterwarnings("ignore", message="The .grad attribute")
-            return model.loss(input_ids, targets, blocks, probabilities)
-
-    return loss
-
-
-def _pays_to_compile(model: ModelConfig, train: TrainConfig, device: Device) -> bool:
-    """Compiling takes ten seconds on a CPU and more for a GPU; steps gain a quarter to a half."""
-    worth = 1e15 if device.device.type == "cuda" else 5e12  # a minute's work, guessed for a T4
-    return 6 * model.num_parameters * train.batch_tokens * train.max_steps > worth
+        return Device(found, torch.float16, "no bfloat16 in hardware; loss scaled")
+    return Device(found, torch.float32, "no fast bfloat16 here")
 
 
 def windows_at_once(
-    model: ModelConfig, train: TrainConfig, device: Device, processes: int = 1
+    model: ModelConfig, train: TrainConfig, device: Device, world_size: int = 1
 ) -> int:
-    """Windows at once, a divisor of the windows of a step; each process has some of them.
+    """Windows of a micro-batch, for each process.
 
-    On a CPU as many as keep what the blocks hold for the backward pass below 192 MB, near its
-    caches: more is slower. They are the same for up to four processes, and so are all bits. On a
-    GPU as many as a quarter of its free memory takes.
+    On a CPU, what the blocks keep for the backward pass stays below 192 MB, near its caches: more
+    is slower. On a GPU it may take a quarter of the free memory.
     """
-    windows = train.batch_tokens // model.max_position_embeddings
-    on_gpu = device.device.type == "cuda"
-    room = torch.cuda.mem_get_info()[0] // 4 if on_gpu else 192 << 20
-    numbers = model.num_hidden_layers * (8 * model.hidden_size + 3 * model.intermediate_size)
-    at_once = room // (device.dtype.itemsize * numbers * model.max_position_embeddings)
-    at_once = min(at_once, windows // max(processes, 1 if on_gpu else 4))
+    windows = -(-train.batch_tokens // model.max_position_embeddings // world_size)
     if train.micro_batch_size:
-        at_once = min(train.micro_batch_size, windows // processes)
-    whole = train.micro_batch_size or windows
-    return max(d for d in range(1, whole + 1) if whole % d == 0 and d <= max(at_once, 1))
-
-
-def estimate_memory(model: ModelConfig, train: TrainConfig) -> int:
-    """Bytes that weights, gradients and optimizer state take in training, float32."""
-    matrices = model.num_parameters - model.vocab_size * model.hidden_size
-    states = 1 if train.optimizer == "muon" else 2
-    return 4 * (
-        2 * model.num_parameters + states * matrices + 2 * (model.num_parameters - matrices)
-    )
-
-
-@cache
-def activation_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes that a token's activations take in one block until the backward pass, uncompiled.
-
-    Measured on the processor: what autograd keeps of 16 tokens in two blocks, less that in one.
-    """
-
-    def kept(layers: int) -> int:
-        config = dataclasses.replace(
-            model, num_hidden_layers=layers, vocab_size=MIN_VOCAB_SIZE, tie_word_embeddings=True
-        )
-        net = BitLM(dataclasses.replace(config, max_position_embeddings=16), seed=None)
-        tensors: list[Tensor] = []  # kept alive, so that no address comes twice
-
-        def note(tensor: Tensor) -> Tensor:
-            tensors.append(tensor)
-            return tensor
-
-        ids = torch.zeros(1, 16, dtype=torch.int64)
-        with (
-            net.hold_weights(dtype),
-            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-            Device(torch.device("cpu"), dtype, "").autocast(),
-        ):
-            net.loss(ids, ids)
-            weights = [*net.parameters(), *(layer.held for layer in net.bit_linears().values())]
-        found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        for weight in weights:
-            found.pop(weight.untyped_storage().data_ptr() if weight is not None else 0, None)
-        return sum(found.values())
-
-    return (kept(2) - kept(1)) // 16
-
-
-def memory_parts(
-    model: ModelConfig,
-    train: TrainConfig,
-    dtype: torch.dtype,
-    processes: int = 1,
-    windows: int = 1,
-    device: str = "cuda",
-) -> dict[str, int]:
-    """Bytes on each of so many devices, by part, at the moment of a step that takes the most.
-
-    That is when the loss of the second micro-batch, of so many windows, is there: gradients of the
-    first and activations of the second. Or the update, where those were small. Counted are tensors;
-    what an allocator keeps beyond them is its own affair (docs/scaling.md).
-    """
-    D, V, P = model.hidden_size, model.vocab_size, model.num_parameters
-    kv, up = model.num_kv_heads * model.head_dim, 2 if model.block == "seed" else 3
-    matrices = model.num_hidden_layers * (2 * D * D + 2 * D * kv + up * D * model.intermediate_size)
-    states = 4 * (matrices if train.optimizer == "muon" else 2 * matrices) + 8 * (P - matrices)
-    shared = processes if train.fsdp else 1
-    exact = device == "cpu"  # see ExactSum
-    always = {
-        "weights": 4 * P // shared,
-        "gradients": (8 if exact else 4) * P // shared,
-        "optimizer": states // processes,
-    }
-    size, tokens = dtype.itemsize, windows * model.max_position_embeddings
-    reduced, quantized = size < 4, model.linear != "dense"  # else what multiplies is the weight
-    head = size * V * D if reduced or (quantized and not model.tie_word_embeddings) else 0
-    held = head + (size * matrices if reduced or quantized else 0)
-    logits = min(CHUNK_BYTES, 4 * V * tokens)
-    work = {
-        "quantized weights": head if train.fsdp else held,
-        "gradient of the head": size * V * D,
-        "loss": logits * (4 + size) // 4 + size * tokens * D,  # logits, their log-softmax; d_hidden
-        "activations": activation_bytes(model, dtype) * model.num_hidden_layers * tokens,
-    }
-    if train.fsdp:
-        two, one = (dataclasses.replace(model, num_hidden_layers=n) for n in (2, 1))
-        block = two.num_parameters - one.num_parameters
-        work["gathered embedding and head"] = 4 * (P - model.num_hidden_layers * block)
-        came_in = block // 4 if quantized else 4 * block  # trits, see TritGather
-        work["gathered blocks"] = 4 * block + came_in  # one, and what another came in
-        under_way = (4 + 2 * (8 if exact else 4)) * block  # a block's gradient, sent with another's
-        work["loss"] = max(work["loss"], under_way)  # whose memory is free then
-    at_once = min(MESSAGES_UNDER_WAY * max(BUCKET_NUMBERS, V * D), P)
-    update = {"messages": (8 if exact else 4) * at_once if processes > shared else 0}
-    return always | max(work, update, key=lambda parts: sum(parts.values()))
-
-
-def check_memory(
-    model: ModelConfig, train: TrainConfig, device: Device, processes: int = 1
-) -> None:
-    """Refuse what cannot fit before anything of it is made; ValueError tells both sizes."""
-    if device.device.type == "cuda":
-        there = torch.cuda.mem_get_info()[1]
-    elif hasattr(os, "sysconf"):
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:
-        return
-    needed = estimate_memory(model, train) // (processes if train.fsdp else 1)
-    if needed > there:
-        raise ValueError(
-            f"{model.num_parameters:,} parameters need {needed / 2**30:,.1f} GiB for weights, "
-            f"gradients and optimizer; {device.device} has {there / 2**30:,.1f} GiB. "
-            "Choose a smaller hidden_size, num_hidden_layers or vocab_size, or --fsdp on several"
-        )
+        return min(train.micro_batch_size, windows)
+    room = torch.cuda.mem_get_info()[0] // 4 if device.device.type == "cuda" else 192 << 20
+    numbers = model.num_hidden_layers * (8 * model.hidden_size + 3 * model.intermediate_size)
+    fit = room // (device.dtype.itemsize * numbers * model.max_position_embeddings)
+    return max(d for d in range(1, windows + 1) if windows % d == 0 and d <= max(fit, 1))
 
 
 @torch.no_grad()
 def total_loss(
-    model: BitLM, tokens: np.ndarray, first: int, device: Device, batch_size: int = 16
+    model: BitLM,
+    tokens: np.ndarray,
+    first: int,
+    device: Device,
+    batch_size: int = 16,
+    stride: int | None = None,
+    processes: Processes | None = None,
 ) -> float:
     """Nats of `tokens`, each predicted once, `first` standing before them; not per token.
 
-    The text is cut into windows of the context length, so a token sees what is before it in its
-    window only. The result does not depend on `batch_size`, but for rounding.
+    The text is cut into windows of the context length, and a token sees what is before it in its
+    window. With `stride`, a window ends every `stride` tokens and counts what the one before did
+    not, so each token sees at least context - stride others: context / stride times the work.
     """
-    context, count, total = model.config.max_position_embeddings, len(tokens), 0.0
-    with model.hold_weights(device.dtype), device.autocast():
-        for start in range(0, count, context * batch_size):
-            piece = tokens[start : start + context * batch_size].astype(np.int64)
-            before = first if start == 0 else int(tokens[start - 1])
-            whole = len(piece) // context * context
-            for part, rows in ((piece[:whole], context), (piece[whole:], len(piece) - whole)):
-                if len(part):
-                    inputs = np.concatenate([[before], part[:-1]])
-                    pair = torch.from_numpy(np.stack([inputs, part])).to(device.device)
-                    x, y = pair.view(2, -1, rows)
-                    total += model.loss(x, y).item()
-                    before = int(part[-1])
-    return total
-
-
-def loss_calls(count: int, context: int, batch_size: int = 16) -> int:
-    """How often `total_loss` calls the model for so many tokens."""
-    batches, rest = divmod(count, context * batch_size)
-    return batches + (rest >= context) + (rest % context > 0)
-
-
-@torch.no_grad()
-def sliding_loss(
-    model: BitLM, tokens: np.ndarray, first: int, device: Device, stride: int, batch_size: int = 16
-) -> float:
-    """`total_loss`, but each token sees at least context - `stride` tokens before it.
-
-    Windows of the context length end every `stride` tokens, and of all but the first only what the
-    window before did not count is counted: context / stride times the work.
-    """
-    context, count, total = model.config.max_position_embeddings, len(tokens), 0.0
-    inputs = torch.from_numpy(np.concatenate([[first], tokens[:-1]]).astype(np.int64))
-    targets = torch.from_numpy(tokens.astype(np.int64))
-    ends = [*range(min(context, count), count, stride), count]
+    context, processes = model.config.max_position_embeddings, processes or Processes()
+    total, ends = 0.0, [*range(context, len(tokens), stride or context), len(tokens)]
     spans = zip([0, *ends], ends, strict=False)  # of the tokens that each window counts
+    windows = torch.tensor([(max(b - context, 0) if stride else a, a, b) for a, b in spans])
     with model.hold_weights(device.dtype), device.autocast():
-        for counted, same in itertools.groupby(spans, key=lambda span: span[1] - span[0]):
-            for part in torch.tensor(list(same)).split(batch_size):
-                rows = [inputs[max(end - context, 0) : end] for end in part[:, 1].tolist()]
-                hidden = model.hidden(torch.stack(rows).to(device.device))[:, -counted:]
-                y = torch.stack([targets[a:b] for a, b in part.tolist()]).to(device.device)
-                logits = model.head(hidden).flatten(0, 1).float()
-                total += F.cross_entropy(logits, y.flatten(), reduction="sum").item()
-    return total
+        for part, _ in processes.micro_batches(windows, windows, batch_size):
+            x = torch.zeros(len(part), min(context, len(tokens)), dtype=torch.int64)
+            y = torch.full_like(x, -100)  # which the loss ignores
+            for row, (start, counted, end) in enumerate(part.tolist()):
+                text = torch.from_numpy(tokens[max(start - 1, 0) : end].astype(np.int64))
+                text = text if start else F.pad(text, (1, 0), value=first)
+                x[row, : end - start] = text[:-1]
+                y[row, counted - start : end - start] = text[1 + counted - start :]
+            total += model.loss(x.to(device.device), y.to(device.device)).item()
+    return processes.all_reduce_sum([total])[0]
 
 
 def evaluate(
@@ -3784,12 +2760,11 @@ def evaluate(
     batch_size: int = 16,
     device: Device | None = None,
 ) -> dict[str, float]:
-    """How well the model predicts a text it is given: every token of it, once.
+    """How well the model predicts every token of a text (of a folder, the training files).
 
     Args:
-        data: a source as `DataConfig.data`; of a folder, the training files.
-        stride: move the context along by this many tokens, so that each token is predicted from
-            at least context - stride tokens; default: by the whole context, which is fastest.
+        data: a source as `DataConfig.data`.
+        stride: tokens that the context moves; default: the whole context, which is fastest.
 
     Returns:
         loss: nats per token. perplexity: exp(loss). bits_per_byte: bits per byte of UTF-8 text.
@@ -3799,30 +2774,20 @@ def evaluate(
     Raises:
         ValueError, FileNotFoundError, ConnectionError: as `read_pieces`; or no text in it.
     """
-    device = device or choose_device()
-    context = model.config.max_position_embeddings
+    device, context = device or choose_device(), model.config.max_position_embeddings
     fits = stride is None or 1 <= stride <= context
     require(fits, "stride", stride, f"1 to {context} tokens, the context of this model")
-    model.to(device.device)
-    eot = end_of_text_id(tokenizer)
-    ids: list[int] = []
-    words = size = 0
+    eot, ids, words, size = end_of_text_id(tokenizer), [], 0, 0
     config = DataConfig(data=str(data), text_column=text_column)
-    document_ended = False
     for text, ends in read_pieces(str(data), "train", config):
-        if document_ended and eot is not None:
-            ids.append(eot)
-        ids.extend(encode(tokenizer, text))
+        ids += encode(tokenizer, text) + ([eot] if ends and eot is not None else [])
         words += len(text.split()) + text.count("\n")
         size += len(text.encode("utf-8", "replace"))
-        document_ended = ends
+    ids = ids[:-1] if eot is not None and ids[-1:] == [eot] else ids  # only between documents
     if not ids:
         raise ValueError(f"data={str(data)!r}: no text in it to evaluate on")
-    first = eot if eot is not None else 0
-    if stride is None:
-        nats = total_loss(model, np.asarray(ids), first, device, batch_size)
-    else:
-        nats = sliding_loss(model, np.asarray(ids), first, device, stride, batch_size)
+    model.to(device.device)
+    nats = total_loss(model, np.asarray(ids), eot or 0, device, batch_size, stride)
     return {
         "loss": nats / len(ids),
         "perplexity": safe_exp(nats / len(ids)),
@@ -3846,50 +2811,28 @@ class TrainState:
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     config: TrainConfig
-    world: World = field(default_factory=World)
-    """the processes that train together; callbacks hear of the first one's state"""
-    step: int = 0
-    """optimizer steps done"""
-    skipped: int = 0
-    """of these, steps left out because a gradient was not finite"""
+    processes: Processes = field(default_factory=Processes)
+    step: int = 0  # optimizer steps done
+    skipped: int = 0  # of these, left out because a gradient was not finite
     skipped_in_a_row: int = 0
-    loss: float = math.nan
-    """nats per token of the last step's batch"""
-    val_loss: float = math.nan
-    """of the last evaluation"""
+    loss: float = math.nan  # nats per token of the last step's batch
+    val_loss: float = math.nan  # of the last evaluation
     best_val_loss: float = math.inf
     best_step: int = 0
     evals_since_best: int = 0
-    train_seconds: float = 0.0
-    """of training, all sessions"""
-    trits: dict[str, Tensor] = field(default_factory=dict)
-    """of each BitLinear when last logged, int8"""
-    stop_signal: int = 0
-    """set by a signal handler or a callback; read after each step"""
-    last_saved_step: int = 0
-    """of the newest checkpoint that is safe on the disk"""
-    last_saved_at: float = 0.0
-    """when it was, time.time(); 0: not in this session"""
-    save_seconds: float = 0.0
-    """that training waited for saving, in this session"""
-    mirror: Mirror | None = None
-    """the copier to a second folder, with its `status()`"""
-    save_requested: bool = False
-    """set by a callback or a button: a checkpoint is saved after the running step"""
-    paused: bool = False
-    """set by a callback or a button: no further step until it is cleared"""
+    train_seconds: float = 0.0  # all sessions
+    trits: dict[str, Tensor] = field(default_factory=dict)  # of each BitLinear when last logged
+    last_saved_step: int = 0  # of the newest checkpoint that is safe on the disk
+    last_saved_at: float = 0.0  # time.time() of that; 0: not in this session
+    save_seconds: float = 0.0  # that training waited for saving, in this session
+    mirror: Any = None  # the bitllm.mirror.Mirror, with its `status()`
+    # set by callbacks, buttons and signals, read after each step:
+    stop_signal: int = 0  # save a checkpoint and end, as after this signal
+    save_requested: bool = False  # save a checkpoint
+    paused: bool = False  # no further step until it is cleared
 
-    _SAVED = (
-        "step",
-        "skipped",
-        "skipped_in_a_row",
-        "loss",
-        "val_loss",
-        "best_val_loss",
-        "best_step",
-        "evals_since_best",
-        "train_seconds",
-    )
+    _SAVED = ("step", "skipped", "skipped_in_a_row", "loss", "val_loss", "best_val_loss")
+    _SAVED += ("best_step", "evals_since_best", "train_seconds")
 
     @property
     def tokens(self) -> int:
@@ -3907,12 +2850,20 @@ class TrainState:
         return self.step >= self.config.max_steps or self.out_of_patience
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types and tensors, enough to go on as if never stopped."""
+        """All that an exact resume needs; complete in the main process, but all call it."""
+        gather, names = self.processes.gather, self._parameter_names()
+        optimizers = []
+        for optimizer in self.optimizers:
+            tensors = {(names[p], k): t for p, s in optimizer.state.items() for k, t in s.items()}
+            state: dict[str, dict[str, Tensor]] = {}
+            for (name, key), tensor in gather(tensors).items():
+                state.setdefault(name, {})[key] = tensor
+            optimizers.append({"state": state})
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         return {
             **{name: getattr(self, name) for name in self._SAVED},
-            "model": self.world.wholes(self.model.state_dict()),
-            "optimizers": [_optimizer_state(self.model, o, self.world) for o in self.optimizers],
+            "model": self.processes.whole(self.model.state_dict()),
+            "optimizers": optimizers,
             "scaler": self.scaler.state_dict(),
             "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
             "trits": self.trits,
@@ -3924,77 +2875,58 @@ class TrainState:
         Raises:
             ValueError, KeyError, TypeError, RuntimeError: it is not of this model and optimizer.
         """
-        saved = {"evals_since_best": 0, **saved}  # a run of before there was patience
         for name in self._SAVED:
             if not isinstance(saved[name], (int, float)):
                 raise TypeError(f"{name} is {saved[name]!r:.80}")
             setattr(self, name, saved[name])
-        weights, own = saved["model"], self.model.state_dict()
-        self.model.load_state_dict({n: sharded_like(own[n], weights[n]) for n in weights})
-        owners = self.world.owners(self.optimizers)
-        shared = zip(parameters_of(self.optimizers), owners, strict=True)
-        mine = {id(p) for p, owner in shared if owner == self.world.rank}
+        scatter, own = self.processes.scatter, self.model.state_dict()
+        self.model.load_state_dict({n: scatter(own[n], w) for n, w in saved["model"].items()})
+        names = self._parameter_names()
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-            _load_optimizer_state(self.model, optimizer, state["state"], mine)
+            numbered = {}
+            for number, parameter in enumerate(parameters_of([optimizer])):
+                tensors = state["state"].get(names[parameter], {})
+                if any(t.shape not in (parameter.shape, ()) for t in tensors.values()):
+                    raise ValueError(f"optimizer state of {names[parameter]} has another shape")
+                if tensors and self.processes.owns(parameter):
+                    numbered[number] = {k: scatter(parameter, t) for k, t in tensors.items()}
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": numbered, "param_groups": groups})
         if saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"]["torch"])
         if torch.cuda.is_available() and len(saved["rng"]["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
-        shapes = {name: layer.weight.shape for name, layer in self.model.bit_linears().items()}
-        for name, trits in saved["trits"].items():
-            if trits.shape != shapes[name]:
+        for name, layer in self.model.bit_linears().items():
+            trits = saved["trits"].get(name)
+            if trits is not None and trits.shape != layer.weight.shape:
                 raise ValueError(f"trits of {name} have shape {tuple(trits.shape)}")
-        keeps = self.world.rank == 0 or not self.world.sharded  # they are the telemetry's
-        self.trits = dict(saved["trits"]) if keeps else {}
+        self.trits = dict(saved["trits"]) if self.processes.is_main else {}
 
-
-def _optimizer_state(
-    model: BitLM, optimizer: torch.optim.Optimizer, world: World
-) -> dict[str, Any]:
-    """An optimizer's tensors by parameter name; its rates are the configuration's."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    own = {names[id(p)]: dict(state) for p, state in optimizer.state.items()}
-    return {"state": world.gathered(own)}
-
-
-def _load_optimizer_state(
-    model: BitLM, optimizer: torch.optim.Optimizer, state: dict[str, Any], mine: set[int]
-) -> None:
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    parameters = parameters_of([optimizer])
-    by_number = {}
-    for number, parameter in enumerate(parameters):  # as the optimizer itself numbers them
-        tensors = state.get(names[id(parameter)], {})
-        for key, tensor in tensors.items():
-            if tensor.shape not in (parameter.shape, torch.Size([])):
-                raise ValueError(f"{key} of {names[id(parameter)]} has shape {tuple(tensor.shape)}")
-        if tensors and id(parameter) in mine:
-            by_number[number] = {k: sharded_like(parameter, t) for k, t in tensors.items()}
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": by_number, "param_groups": groups})
+    def _parameter_names(self) -> dict[Tensor, str]:
+        return {parameter: name for name, parameter in self.model.named_parameters()}
 
 
 class Callback:
-    """What may be attached to `train`; override what is needed. To stop: set state.stop_signal."""
+    """Attached to `train`; override what is needed. To stop training, set state.stop_signal."""
 
     def on_start(self, state: TrainState) -> None:
         """Before the first step of this session."""
 
     def on_step(self, state: TrainState, metrics: dict[str, Any] | None) -> None:
-        """After every step; `metrics` is the line just logged, on steps that are."""
+        """After every step; `metrics` is the line just logged, if one was."""
 
     def on_eval(self, state: TrainState, metrics: dict[str, Any]) -> None:
         """After an evaluation."""
 
     def on_sample(self, state: TrainState, text: str) -> None:
-        """After a text was written for the eye."""
+        """After a text was generated to look at."""
 
     def on_checkpoint(self, state: TrainState, path: Path) -> None:
         """After a checkpoint was written and verified."""
 
     def on_mirror(self, state: TrainState, status: str) -> None:
-        """Between steps, when the state of the mirror has changed."""
+        """Between steps, when the status of the mirror has changed."""
 
     def on_pause(self, state: TrainState) -> None:
         """Ten times a second while `state.paused` keeps the loop from its next step."""
@@ -4016,210 +2948,99 @@ class ProgressBar(Callback):
 
     def on_step(self, state: TrainState, metrics: dict[str, Any] | None) -> None:
         if metrics:
-            self.bar.set_postfix_str(
-                f"loss {metrics['loss']:.3f}, {metrics['tokens_per_s']:,.0f} tokens/s",
-                refresh=False,
-            )
+            text = f"loss {metrics['loss']:.3f}, {metrics['tokens_per_s']:,.0f} tokens/s"
+            self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
 
     def on_eval(self, state: TrainState, metrics: dict[str, Any]) -> None:
-        self.bar.write(
-            f"step {state.step}: validation loss {metrics['val_loss']:.4f}, "
-            f"perplexity {metrics['val_perplexity']:.1f}",
-            file=sys.stderr,
-        )
+        loss, perplexity = metrics["val_loss"], metrics["val_perplexity"]
+        self._print(f"step {state.step}: validation loss {loss:.4f}, perplexity {perplexity:.1f}")
 
     def on_sample(self, state: TrainState, text: str) -> None:
-        self.bar.write(f"  | {' '.join(text.split())[:160]}", file=sys.stderr)
+        self._print(f"  | {' '.join(text.split())[:160]}")
 
     def on_mirror(self, state: TrainState, status: str) -> None:
-        assert state.mirror
         if (state.mirror.errors > 0) != self.mirror_failing:  # when it begins and when it ends
             self.mirror_failing = not self.mirror_failing
-            self.bar.write(status, file=sys.stderr)
+            self._print(status)
 
     def on_end(self, state: TrainState) -> None:
         self.bar.close()
 
+    def _print(self, line: str) -> None:
+        self.bar.write(line, file=sys.stderr)
+
 
 class MetricsLog:
-    """metrics.jsonl: one object a line, cut back to the step a run goes on from.
+    """metrics.jsonl: one JSON object per line, cut back to the step that a run resumes from.
 
-    Args:
-        saved: the lines that the checkpoint holds; they count where the file lacks one of them.
-
-    A line that the disk does not take is kept, and written with the next one. Without a path, as in
-    all processes but the first, all are only kept.
+    A line that the disk refuses is kept and written with the next one. Without a path, as in all
+    processes but the main one, nothing is written.
     """
 
-    def __init__(self, path: Path | None, step: int, saved: Sequence[dict[str, Any]] = ()) -> None:
-        self.path = path
-        there = [line for line in (self.read(path) if path else ()) if line["step"] <= step]
-        self.lines = there if there[: len(saved)] == list(saved) else list(saved)
-        self.behind = True
-        self._catch_up()
+    def __init__(self, path: Path | None, step: int) -> None:
+        self.path, self.waiting = path, []
+        self.lines = [line for line in self.read(path) if line["step"] <= step] if path else []
+        """those of earlier sessions"""
+        if path:
+            write_atomically(path, "".join(map(self._text, self.lines)).encode())
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
-        """All whole lines; a torn last one, as a kill leaves it, is not there."""
+        """All whole lines, null as NaN; a torn last one, as a kill leaves it, is left out."""
         lines = []
         with contextlib.suppress(FileNotFoundError):
             for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError, RecursionError):
                     lines.append(json.loads(text))
-        return [x for x in lines if isinstance(x, dict) and isinstance(x.get("step"), int)]
+        lines = [x for x in lines if isinstance(x, dict) and isinstance(x.get("step"), int)]
+        return [{k: math.nan if v is None else v for k, v in x.items()} for x in lines]
+
+    @staticmethod
+    def _text(line: dict[str, Any]) -> str:
+        odd = {k for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
+        return json.dumps({k: None if k in odd else v for k, v in line.items()}) + "\n"
 
     def write(self, line: dict[str, Any]) -> None:
-        self.lines.append(line)
         if not self.path:
             return
-        try:
-            if self.behind or not self.path.is_file():
-                self._catch_up()
-            else:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            if not self.behind:
-                say(f"metrics.jsonl cannot be written ({error}); its lines are kept for later")
-            self.behind = True
-
-    def _catch_up(self) -> None:
-        if self.path:
-            text = "".join(json.dumps(line) + "\n" for line in self.lines)
-            write_atomically(self.path, text.encode())
-        self.behind = False
-
-
-class _Curves(Callback):
-    """Hands every line of metrics.jsonl to `write`, in order, those of earlier sessions first.
-
-    An error ends the writing for this session, not the training; the next one makes up for it.
-    """
-
-    write: Callable[[dict[str, Any]], None]
-    close: Callable[[], None]
-
-    def __init__(self, out: str | Path) -> None:
-        self.out, self.failed = Path(out), False
-        self.library = library(type(self).__name__.lower(), type(self).__name__)
-
-    def on_start(self, state: TrainState) -> None:
-        for line in MetricsLog.read(self.out / "metrics.jsonl"):
-            self._try(lambda line=line: self.write(line))
-
-    def on_step(self, state: TrainState, metrics: dict[str, Any] | None) -> None:
-        if metrics:
-            self._try(lambda: self.write(metrics))
-
-    on_eval = on_step
-
-    def on_end(self, state: TrainState) -> None:
-        self._try(lambda: self.close())
-
-    def _try(self, work: Callable[[], None]) -> None:
-        try:
-            if not self.failed:
-                work()
-        except Exception as error:  # a full disk, no network: training goes on
-            self.failed, name = True, type(self).__name__
-            what = f"{type(error).__name__}: {first_line(error).rstrip('.')}"
-            say(f"{name}: {what}. Nothing more goes there in this session; metrics.jsonl has it")
-
-
-def curve_points(line: dict[str, Any]) -> dict[str, float]:
-    """A line of metrics.jsonl, named for charts: `train/loss`, `flip_rate/layer_03`."""
-    kind = "final" if line.get("final") else "validation" if "val_loss" in line else "train"
-    points = {}
-    for name, value in line.items():
-        if isinstance(value, list):
-            points |= {f"{name}/layer_{layer:02}": x for layer, x in enumerate(value)}
-        elif name not in ("step", "final"):
-            points[f"{kind}/{name}"] = value
-    return points
-
-
-class TensorBoard(_Curves):
-    """What metrics.jsonl holds, for `tensorboard --logdir OUT/tensorboard`.
-
-    Each session writes the whole curve anew and has TensorBoard forget what it read before, so
-    that no step is there twice and none that was rolled back. ImportError: it is not installed.
-    """
-
-    writer: Any = None
-
-    def write(self, line: dict[str, Any]) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-not-found]
-        from torch.utils.tensorboard.writer import SummaryWriter
-
-        if self.writer is None:
-            self.writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=0)
-        points = [{"tag": tag, "simple_value": x} for tag, x in curve_points(line).items()]
-        # in one event: add_scalar writes one a number, which takes twenty times as long
-        self.writer.file_writer.add_summary(Summary(value=points), line["step"])
-        self.writer.flush()
-
-    def close(self) -> None:
-        if self.writer:
-            self.writer.close()
-
-
-class WandB(_Curves):
-    """What metrics.jsonl holds, at Weights & Biases; ImportError: it is not installed.
-
-    All sessions of a run, on whatever machine, go on with one run there: its id is made of the
-    first training line. W&B takes no step twice, so of steps that were rolled back it keeps what
-    came first; where the resume is exact, the same would have come again. Where the network is
-    down, W&B gives up after a minute and a half, for which training waits. WANDB_MODE=offline
-    leaves the whole curve of each session in OUT/wandb: `wandb sync` the newest.
-    """
-
-    def __init__(self, out: str | Path, project: str = "bitllm") -> None:
-        super().__init__(out)
-        self.project, self.run, self.first = project, None, 0
-        self.waiting: list[dict[str, Any]] = []
-
-    def write(self, line: dict[str, Any]) -> None:
         self.waiting.append(line)
-        if self.run is None and "train_seconds" in line:  # with times no two runs are alike
-            self.run = self.library.init(
-                project=self.project,
-                dir=str(self.out),
-                id=hashlib.sha256(json.dumps(line).encode()).hexdigest()[:16],
-                name=self.out.resolve().name,
-                resume="allow",
-                config=read_json(self.out / "config.json"),
-            )
-            self.first = self.run.step  # the one after the last that is there
-        while self.run and self.waiting:
-            line = self.waiting.pop(0)
-            if line["step"] >= self.first:
-                self.run.log(curve_points(line), step=line["step"])
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(map(self._text, self.waiting)))
+            self.waiting.clear()
+        except OSError as error:
+            if len(self.waiting) == 1:
+                log.warning(f"metrics.jsonl cannot be written ({error}); its lines wait")
 
-    def close(self) -> None:
-        if self.run:
-            self.run.finish()
+
+def log_to(stream: Any) -> None:
+    """Show what "bitllm" logs on `stream`, a line per message, instead of where it went before."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.INFO)
 
 
 @contextlib.contextmanager
 def _stop_on_signals(state: TrainState) -> Iterator[None]:
-    """Ctrl-C and SIGTERM set a flag read between steps; a second one ends at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Ctrl-C, SIGTERM and SIGHUP set a flag read between steps; a second one ends at once."""
 
     def handle(number: int, frame: Any) -> None:
         if state.stop_signal:
             raise KeyboardInterrupt
         state.stop_signal = number
-        say("stopping: this step ends, then a checkpoint is saved (again: stop at once)")
+        log.info("stopping: a checkpoint is saved after this step (again: stop at once)")
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, handle) for number in numbers]
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")):
+            if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                before[number] = signal.signal(number, handle)
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -4227,21 +3048,22 @@ SAVE_RETRY_S = 60.0
 """Seconds until a checkpoint that could not be saved is tried again."""
 MAX_SKIPPED_STEPS = 25
 """Non-finite steps in a row that end a run. float16's first loss scale takes some to settle."""
-
+LOCK_NAME = ".lock"
+_SET_ASIDE = "set-aside-"
 _MAY_CHANGE = ("micro_batch_size", "device", "dtype", "compile", "deterministic", "max_steps")
-_MAY_CHANGE += ("patience", "fsdp")
-_MAY_CHANGE += ("log_every_steps", "eval_every_steps", "eval_tokens", "sample_prompt")
-_MAY_CHANGE += ("save_every_steps", "save_every_minutes", "save_every_epoch", "keep_checkpoints")
+_MAY_CHANGE += ("patience", "fsdp", "sample_prompt", "keep_checkpoints", "log_every_steps")
+_MAY_CHANGE += ("eval_every_steps", "eval_tokens")
+_MAY_CHANGE += ("save_every_steps", "save_every_minutes", "save_every_epoch")
 
 
-def _refuse_differences(where: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """A run keeps its settings on its way, but for those of `_MAY_CHANGE`."""
-    found = []
-    for part in ("model", "data", "train"):
-        for name, value in now[part].items():
-            there = saved[part][name]
-            if there != value and not (part == "train" and name in _MAY_CHANGE):
-                found.append(f"{name} (run: {there}, asked: {value})")
+def check_same_settings(where: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """A run keeps its settings, except those that may change; ValueError names what differs."""
+    found = [
+        f"{name} (run: {saved[part][name]}, asked: {value})"
+        for part in ("model", "data", "train")
+        for name, value in now[part].items()
+        if saved[part][name] != value and not (part == "train" and name in _MAY_CHANGE)
+    ]
     if found:
         raise ValueError(
             f"{where} was made with other settings: {'; '.join(found)}. "
@@ -4256,656 +3078,96 @@ def check_run_folder(folder: Path) -> None:
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     if "config.json" in names or "checkpoints" in names:
         return
-    ours = ("tokenizer.json", "metrics.jsonl", "data", LOCK_NAME)
-    strange = [n for n in names if n not in ours and ".tmp" not in n and _SET_ASIDE not in n]
+    ours = ("tokenizer.json", "metrics.jsonl", "data", "lock.json")
+    ignored = [n for n in names if n[0] == "." or ".tmp" in n or _SET_ASIDE in n]
+    strange = sorted(set(names) - {*ours, *ignored})
     if strange:
         raise ValueError(
             f"{folder}: not a run folder (no config.json) and not empty "
-            f"({', '.join(sorted(strange)[:3])}); choose another"
+            f"({', '.join(strange[:3])}); choose another"
         )
-
-
-def check_mirror(out: Path, mirror: Path) -> None:
-    """ValueError for a folder that cannot be a mirror of `out`."""
-    if not mirror.absolute().parent.is_dir():
-        raise ValueError(
-            f"mirror={str(mirror)!r}: expected a folder in one that exists; "
-            f"{mirror.parent} does not. Is the drive mounted?"
-        )
-    one, other = out.resolve(), mirror.resolve()
-    if one == other or one in other.parents or other in one.parents:
-        raise ValueError(f"mirror={str(mirror)!r}: expected a folder apart from {out}")
-    with contextlib.suppress(OSError):  # not readable now; it is tried again
-        check_run_folder(mirror)
-
-
-_SET_ASIDE = "set-aside-"
 
 
 def set_aside(folder: Path, keep_data: bool) -> None:
     """Move what a run left to a folder inside it, so that another can begin; nothing is lost."""
-    ours = [LOCK_NAME, *(["data", "tokenizer.json"] if keep_data else [])]
+    kept = ["lock.json", *(["data", "tokenizer.json"] if keep_data else [])]
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    moved = [name for name in names if name not in ours and not name.startswith(_SET_ASIDE)]
-    if not moved:
-        return
-    numbers = (folder / f"{_SET_ASIDE}{n}" for n in itertools.count(1))
-    target = next(path for path in numbers if not path.exists())
-    target.mkdir()
-    for name in moved:
-        (folder / name).rename(target / name)
-    say(f"{folder}: the run in it was moved to {target}")
+    moved = [n for n in names if n not in kept and n[0] != "." and not n.startswith(_SET_ASIDE)]
+    if moved:
+        numbers = (folder / f"{_SET_ASIDE}{n}" for n in itertools.count(1))
+        target = next(path for path in numbers if not path.exists())
+        target.mkdir()
+        for name in moved:
+            (folder / name).rename(target / name)
+        log.info(f"{folder}: the run in it was moved to {target}")
 
 
-def open_run(
-    out: Path, configs: dict[str, Any], resume: str, mirror: Path | None = None
-) -> dict[str, Any] | None:
-    """The checkpoint to go on from; None to begin. Nothing is changed but what the mirror lends.
+def _lock(folder: Path) -> Any:
+    """The run folder's lock, which ends with the process; ValueError: another process has it."""
+    import filelock
+
+    path = folder / LOCK_NAME
+    if path.is_symlink():
+        path.unlink()
+    lock = filelock.FileLock(path, timeout=0, thread_local=False)
+    try:
+        return lock.acquire()
+    except filelock.Timeout:
+        raise ValueError(
+            f"{folder}: another process is training in it. Stop that one or choose another folder"
+        ) from None
+
+
+def open_run(out: Path, settings: dict[str, Any], resume: str, mirror: Any) -> Any:
+    """The checkpoint to resume from; None to begin. Nothing is changed but what a mirror returns.
 
     Raises:
-        ValueError: other settings, remains of which nothing is whole, or `resume` asks for what is
-            not so.
+        ValueError: other settings, remains of which nothing is whole, or `resume` does not fit.
     """
-    places = [place for place in (out, mirror) if place]
-    saved = None
-    for place in places:
-        if (place / "config.json").is_file():
-            try:
-                saved = read_run_config(place)
-            except ValueError as error:
-                say(f"passed over: {error}")
-            else:
-                _refuse_differences(place, saved, configs)
+    folder = out / "checkpoints"
     try:
-        checkpoint = newest_checkpoint(
-            out / "checkpoints", mirror=mirror / "checkpoints" if mirror else None
-        )
-        remains = [] if checkpoint else [list_checkpoints(p / "checkpoints") for p in places]
+        checkpoint = mirror.newest_checkpoint(settings) if mirror else newest_checkpoint(folder)
+        remains = list_checkpoints(folder) or (mirror and mirror.has_checkpoints())
     except OSError as error:
         raise ValueError(
-            f"{error}: whether there is a run to go on from is not known. Mount the drive, or "
-            "leave --mirror out"
+            f"{error}: whether there is a run to resume is not known. Mount the drive, or leave "
+            "--mirror out"
         ) from error
     if checkpoint is None:
-        if any(remains) or (saved is None and (out / "config.json").is_file()):
+        if remains:
             raise ValueError(
                 f"{out}: there are remains of a run, but no checkpoint that is whole. Nothing was "
                 "changed; --resume never begins anew and moves the remains to a folder set-aside-1"
             )
-        if resume == "must":
-            raise ValueError(f"{out}: resume=must, but there is no checkpoint to go on from")
+        require(resume != "must", "resume", resume, f"a checkpoint in {out} to resume from")
+        if (out / "config.json").is_file():  # of a run that has not saved yet
+            check_same_settings(out, read_run_config(out), settings)
         return None
-    then = checked_settings(checkpoint.get("config"), out / "checkpoints")
-    _refuse_differences(out, then, configs)
-    before, now = then["train"]["max_steps"], configs["train"]["max_steps"]
-    require(
-        now >= checkpoint["step"],
-        "max_steps",
-        now,
-        f"at least {checkpoint['step']}, which this run has done already",
-    )
+    then = checked_settings(checkpoint.get("config"), folder)
+    check_same_settings(out, then, settings)
+    before, now = then["train"]["max_steps"], settings["train"]["max_steps"]
+    done = checkpoint["step"]
+    require(now >= done, "max_steps", now, f"at least {done}, which this run has done already")
     if before != now:
-        say(f"max_steps: {before} -> {now}; the schedule now ends there, and the rate follows it")
+        log.info(f"max_steps: {before} -> {now}; the schedule now ends there, and the rate with it")
+    path = out / "tokenizer.json"
+    try:
+        load_tokenizer(path)
+    except (ValueError, FileNotFoundError) as error:
+        log.warning(f"{first_line(error)}: taken from the checkpoint")
+        tokenizer = tokenizer_from(str(checkpoint.get("tokenizer")), folder)
+        write_atomically(path, tokenizer.to_str(pretty=True).encode())
     return checkpoint
-
-
-class _Trainer:
-    """The parts of one session that `train` puts together; not for use outside."""
-
-    def __init__(
-        self,
-        model_config: ModelConfig,
-        data_config: DataConfig,
-        config: TrainConfig,
-        out: Path,
-        world: World,
-        lock: FolderLock | None,
-        callbacks: Sequence[Callback],
-    ) -> None:
-        self.model_config, self.config, self.out = model_config, config, out
-        self.world, self.lock, self.callbacks = world, lock, callbacks
-        self.settings = {
-            "model": asdict(model_config),
-            "data": asdict(data_config),
-            "train": asdict(config),
-        }
-        self.context = model_config.max_position_embeddings
-        self.device = choose_device(config.device, config.dtype)
-        check_memory(model_config, config, self.device, world.size)
-        prepare = partial(prepare_data, data_config, model_config.vocab_size, self.context, out)
-        prepared = world.first(prepare)
-        if not prepared and not same_data(out, data_config, model_config.vocab_size):
-            raise FileNotFoundError(
-                f"{out}: the tokens that the first process left there are not to be seen from here "
-                f"({platform.node()}). Processes on several machines need a folder that all share"
-            )
-        self.data, self.tokenizer = prepared or prepare()
-        self.micro_batch = windows_at_once(model_config, config, self.device, world.size)
-        torch.manual_seed(config.seed)  # nothing draws from it yet; a checkpoint holds its state
-        world.sharded = config.fsdp
-        if world.sharded:  # they compute together, each the same number of times
-            self.micro_batch = -int(world.most(-self.micro_batch))
-            model, self.sums = sharded_model(model_config, config.seed, self.device.device)
-        else:
-            model = BitLM(model_config, config.seed).to(self.device.device)
-        optimizers = make_optimizers(model, config)
-        self.state = TrainState(model, optimizers, self.device.scaler(), config, world)
-        self.sum = ExactSum(parameters_of(optimizers))
-        self.loss: Callable[[Tensor, Tensor], Tensor] = model.loss
-        self.unproven = False  # compiled, but no step has shown yet that it works
-        self.log: MetricsLog  # from when it is known which step a run goes on from
-        self.writer = CheckpointWriter(out / "checkpoints", keep_of(config))
-        self.last_save = time.monotonic()
-        self.begun_step = -1  # of the newest checkpoint begun
-        self.retry_at = math.inf  # when a failed save is tried again
-        self.mirror_status = ""
-
-    def tell(self, event: str, *values: Any) -> None:
-        for callback in self.callbacks:
-            getattr(callback, event)(self.state, *values)
-
-    def announce(self) -> None:
-        """What is going to happen, in four lines."""
-        model, config = self.model_config, self.config
-        epochs = config.max_steps / self.data.steps_per_epoch(config, self.context)
-        counts = self.data.manifest
-        say(
-            f"model: {model.num_parameters / 1e6:.2f}M parameters, {model.linear}, on {self.device}"
-        )
-        say(
-            f"data: {counts['train']['tokens']:,} training and "
-            f"{counts['validation']['tokens']:,} validation tokens; {epochs:.1f} epochs"
-        )
-        say(
-            f"steps: {config.max_steps} of {config.batch_tokens:,} tokens, "
-            f"{self.micro_batch} windows of {self.context} at once"
-            + (f" on each of {self.world.size} processes" if self.world.size > 1 else "")
-        )
-        for limit in model.export_limits:
-            say(f"note: this model trains, but not every client will load it: {limit}")
-
-    def compile(self) -> None:
-        """Wrap the loss in torch.compile where asked for, or where it pays."""
-        asked, why_not = self.config.compile, why_not_compile(self.device)
-        why_not = "not with fsdp" if self.world.sharded else why_not
-        wanted = asked == "on" or (
-            asked == "auto" and _pays_to_compile(self.model_config, self.config, self.device)
-        )
-        if wanted and why_not:
-            say(f"torch.compile: off ({why_not})")
-        elif wanted:
-            say("torch.compile: on; the first step takes some ten seconds longer")
-            try:  # it also imports the compiler
-                self.loss = compiled_loss(self.state.model)
-                self.unproven = True
-            except Exception as error:
-                self.back_to_eager(error)
-
-    def back_to_eager(self, error: Exception) -> None:
-        say(f"torch.compile: off ({type(error).__name__}: {first_line(error)})")
-        self.loss, self.unproven = self.state.model.loss, False
-
-    def backward(self, batch: Tensor) -> float:
-        """Loss of the windows in `batch`, (windows, T + 1), its gradient accumulated.
-
-        It is the share of these windows in the mean over all tokens of the step.
-        """
-        tokens, shares = self.config.batch_tokens, []
-        for part in batch.split(self.micro_batch):
-            part = part.to(self.device.device, non_blocking=True)
-            with self.device.autocast():
-                loss = self.loss(part[:, :-1].contiguous(), part[:, 1:].contiguous()) / tokens
-            self.state.scaler.scale(loss).backward()
-            shares.append(loss.detach())
-        return math.fsum(torch.stack(shares).tolist())
-
-    def backward_sharded(self, batch: Tensor) -> float:
-        """`backward` in as many turns as the largest share of a process takes.
-
-        Blocks are gathered in each, so all have to take part; one's own may count for nothing.
-        """
-        tokens, shares = self.config.batch_tokens, []
-        turns = -(-tokens // (self.context * self.micro_batch) // self.world.size)
-        parts = batch.split(self.micro_batch)
-        for part_sum in self.sums:
-            part_sum.clear()
-        with told_of_the_dead():
-            for turn in range(turns):
-                if self.sums:  # they hold the gradients of the turns before
-                    self.state.model.zero_grad()
-                counts = turn < len(parts)
-                part = parts[turn] if counts else batch[:1]
-                part = part.to(self.device.device, non_blocking=True)
-                with self.device.autocast():
-                    loss = self.loss(part[:, :-1].contiguous(), part[:, 1:].contiguous()) / tokens
-                loss = loss if counts else loss * 0
-                self.state.scaler.scale(loss).backward()
-                shares.append(loss.detach())
-            return math.fsum(torch.stack(shares).tolist())
-
-    def backward_or_less(self, batch: Tensor) -> float:
-        """`backward`; in halves when the GPU's memory does not do, eager when compiling fails."""
-        while True:
-            try:
-                return self.backward(batch)
-            except torch.OutOfMemoryError:
-                if self.micro_batch == 1:
-                    raise
-                smaller = [d for d in range(1, self.micro_batch) if self.micro_batch % d == 0]
-                self.micro_batch = smaller[-1]
-                say(f"out of GPU memory: {self.micro_batch} windows at once from here on")
-            except Exception as error:
-                if not self.unproven:
-                    raise
-                if self.state.stop_signal:  # it reaches the compiler's helpers too
-                    raise KeyboardInterrupt from error
-                self.back_to_eager(error)
-            for optimizer in self.state.optimizers:
-                optimizer.zero_grad()
-            self.sum.clear()
-            if self.device.device.type == "cuda":
-                torch.cuda.empty_cache()
-
-    def gradients(self, batch: Tensor) -> float:
-        """The share of the loss of `batch`; each parameter has the gradient of the whole step."""
-        parameters = parameters_of(self.state.optimizers)
-        on_gpu = self.device.device.type == "cuda"  # which has neither room nor use for it
-        if on_gpu or (self.world.size == 1 and self.micro_batch == len(batch)):
-            share = self.backward_or_less(batch)
-            self.world.add_up(p.grad for p in parameters if p.grad is not None)
-            return share
-        with self.sum:
-            share = self.backward_or_less(batch)
-        self.sum.write(self.world)
-        return share
-
-    def train_step(self) -> float:
-        """One optimizer step; returns the norm of its gradient."""
-        state = self.state
-        windows = self.data.batch(self.config, self.context, state.step)
-        part = self.world.part(len(windows) // self.micro_batch)
-        batch = windows[part.start * self.micro_batch : part.stop * self.micro_batch]
-        if self.world.sharded:
-            share = self.backward_sharded(torch.from_numpy(batch))
-        else:
-            with state.model.hold_weights(self.device.dtype):
-                share = self.gradients(torch.from_numpy(batch))
-        state.loss = self.world.total(share)
-        smallest = -int(self.world.most(-self.micro_batch))
-        if smallest < self.micro_batch:
-            say(f"another process is out of memory: {smallest} windows at once from here on")
-            self.micro_batch = smallest
-        self.unproven = False
-        factor = learning_rate_factor(self.config, state.step)
-        limit = self.config.max_grad_norm
-        norm = apply_gradients(state.optimizers, state.scaler, factor, limit, self.world)
-        state.step += 1
-        if math.isfinite(norm):
-            state.skipped_in_a_row = 0
-        else:
-            state.skipped += 1
-            state.skipped_in_a_row += 1
-        return norm
-
-    def telemetry(self) -> dict[str, list[float]]:
-        """Per layer: share of zeros, and of trits that changed since the last call."""
-        if self.model_config.linear == "dense":
-            return {}
-        zeros, flips, sizes = (np.zeros(self.model_config.num_hidden_layers) for _ in range(3))
-        for name, linear in self.state.model.bit_linears().items():
-            if name == "lm_head":
-                continue
-            layer, weight = int(name.split(".")[2]), all_rows(linear.weight.detach())
-            trits = weight_quant(weight)[0].to(torch.int8).cpu()
-            sizes[layer] += trits.numel()
-            if self.world.sharded and self.world.rank:
-                continue  # it only had to give its rows
-            zeros[layer] += (trits == 0).sum().item()
-            if name in self.state.trits:
-                flips[layer] += (trits != self.state.trits[name]).sum().item()
-            self.state.trits[name] = trits
-        return {
-            "zero_fraction": [round(z, 6) for z in zeros / sizes],
-            "flip_rate": [round(f, 6) for f in flips / sizes],
-        }
-
-    def step_metrics(self, norm: float, tokens_per_s: float) -> dict[str, Any]:
-        state = self.state
-        factor = learning_rate_factor(self.config, state.step - 1)
-        return {
-            "step": state.step,
-            "loss": state.loss,
-            "learning_rate": peak_rates(self.model_config, self.config)[0] * factor,
-            "grad_norm": norm,
-            "tokens": state.tokens,
-            "tokens_per_s": round(tokens_per_s, 1),
-            "memory_bytes": memory_in_use(self.device),
-            "train_seconds": round(state.train_seconds, 3),
-            **self.telemetry(),
-        }
-
-    def evaluate(self, whole: bool) -> dict[str, Any]:
-        """Loss on a fixed slice of the validation tokens, or on all of them."""
-        tokens = self.data.validation if whole else self.data.validation[: self.config.eval_tokens]
-        first, part = end_of_text_id(self.tokenizer) or 0, self.world.part(len(tokens))
-        begin, end = (at // self.context * self.context for at in (part.start, part.stop))
-        end = len(tokens) if self.world.rank == self.world.size - 1 else end
-        first = int(tokens[begin - 1]) if begin else first
-        if self.world.sharded:
-            nats = self.total_loss_sharded(tokens[begin:end], first)
-        else:
-            nats = total_loss(self.state.model, tokens[begin:end], first, self.device)
-        loss = self.world.total(nats) / len(tokens)
-        return {
-            "step": self.state.step,
-            "val_loss": loss,
-            "val_perplexity": safe_exp(loss),
-            "val_bits_per_byte": loss / math.log(2) / self.data.bytes_per_token,
-            "val_tokens": len(tokens),
-            **({"final": True} if whole else {}),
-        }
-
-    def total_loss_sharded(self, tokens: np.ndarray, first: int) -> float:
-        """`total_loss`, and as many computations more as others take that have more tokens."""
-        model, calls = self.state.model, loss_calls(len(tokens), self.context)
-        spare = int(self.world.most(calls)) - calls
-        with told_of_the_dead():
-            nats = total_loss(model, tokens, first, self.device)
-            for _ in range(spare):
-                total_loss(model, self.data.validation[:1], first, self.device)
-        reshard(model)
-        return nats
-
-    def sample(self) -> str:
-        """A text of fixed seed; it touches no random state of the training."""
-        sampling = SamplingConfig(max_new_tokens=60, seed=0)
-        prompt, model = self.config.sample_prompt, self.state.model
-        if self.world.sharded:
-            weights = self.world.wholes(model.state_dict())
-            if not weights:
-                return ""
-            with torch.device("meta"):
-                model = BitLM(self.model_config, seed=None)
-            model.load_state_dict(weights, assign=True)
-            del weights  # each goes as its layer is packed
-            model.fill_rope()
-            model.freeze()
-        return prompt + generate(model, self.tokenizer, prompt, sampling)
-
-    def checkpoint_contents(self, kind: str) -> dict[str, Any]:
-        """All of a run but its tokens; of the best, what generating needs."""
-        state = self.state
-        if kind == "best":
-            contents = {"step": state.step, "val_loss": state.val_loss}
-            contents["model"] = self.world.wholes(state.model.state_dict())
-        else:
-            contents = state.state_dict() | {
-                "metrics": self.log.lines,
-                "tokenizer_sha256": self.data.manifest["tokenizer_sha256"],
-                "data_sha256": self.data.sha256,
-                "device": str(self.device),
-                "micro_batch": self.micro_batch,
-                "processes": self.world.size,
-            }
-        text = self.tokenizer.to_str()
-        return {**contents, "config": self.settings, "tokenizer": text, "versions": versions()}
-
-    def write_settings(self) -> None:
-        """What a run folder holds beside its checkpoints, where it is not there or has changed."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        config = {"format_version": FORMAT_VERSION, **self.settings}
-        if read_json(self.out / "config.json") != json.loads(json.dumps(config)):
-            write_atomically(self.out / "config.json", json.dumps(config, indent=1).encode())
-        if not (self.out / "tokenizer.json").is_file():
-            text = self.tokenizer.to_str(pretty=True)
-            write_atomically(self.out / "tokenizer.json", text.encode())
-
-    def save(self, kind: str = "step") -> None:
-        """Begin a checkpoint; a disk that refuses does not end the training."""
-        if kind == "step":
-            self.state.save_requested = False
-            if not self.world.most(self.begun_step != self.state.step):  # asked for twice
-                return
-        start = time.perf_counter()
-        contents = self.checkpoint_contents(kind)  # every process gives its part
-        if self.lock:
-            self.write(contents, kind, self.lock)
-        self.state.save_seconds += time.perf_counter() - start
-        if kind == "step":
-            self.last_save, self.begun_step = time.monotonic(), self.state.step
-
-    def write(self, contents: dict[str, Any], kind: str, lock: FolderLock) -> None:
-        if lock.taken():
-            raise ValueError(
-                f"{self.out}: another process has taken this run over; stopped at step "
-                f"{self.state.step}, the last checkpoint of this one is of step "
-                f"{self.state.last_saved_step}"
-            )
-        try:
-            self.write_settings()
-            self.writer.save(contents, kind)
-        except OSError as error:
-            self.save_failed(f"{kind}_{self.state.step:08d}", error)
-
-    def save_failed(self, name: str, error: OSError) -> None:
-        last = self.state.last_saved_step
-        good = f"the last good one is of step {last}" if last else "there is no good one yet"
-        say(f"checkpoint {name} could not be saved: {error}. Training goes on; {good}")
-        if name.startswith("step"):
-            self.begun_step, self.retry_at = -1, time.monotonic() + SAVE_RETRY_S
-
-    def collect_saves(self, wait: bool = False) -> None:
-        """Tell of checkpoints that have become safe, or have not, since the last call."""
-        for name, result in self.writer.finished(wait):
-            if isinstance(result, OSError):
-                self.save_failed(name, result)
-            elif name.startswith("step"):
-                self.state.last_saved_step = checkpoint_step(result)
-                self.state.last_saved_at, self.retry_at = time.time(), math.inf
-                self.tell("on_checkpoint", result)
-
-    def save_to_the_end(self) -> None:
-        """Save this step and wait until it is safe; OSError where it cannot be."""
-        self.collect_saves(wait=True)
-        if self.world.most(self.begun_step != self.state.step):
-            self.save()
-            self.collect_saves(wait=True)
-        self.state.last_saved_step = int(self.world.most(self.state.last_saved_step))
-        if self.state.last_saved_step != self.state.step:
-            raise OSError(
-                f"step {self.state.step} could not be saved in {self.out} (see above); the last "
-                f"good checkpoint is of step {self.state.last_saved_step}. Make room or mend the "
-                "disk, then train again: it goes on from there"
-            )
-
-    def watch_mirror(self) -> None:
-        mirror = self.state.mirror
-        if mirror and (status := mirror.status()) != self.mirror_status:
-            self.mirror_status = status
-            self.tell("on_mirror", status)
-
-    def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from a checkpoint; other versions or another device are said, not refused."""
-        try:
-            self._restore(checkpoint)
-        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"{self.out}: its checkpoint of step {checkpoint['step']} is not of this run "
-                f"({first_line(error)}); nothing was changed. Choose another --out, or begin anew "
-                "with --resume never"
-            ) from error
-
-    def _restore(self, checkpoint: dict[str, Any]) -> None:
-        for name in ("tokenizer_sha256", "data_sha256"):
-            there = {**self.data.manifest, "data_sha256": self.data.sha256}
-            if checkpoint[name] != there[name]:
-                raise ValueError(
-                    f"it was trained on other tokens: {name} differs; put tokenizer.json and data/ "
-                    "back"
-                )
-        now = {**versions(), "device": str(self.device), "processes": self.world.size}
-        now["fsdp"] = self.config.fsdp
-        before = {**checkpoint["versions"], "device": checkpoint["device"]}
-        before["processes"] = checkpoint.get("processes", 1)
-        before["fsdp"] = checkpoint["config"]["train"].get("fsdp", False)
-        micro, windows = int(checkpoint["micro_batch"]), self.config.batch_tokens // self.context
-        if not self.config.micro_batch_size and windows // micro >= self.world.size:
-            self.micro_batch = micro
-        if self.micro_batch == micro and not self.config.fsdp and self.device.device.type == "cpu":
-            now.pop("processes")  # ExactSum
-        changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
-        if changed:
-            say(f"note: not bit for bit as before, for these changed: {', '.join(changed)}")
-        check_weights(self.model_config, checkpoint["model"], self.out / "checkpoints")
-        self.state.load_state_dict(checkpoint)
-        self.state.last_saved_step = self.begun_step = self.state.step
-
-    def save_is_due(self) -> bool:
-        config, step = self.config, self.state.step
-        if self.state.save_requested:
-            return True
-        by_steps = config.save_every_steps and step % config.save_every_steps == 0
-        minutes = (time.monotonic() - self.last_save) / 60
-        by_time = config.save_every_minutes and minutes >= config.save_every_minutes
-        return bool(by_steps or by_time or time.monotonic() >= self.retry_at)
-
-    def epoch_ended(self) -> bool:
-        per_epoch = self.data.steps_per_epoch(self.config, self.context)
-        return self.state.step // per_epoch > (self.state.step - 1) // per_epoch
-
-    def after_step(self) -> None:
-        """Evaluate, write a sample and save, each where it is due."""
-        state, config = self.state, self.config
-        if config.eval_every_steps and state.step % config.eval_every_steps == 0:
-            metrics = self.evaluate(whole=False)
-            self.log.write(metrics)
-            state.val_loss = metrics["val_loss"]
-            self.tell("on_eval", metrics)
-            self.tell("on_sample", self.sample())
-            state.evals_since_best += 1
-            if state.val_loss < state.best_val_loss:
-                state.best_val_loss, state.best_step = state.val_loss, state.step
-                state.evals_since_best = 0
-                self.save("best")
-        if config.save_every_epoch and self.epoch_ended():
-            self.save("epoch")
-        if self.world.most(self.save_is_due()):
-            self.save()
-        self.collect_saves()
-        self.watch_mirror()
-
-    def stop_asked(self) -> bool:
-        """Whether any process has been told to stop; the same answer in all."""
-        number = int(self.world.most(self.state.stop_signal))
-        self.state.stop_signal = number or self.state.stop_signal  # one may have come just now
-        return number != 0
-
-    def tokens_came(self) -> bool:
-        """Whether the next step's tokens are there, after waiting for them; False: stop first."""
-        data, state, started = self.data, self.state, time.monotonic()
-        while data.streamed and self.world.most(
-            not data.ready(self.config, self.context, state.step)
-        ):
-            if self.world.most(data.error is not None):
-                state.stop_signal = state.stop_signal or signal.SIGTERM
-            if self.stop_asked():
-                return False
-            if started < time.monotonic() - 10:
-                say(f"waiting for more text to come in; {len(data.training):,} tokens are there")
-                started = time.monotonic() + 50
-            time.sleep(0.1)
-        return True
-
-    def run(self) -> None:
-        """Steps until all are done, a signal came, or the loss stays non-finite."""
-        state, config = self.state, self.config
-        steps_logged, started = 0, time.perf_counter()
-        while not state.finished and not self.stop_asked():
-            if not self.tokens_came():
-                continue
-            start = time.perf_counter()
-            norm = self.train_step()
-            state.train_seconds += time.perf_counter() - start
-            steps_logged += 1
-            metrics = None
-            if state.step % config.log_every_steps == 0 or state.step == config.max_steps:
-                elapsed = time.perf_counter() - started
-                speed = steps_logged * config.batch_tokens / elapsed
-                metrics = self.step_metrics(norm, speed)
-                self.log.write(metrics)
-            self.tell("on_step", metrics)
-            if state.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-                raise FloatingPointError(
-                    f"{MAX_SKIPPED_STEPS} steps in a row had no finite gradient; stopped at step "
-                    f"{state.step}. The last checkpoint in {self.out} is from before. Try a lower "
-                    "learning_rate, or --dtype float32"
-                )
-            self.after_step()
-            if metrics:
-                steps_logged, started = 0, time.perf_counter()
-            started += self.wait_while_paused()
-
-    def wait_while_paused(self) -> float:
-        """Seconds spent here, which belong to no step; stopping and saving work meanwhile."""
-        start = time.perf_counter()
-        while self.world.most(self.state.paused) and not self.stop_asked():
-            self.tell("on_pause")
-            if self.world.most(self.state.save_requested):
-                self.save()
-            self.collect_saves()
-            self.watch_mirror()
-            time.sleep(0.1)
-        return time.perf_counter() - start
-
-    def finish(self) -> None:
-        """Save and evaluate on everything, once."""
-        state = self.state
-        if state.step < self.config.max_steps:
-            say(
-                f"ended early at step {state.step} of {self.config.max_steps}: no better "
-                f"validation loss in {self.config.patience} evaluations. The best, "
-                f"{state.best_val_loss:.4f} at step {state.best_step}, is kept (--checkpoint "
-                "best); --patience 0 goes on all the same"
-            )
-        self.save_to_the_end()
-        metrics = self.evaluate(whole=True)
-        self.log.write(metrics)
-        self.state.val_loss = metrics["val_loss"]
-        self.tell("on_eval", metrics)
-
-    def session(self) -> None:
-        """Train to the end or to a stop, and leave everything safe."""
-        coming = self.data.coming(self.tokenizer) if self.lock else contextlib.nullcontext()
-        with _stop_on_signals(self.state), coming:
-            self.tell("on_start")
-            try:
-                self.run()
-                if self.stop_asked():
-                    self.save_to_the_end()
-                else:
-                    self.finish()
-            finally:
-                self.collect_saves(wait=True)
-                self.writer.worker.shutdown()
-                self.tell("on_end")
-            self.close_mirror()
-            if self.data.error:
-                raise ConnectionError(
-                    f"data={self.settings['data']['data']!r} could not be read on "
-                    f"({first_line(self.data.error)}). Step {self.state.step} is saved; the same "
-                    "command goes on from there"
-                ) from self.data.error
-
-    def close_mirror(self) -> None:
-        if self.state.mirror:
-            self.state.mirror.close()
-            say(self.state.mirror.status())
 
 
 def memory_in_use(device: Device) -> int:
     """Most bytes held so far: on the GPU, or by this process."""
     if device.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):  # not ru_maxrss: it begins with that of the parent
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if found:
+            return int(found[1]) << 10
     try:
         import resource
     except ImportError:  # Windows
@@ -4915,25 +3177,342 @@ def memory_in_use(device: Device) -> int:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the bits of a run."""
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-    }
+    """What decides the bits of a run besides its settings."""
+    libraries = {"torch": str(torch.__version__), "numpy": np.__version__}
+    return {"python": platform.python_version(), **libraries}
 
 
-@contextlib.contextmanager
-def _repeatable_kernels(wanted: bool) -> Iterator[None]:
-    """`deterministic`, for the time of a training."""
-    before = torch.are_deterministic_algorithms_enabled()
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
+class _Session:
+    """One call of `train`: what it holds in memory, and its steps."""
+
+    def __init__(
+        self, configs: tuple[Any, Any, Any], out: Path, processes: Processes, callbacks: Any
+    ) -> None:
+        self.model_config, data_config, self.config = configs
+        self.out, self.processes, self.callbacks = out, processes, callbacks
+        self.settings = _settings(configs)
+        self.context, vocab_size = self.model_config.max_position_embeddings, configs[0].vocab_size
+        self.device = choose_device(self.config.device, self.config.dtype)
+        prepare = partial(prepare_data, data_config, vocab_size, self.context, out)
+        self.data, self.tokenizer = processes.run_on_main(prepare) or prepare()
+        size = processes.world_size
+        self.micro_batch = windows_at_once(self.model_config, self.config, self.device, size)
+        torch.manual_seed(self.config.seed)  # nothing draws from it yet; a checkpoint holds it
+        model = processes.build_model(self.model_config, self.config.seed, self.device.device)
+        optimizers = processes.make_optimizers(model, self.config)
+        self.state = TrainState(model, optimizers, self.device.scaler(), self.config, processes)
+        self.loss: Callable[[Tensor, Tensor], Tensor] = model.loss
+        self.unproven = False  # compiled, but no step has shown yet that it works
+        self.log = MetricsLog(None, 0)
+
+    def notify(self, event: str, *values: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self.state, *values)
+
+    def compile(self) -> None:
+        """Compile the loss where asked to, or where it pays: it takes ten seconds and more."""
+        model, config = self.model_config, self.config
+        worth = 1e15 if self.device.device.type == "cuda" else 5e12  # a minute's work, guessed
+        work = 6 * model.num_parameters * config.batch_tokens * config.max_steps
+        if config.compile == "off" or (config.compile == "auto" and work <= worth):
+            return
+        try:
+            compiling = extension("compiling", "torch.compile")
+            require(not self.processes.sharded, "fsdp", True, "False to compile")
+            self.loss = compiling.compiled_loss(self.state.model)
+            self.unproven = True
+            log.info("torch.compile: on; the first step takes some ten seconds longer")
+        except Exception as error:  # of whatever kind: it also imports the compiler
+            self.back_to_eager(error)
+
+    def back_to_eager(self, error: Exception) -> None:
+        log.warning(f"torch.compile: off ({type(error).__name__}: {first_line(error)})")
+        self.loss, self.unproven = self.state.model.loss, False
+
+    def gradients(self, windows: Tensor) -> Tensor:
+        """Accumulate the gradients of this process' windows, (N, T + 1); return their loss.
+
+        With half the micro-batch when a GPU runs out of memory, eager when compiling fails.
+        """
+        while True:
+            try:
+                total = self._backward(windows)
+                self.unproven = False
+                return total
+            except torch.OutOfMemoryError:
+                if self.micro_batch == 1 or self.processes.sharded:
+                    raise
+                self.micro_batch //= 2
+                log.warning(f"out of GPU memory: {self.micro_batch} windows at once from here on")
+            except Exception as error:
+                if not self.unproven:
+                    raise
+                if self.state.stop_signal:  # it reaches the compiler's helpers too
+                    raise KeyboardInterrupt from error
+                self.back_to_eager(error)
+            self.state.model.zero_grad()
+            if self.device.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _backward(self, windows: Tensor) -> Tensor:
+        device, total = self.device.device, torch.zeros((), device=self.device.device)
+        x, y = windows[:, :-1], windows[:, 1:]  # (N, T)
+        with self.state.model.hold_weights(self.device.dtype):
+            for pair in self.processes.micro_batches(x, y, self.micro_batch):
+                x, y = (part.to(device, non_blocking=True).contiguous() for part in pair)
+                with self.device.autocast():
+                    loss = self.loss(x, y) / self.config.batch_tokens
+                self.state.scaler.scale(loss).backward()
+                total += loss.detach()
+        return total
+
+    def run(self, saver: _Saver) -> None:
+        """Steps until all are done, a signal came, or the loss stays non-finite."""
+        state, config, processes = self.state, self.config, self.processes
+        parameters = parameters_of(state.optimizers)
+        steps, since = 0, time.perf_counter()  # the last line of the log
+        while not state.finished and not self.stop_asked():
+            if not self.tokens_came():
+                continue
+            start = time.perf_counter()
+            windows = torch.from_numpy(self.data.batch(config, self.context, state.step))
+            factor = learning_rate_factor(config, state.step)
+            loss = processes.reduce_gradients(parameters, self.gradients(windows))
+            state.loss, norm = apply_gradients(
+                state.optimizers, state.scaler, factor, config.max_grad_norm, loss, processes
+            )
+            self.count_step(math.isfinite(norm), time.perf_counter() - start)
+            steps, metrics = steps + 1, None
+            if state.step % config.log_every_steps == 0 or state.step == config.max_steps:
+                speed = steps * config.batch_tokens / (time.perf_counter() - since)
+                metrics = self.step_metrics(norm, factor, speed)
+                self.log.write(metrics)
+            self.notify("on_step", metrics)
+            if config.eval_every_steps and state.step % config.eval_every_steps == 0:
+                self.evaluate(saver)
+            saver.save_where_due()
+            if metrics:
+                steps, since = 0, time.perf_counter()
+            since += self.wait_while_paused(saver)
+
+    def count_step(self, finite: bool, seconds: float) -> None:
+        state = self.state
+        state.step += 1
+        state.train_seconds += seconds
+        state.skipped += not finite
+        state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
+        if state.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+            raise FloatingPointError(
+                f"{MAX_SKIPPED_STEPS} steps in a row had no finite gradient; stopped at step "
+                f"{state.step}. The last checkpoint in {self.out} is from before. Try a lower "
+                "learning_rate, or --dtype float32"
+            )
+
+    def stop_asked(self) -> bool:
+        """Whether any process has been told to stop; the same answer in all."""
+        [number] = self.processes.all_reduce_max([self.state.stop_signal])
+        self.state.stop_signal = int(number) or self.state.stop_signal  # one may have just come
+        return number != 0
+
+    def tokens_came(self) -> bool:
+        """Whether the next step's tokens are there, after waiting for them; False: stop first."""
+        data, waiting = self.data, False
+        while data.streamed:
+            ready = data.ready(self.config, self.context, self.state.step)
+            missing, failed = self.processes.all_reduce_max([not ready, data.error is not None])
+            if not missing:
+                break
+            if failed:
+                self.state.stop_signal = self.state.stop_signal or signal.SIGTERM
+            if self.stop_asked():
+                return False
+            if not waiting:
+                log.info(f"waiting for more text; {len(data.training):,} tokens are there")
+            waiting = True
+            time.sleep(0.1)
+        return True
+
+    def wait_while_paused(self, saver: _Saver) -> float:
+        """Seconds spent here, which belong to no step; stopping and saving work meanwhile."""
+        start = time.perf_counter()
+        while any(self.processes.all_reduce_max([self.state.paused])) and not self.stop_asked():
+            self.notify("on_pause")
+            saver.save_where_due(paused=True)
+            time.sleep(0.1)
+        return time.perf_counter() - start
+
+    def step_metrics(self, norm: float, factor: float, tokens_per_s: float) -> dict[str, Any]:
+        return {
+            "step": self.state.step,
+            "loss": self.state.loss,
+            "learning_rate": peak_rates(self.model_config, self.config)[0] * factor,
+            "grad_norm": norm,
+            "tokens": self.state.tokens,
+            "tokens_per_s": round(tokens_per_s, 1),
+            "memory_bytes": memory_in_use(self.device),
+            "train_seconds": round(self.state.train_seconds, 3),
+            **_telemetry(self.state),
+        }
+
+    def evaluate(self, saver: _Saver | None) -> None:
+        """Evaluate on a slice of the validation tokens, generate a text and keep the best model.
+
+        Without a saver: at the end, on all of them.
+        """
+        state, config, final = self.state, self.config, saver is None
+        tokens = self.data.validation if final else self.data.validation[: config.eval_tokens]
+        first = end_of_text_id(self.tokenizer) or 0
+        nats = total_loss(state.model, tokens, first, self.device, processes=self.processes)
+        state.val_loss = loss = nats / len(tokens)
+        metrics = {
+            "step": state.step,
+            "val_loss": loss,
+            "val_perplexity": safe_exp(loss),
+            "val_bits_per_byte": loss / math.log(2) / self.data.bytes_per_token,
+            "val_tokens": len(tokens),
+            **({"final": True} if final else {}),
+        }
+        self.log.write(metrics)
+        self.notify("on_eval", metrics)
+        if saver is None:
+            return
+        model = self.processes.whole_model(state.model)
+        if model and self.callbacks:
+            sampling, prompt = SamplingConfig(60, seed=0), config.sample_prompt
+            self.notify("on_sample", prompt + generate(model, self.tokenizer, prompt, sampling))
+        state.evals_since_best += 1
+        if loss < state.best_val_loss:
+            state.best_val_loss, state.best_step, state.evals_since_best = loss, state.step, 0
+            saver.save("best")
+
+
+def _settings(configs: tuple[Any, Any, Any]) -> dict[str, Any]:
+    return dict(zip(("model", "data", "train"), map(asdict, configs), strict=True))
+
+
+def _telemetry(state: TrainState) -> dict[str, list[float]]:
+    """Per layer: share of zeros, and of trits that changed since the last call."""
+    config, processes = state.model.config, state.processes
+    zeros, flips, sizes = (np.zeros(config.num_hidden_layers) for _ in range(3))
+    for name, linear in state.model.bit_linears().items() if config.linear != "dense" else ():
+        weight = processes.whole({name: linear.weight.detach()}).get(name)
+        if name == "lm_head" or weight is None or not processes.is_main:
+            continue
+        layer, trits = int(name.split(".")[2]), weight_quant(weight)[0].to("cpu", torch.int8)
+        zeros[layer] += (trits == 0).sum().item()
+        flips[layer] += (trits != state.trits.get(name, trits)).sum().item()
+        sizes[layer] += trits.numel()
+        state.trits[name] = trits
+    found = {"zero_fraction": zeros, "flip_rate": flips} if sizes.any() else {}
+    return {name: (counts / sizes).round(6).tolist() for name, counts in found.items()}
+
+
+class _Saver:
+    """Checkpoints of a session, written by a thread: training only waits for copies of tensors."""
+
+    def __init__(self, session: _Session) -> None:
+        self.session, self.state, self.mirror = session, session.state, session.state.mirror
+        self.folder = Folder(session.out / "checkpoints")
+        self.keep = keep_of(session.config)
+        self.worker = ThreadPoolExecutor(1, "checkpoints")
+        self.running: tuple[str, Future[Path]] | None = None
+        self.begun_step = self.state.step or -1  # of the newest checkpoint begun
+        self.last_save, self.retry_at = time.monotonic(), math.inf
+        self.mirror_status = ""
+        with contextlib.suppress(OSError):
+            remove_unfinished(self.folder)
+
+    def save_where_due(self, paused: bool = False) -> None:
+        """Save what is due after this step, and report what has become safe since the last."""
+        session, state, step = self.session, self.state, self.state.step
+        config, epoch = (
+            session.config,
+            session.data.steps_per_epoch(session.config, session.context),
+        )
+        due = state.save_requested
+        if not paused:
+            if config.save_every_epoch and step // epoch > (step - 1) // epoch:
+                self.save("epoch")
+            minutes = (time.monotonic() - self.last_save) / 60
+            due |= bool(config.save_every_steps and step % config.save_every_steps == 0)
+            due |= bool(config.save_every_minutes and minutes >= config.save_every_minutes)
+            due |= time.monotonic() >= self.retry_at
+        due, less = state.processes.all_reduce_max([due, -session.micro_batch])
+        session.micro_batch = -int(less)  # in all processes as small as where memory was scarce
+        if due:
+            self.save()
+        self.collect()
+        if self.mirror and self.mirror.status() != self.mirror_status:
+            self.mirror_status = self.mirror.status()
+            session.notify("on_mirror", self.mirror_status)
+
+    def save(self, kind: str = "step") -> None:
+        """Begin a checkpoint; a disk that refuses does not end the training."""
+        start, step = time.perf_counter(), self.state.step
+        if kind == "step":
+            self.state.save_requested = False
+            if not any(self.state.processes.all_reduce_max([self.begun_step != step])):
+                return
+            self.last_save, self.begun_step = time.monotonic(), step
+        contents = self.contents(kind)  # every process gives its part
+        if self.state.processes.is_main:
+            self.collect(wait=True)  # one copy at a time
+            name = f"{kind}_{step:08d}.safetensors"
+            write = partial(write_snapshot, self.folder, name, *snapshot(contents))
+            self.running = name, self.worker.submit(write)
+        self.state.save_seconds += time.perf_counter() - start
+
+    def contents(self, kind: str) -> dict[str, Any]:
+        """All of a run but its tokens; of the best, what generating needs."""
+        session, state = self.session, self.state
+        if kind == "best":
+            weights = state.processes.whole(state.model.state_dict())
+            contents = {"step": state.step, "val_loss": state.val_loss, "model": weights}
+        else:
+            contents = {**state.state_dict(), **_circumstances(session)}
+            contents["micro_batch"] = session.micro_batch
+        text = session.tokenizer.to_str()
+        return {**contents, "config": session.settings, "tokenizer": text, "versions": versions()}
+
+    def collect(self, wait: bool = False) -> None:
+        """Report the checkpoint on its way, once it is safe or could not be saved."""
+        if self.running is None or not (wait or self.running[1].done()):
+            return
+        (name, future), self.running, state = self.running, None, self.state
+        kind = name.split("_")[0]
+        try:
+            path = future.result()
+        except OSError as error:
+            last = state.last_saved_step
+            good = f"the last good one is of step {last}" if last else "there is no good one yet"
+            log.warning(f"{name} could not be saved: {error}. Training goes on; {good}")
+            if kind == "step":
+                self.begun_step, self.retry_at = -1, time.monotonic() + SAVE_RETRY_S
+            return
+        if kind in self.keep:
+            if self.mirror:
+                self.mirror.offer(kind, name)
+            with contextlib.suppress(OSError):  # what stays is pruned next time
+                spare = self.mirror.copying if self.mirror else ""
+                prune_checkpoints(self.folder, self.keep[kind], kind, spare)
+        if kind == "step":
+            state.last_saved_step, state.last_saved_at = checkpoint_step(name), time.time()
+            self.retry_at = math.inf
+            self.session.notify("on_checkpoint", path)
+
+    def save_and_wait(self) -> None:
+        """Save this step and wait until it is safe; OSError where it cannot be."""
+        self.collect(wait=True)
+        self.save()
+        self.collect(wait=True)
+        state = self.state
+        state.last_saved_step = state.processes.broadcast(state.last_saved_step)
+        if state.last_saved_step != state.step:
+            raise OSError(
+                f"step {state.step} could not be saved in {self.session.out} (see above); the last "
+                f"good checkpoint is of step {state.last_saved_step}. Free some space or repair "
+                "the disk, then train again: it resumes from there"
+            )
 
 
 def keep_of(config: TrainConfig) -> dict[str, int]:
@@ -4941,99 +3520,156 @@ def keep_of(config: TrainConfig) -> dict[str, int]:
     return {"step": config.keep_checkpoints, "best": 1}
 
 
-def _fetch_data(mirror: Path, out: Path, config: DataConfig, vocab_size: int) -> None:
-    """Token files that only the mirror has: tokenising anew takes long and may need a network."""
-    if same_data(out, config, vocab_size) or not same_data(mirror, config, vocab_size):
-        return
-    (out / "data").mkdir(exist_ok=True)
-    there = Folder(mirror / "data")
-    for name in ("train.bin", "validation.bin", "manifest.json"):
-        if name in there.names():  # of a stream, what trains comes from its source again
-            copy_file(there, name, Folder(out / "data"))
-    say(f"fetched {mirror / 'data'}")
+def _circumstances(session: _Session) -> dict[str, Any]:
+    """What a checkpoint holds for a resume to compare."""
+    return {
+        "tokenizer_sha256": session.data.manifest["tokenizer_sha256"],
+        "data_sha256": session.data.sha256,
+        "device": str(session.device),
+        "processes": session.processes.world_size,
+        "threads": torch.get_num_threads() if session.device.device.type == "cpu" else 0,
+    }
 
 
-def _bring_back(
-    out: Path, mirror: Path | None, data_config: DataConfig, checkpoint: dict[str, Any]
-) -> None:
-    """Complete a run folder that only the mirror or only its checkpoints have kept."""
-    path = out / "tokenizer.json"
+def _restore(session: _Session, checkpoint: dict[str, Any]) -> None:
+    """Resume from a checkpoint; other versions or another device are logged, not refused."""
+    now, state = _circumstances(session), session.state
     try:
-        load_tokenizer(path)
-    except (ValueError, FileNotFoundError) as error:
-        say(f"{first_line(error)}: taken from the checkpoint")
-        tokenizer = tokenizer_from(str(checkpoint.get("tokenizer")), out / "checkpoints")
-        write_atomically(path, tokenizer.to_str(pretty=True).encode())
+        for name in ("tokenizer_sha256", "data_sha256"):
+            if checkpoint[name] != now[name]:
+                raise ValueError(f"{name} differs; put its tokenizer.json and data/ back")
+        before = {**checkpoint, **checkpoint["versions"], **checkpoint["config"]["train"]}
+        now |= {**versions(), "fsdp": session.config.fsdp}
+        changed = [f"{k} {before[k]} -> {v}" for k, v in now.items() if before.get(k, v) != v]
+        if changed:
+            log.info(f"note: not bit for bit as before, for these changed: {', '.join(changed)}")
+        elif not session.config.micro_batch_size:
+            session.micro_batch = int(checkpoint["micro_batch"])
+        check_weights(session.model_config, checkpoint["model"], session.out / "checkpoints")
+        state.load_state_dict(checkpoint)
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{session.out}: its checkpoint of step {checkpoint['step']} is not of this run "
+            f"({first_line(error)}); nothing was changed. Choose another --out, or begin anew with "
+            "--resume never"
+        ) from error
+    state.last_saved_step = state.step
+
+
+def _write_settings(session: _Session) -> None:
+    """What a run folder holds beside its checkpoints, where it is missing or has changed."""
+    path, text = session.out / "config.json", session.tokenizer.to_str(pretty=True)
+    config = {"format_version": FORMAT_VERSION, **session.settings}
+    if read_json(path) != json.loads(json.dumps(config)):
+        write_atomically(path, json.dumps(config, indent=1).encode())
+    if not (session.out / "tokenizer.json").is_file():
+        write_atomically(session.out / "tokenizer.json", text.encode())
+
+
+def _announce(session: _Session) -> None:
+    """What is going to happen, in a few lines."""
+    model, config, counts = session.model_config, session.config, session.data.manifest
+    epochs = config.max_steps / session.data.steps_per_epoch(config, session.context)
+    several = f" on each of {session.processes.world_size} processes"
+    for line in (
+        f"model: {model.num_parameters / 1e6:.2f}M parameters, {model.linear}, {session.device}",
+        f"data: {counts['train']['tokens']:,} training and {counts['validation']['tokens']:,} "
+        f"validation tokens; {epochs:.1f} epochs",
+        f"steps: {config.max_steps} of {config.batch_tokens:,} tokens, {session.micro_batch} "
+        f"windows of {session.context} at once{several * (session.processes.world_size > 1)}",
+        *(f"note: not every client will load this model: {limit}" for limit in model.export_limits),
+    ):
+        log.info(line)
+    if session.state.step:
+        log.info(f"resuming from step {session.state.step} of {config.max_steps}")
+
+
+def _join_processes(model: ModelConfig, config: TrainConfig) -> Processes:
+    """This process alone, or those that torchrun started, once it is sure that the model fits."""
+    size, device = int(os.environ.get("WORLD_SIZE", "1")), choose_device(config.device)
+    several = "several processes, as of torchrun --nproc-per-node=2 bitllm_core.py train ..."
+    require(size > 1 or not config.fsdp, "fsdp", True, several)
+    windows = config.batch_tokens // model.max_position_embeddings
+    require(size <= windows, "WORLD_SIZE", size, f"at most the {windows} windows of a step")
+    with contextlib.suppress(ImportError):
+        extension("planner", "a check of memory").check_memory(model, config, device, size)
+    if size == 1:
+        return Processes()
+    distributed = extension("distributed", "training with several processes")
+    return distributed.join(device.device, config.fsdp)
+
+
+def _open(
+    stack: contextlib.ExitStack, configs: Any, out: Path, resume: str, mirror: Any
+) -> tuple[Any, dict[str, Any] | None]:
+    """Take the run folder for this process alone.
+
+    Returns:
+        its `bitllm.mirror.Mirror` and the checkpoint to resume from; None where there is none.
+    """
+    check_run_folder(out)
+    module, place = None, Path(mirror or out).expanduser()
     if mirror:
-        vocab_size = checkpoint["config"]["model"]["vocab_size"]
-        try:
-            _fetch_data(mirror, out, data_config, vocab_size)
-            newest_checkpoint(out / "checkpoints", "best", mirror / "checkpoints")
-        except OSError as error:
-            say(f"passed over: {error}")
-
-
-def _final_metrics(lines: Sequence[dict[str, Any]], step: int) -> dict[str, Any]:
-    """The last evaluation of a finished run; empty where it is not finished."""
-    found = (line for line in lines if line.get("final") and line["step"] == step)
-    return next((line for line in found if isinstance(line.get("val_loss"), float)), {})
-
-
-def _train(
-    configs: tuple[ModelConfig, DataConfig, TrainConfig],
-    out: Path,
-    resume: str,
-    world: World,
-    lock: FolderLock | None,
-    copier: Mirror | None,
-    callbacks: Sequence[Callback],
-) -> TrainState:
-    """`train`, alone in its folders; `lock` and `copier` are the first process' own."""
-    model_config, data_config, train_config = configs
-    mirror = copier.folder if copier else None
-
-    def begin() -> dict[str, Any] | None:
-        if resume == "never":
-            for place in (out, mirror):
-                if place:
-                    set_aside(place, same_data(place, data_config, model_config.vocab_size))
-        names = ("model", "data", "train")
-        settings = {name: asdict(part) for name, part in zip(names, configs, strict=True)}
-        checkpoint = open_run(out, settings, resume, mirror)
-        if checkpoint:
-            _bring_back(out, mirror, data_config, checkpoint)
-        return checkpoint
-
-    checkpoint = world.first(begin)
-    step = int(world.most(checkpoint["step"] if checkpoint else -1))
-    if step >= 0 and not checkpoint:
-        path = out / "checkpoints" / f"step_{step:08d}.safetensors"
-        checkpoint = load_checkpoint(path, mapped=train_config.fsdp)
-    trainer = _Trainer(model_config, data_config, train_config, out, world, lock, callbacks)
-    state = trainer.state
-    state.mirror = trainer.writer.mirror = copier
-    saved_metrics = checkpoint.get("metrics", []) if checkpoint else []
-    if checkpoint:
-        trainer.restore(checkpoint)
-        del checkpoint
-    if lock:
-        trainer.write_settings()
-    path = out / "metrics.jsonl" if lock else None
-    trainer.log = MetricsLog(path, state.step, saved_metrics)
-    final = _final_metrics(trainer.log.lines, state.step)
+        module = extension("mirror", "--mirror")
+        module.check_mirror(out, place)
+    out.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(_lock(out))
+    copier = module.Mirror(out, place, keep_of(configs[2])) if module else None
     if copier:
-        copier.offer_newest()
-    if state.finished and world.most(bool(final)):
-        state.val_loss = final.get("val_loss", state.val_loss)
-        trainer.close_mirror()
-        return state
-    trainer.announce()
-    if state.step:
-        say(f"going on from step {state.step} of {train_config.max_steps}")
+        stack.callback(copier.close, 1.0)  # after an error; else it was closed before
+    if resume == "never":
+        for folder in {out, place}:
+            set_aside(folder, same_data(folder, configs[1], configs[0].vocab_size))
+    return copier, open_run(out, _settings(configs), resume, copier)
+
+
+def _finish(session: _Session) -> None:
+    """Train what is left of a run, if anything."""
+    state, out = session.state, session.out
+    if session.processes.is_main:
+        _write_settings(session)
+        session.log = MetricsLog(out / "metrics.jsonl", state.step)
+    if state.mirror:
+        state.mirror.offer_newest()
+    final = [x for x in session.log.lines if x.get("final") and x["step"] == state.step]
+    if state.finished and session.processes.broadcast(bool(final)):
+        state.val_loss = final[0].get("val_loss", math.nan) if final else math.nan
+        return
+    _announce(session)
     if not state.finished:
-        trainer.compile()
-    trainer.session()
-    return state
+        session.compile()
+    _train(session, _Saver(session))
+
+
+def _train(session: _Session, saver: _Saver) -> None:
+    """Train to the end or to a stop, and leave everything safe."""
+    main, state, config = session.processes.is_main, session.state, session.config
+    coming = session.data.coming(session.tokenizer) if main else contextlib.nullcontext()
+    with _stop_on_signals(state), coming:
+        session.notify("on_start")
+        try:
+            session.run(saver)
+            stopped = session.stop_asked()
+            if not stopped and state.step < config.max_steps:
+                best = f"{state.best_val_loss:.4f} at step {state.best_step}"
+                log.info(
+                    f"ended early at step {state.step} of {config.max_steps}: no better validation "
+                    f"loss in {config.patience} evaluations. The best, {best}, is kept "
+                    "(--checkpoint best); --patience 0 trains to the end"
+                )
+            saver.save_and_wait()
+            if not stopped:
+                session.evaluate(None)
+        finally:
+            saver.collect(wait=True)
+            saver.worker.shutdown()
+            session.notify("on_end")
+    if session.data.error:
+        raise ConnectionError(
+            f"data={session.settings['data']['data']!r} could not be read to its end "
+            f"({first_line(session.data.error)}). Step {state.step} is saved; the same command "
+            "resumes from there"
+        ) from session.data.error
 
 
 def train(
@@ -5046,64 +3682,58 @@ def train(
     mirror: str | Path | None = None,
     callbacks: Sequence[Callback] | None = None,
 ) -> TrainState:
-    """Train, or go on where the run in `out` stopped, exactly as if it had not.
+    """Train, or resume the run in `out`, exactly as if it had never stopped.
 
     Args:
         out: run folder: config.json, tokenizer.json, data/, metrics.jsonl, checkpoints/.
-        resume: "auto" goes on where there is something, "must" refuses where there is nothing;
-            "never" begins anew and moves what is there to a folder set-aside-N in `out`.
+        resume: "auto" resumes where there is something, "must" refuses where there is not; "never"
+            begins anew and moves what is there to a folder set-aside-N in `out`.
         mirror: a second folder that checkpoints are copied to in the background, such as one on a
-            mounted drive; a run is also gone on with from there. Its parent must exist.
-        callbacks: see `Callback`; default: a progress bar.
-
-    Under torchrun, the processes share the work; the first alone writes and calls back.
+            mounted drive; a run also resumes from there. Its parent must exist.
+        callbacks: see `Callback`; default: a progress bar. Of several processes, which torchrun
+            starts and which share the work, only the main one calls them, and writes.
 
     Returns:
         the state after the last step; its `stop_signal` is set when it was interrupted, after a
-        checkpoint. A finished run comes back at once.
+        checkpoint. A finished run returns at once.
 
     Raises:
-        ValueError: settings that cannot be, that differ from the run's, or a folder that another
-            process writes to, before any work.
-        FloatingPointError: the loss does not come back to finite numbers.
+        ValueError: settings that cannot be or that differ from the run's, or a folder that another
+            process writes to; before any work.
+        FloatingPointError: the loss does not return to finite numbers.
         OSError: the last checkpoint of a session could not be saved.
     """
-    out = Path(out)
-    mirror = Path(mirror).expanduser() if mirror else None
+    out, configs = Path(out), (model_config, data_config, train_config)
     require(resume in ("auto", "never", "must"), "resume", resume, "auto, never or must")
     check_configs(model_config, train_config)
-    device = choose_device(train_config.device)
-    several = int(os.environ.get("WORLD_SIZE", "1"))
-    require(
-        several > 1 or not train_config.fsdp,
-        "fsdp",
-        True,
-        "several processes, as of torchrun --nproc-per-node=2 bitllm_core.py train ...",
-    )
-    check_memory(model_config, train_config, device, several)
+    processes = _join_processes(model_config, train_config)
     callbacks = [ProgressBar()] if callbacks is None else callbacks
-    configs = (model_config, data_config, train_config)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_repeatable_kernels(train_config.deterministic))
-        world = World.of_environment(device.device)
-        windows = train_config.batch_tokens // model_config.max_position_embeddings
-        require(world.size <= windows, "WORLD_SIZE", world.size, f"at most the {windows} windows")
+        if train_config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+            before = torch.are_deterministic_algorithms_enabled()
+            stack.callback(torch.use_deterministic_algorithms, before)
+            torch.use_deterministic_algorithms(True)
+        stack.enter_context(processes.guard())
+        begin = partial(_open, stack, configs, out, resume, mirror)
+        copier, checkpoint = processes.run_on_main(begin) or (None, None)
+        step = processes.broadcast(checkpoint and checkpoint["step"])
+        if step is not None and not checkpoint:
+            path = out / "checkpoints" / f"step_{step:08d}.safetensors"
+            checkpoint = load_checkpoint(path, mapped=train_config.fsdp)
+        session = _Session(configs, out, processes, callbacks if processes.is_main else ())
+        state, state.mirror = session.state, copier
+        if checkpoint:
+            _restore(session, checkpoint)
+            del checkpoint  # as large as the model and its optimizers
+        _finish(session)
+        if copier:
+            copier.close()
+            log.info(copier.status())
+    return state
 
-        def enter() -> tuple[FolderLock, Mirror | None]:
-            check_run_folder(out)
-            if mirror:
-                check_mirror(out, mirror)
-            out.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(FolderLock(out))
-            copier = Mirror(out, mirror, keep_of(train_config)) if mirror else None
-            if copier:
-                stack.callback(copier.close, 1.0)  # after an error; else it has been closed before
-            return lock, copier
 
-        lock, copier = world.first(enter) or (None, None)
-        return _train(configs, out, resume, world, lock, copier, callbacks if lock else ())
-
-
+# -----------------------------------------------------------------------------
 # -----------------------------------------------------------------------------
 # 10 Export
 # One recipe that both transformers and llama.cpp accept; docs/export.md tells what each client
@@ -5379,23 +4009,6 @@ def _open_source(path: Path, checkpoint: str | int, credits: dict[str, Any]) -> 
     known = source.facts if isinstance(source.facts, dict) else {}  # a stranger's may be anything
     given = {key: value for key, value in credits.items() if value is not None}
     return dataclasses.replace(source, facts={**known, **given})
-
-
-def load_model(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM, Any]:
-    """A model ready to generate, and its tokenizer.
-
-    Args:
-        path: a run folder, a mirror of one, or one checkpoint file; a packed file or a Hugging
-            Face folder that this program exported; or a seed script's .pth file with its
-            tokenizer.json beside it.
-        checkpoint: of a run folder: "last", "best" (lowest validation loss) or a kept step.
-
-    Raises:
-        FileNotFoundError, ValueError: what is missing or wrong, and where. Files are only data:
-            nothing in them is executed.
-    """
-    source = _read_any(Path(path), checkpoint)
-    return source.model, source.tokenizer
 
 
 def _facts(run: Path, told: dict[str, Any]) -> dict[str, Any]:
@@ -6926,6 +5539,7 @@ def prompt_box(model: BitLM, tokenizer: Any, prompt: str = "") -> None:
 
 # -----------------------------------------------------------------------------
 # 12 Command line
+# Every field of a configuration is a flag. Where the package is there, bitllm/cli.py adds commands.
 
 
 def _field_help(config: type) -> dict[str, str]:
@@ -6936,7 +5550,7 @@ def _field_help(config: type) -> dict[str, str]:
         return {}
     assert isinstance(body, ast.ClassDef)
     found = {}
-    for item, after in zip(body.body, body.body[1:], strict=False):
+    for item, after in itertools.pairwise(body.body):
         if isinstance(item, ast.AnnAssign) and isinstance(after, ast.Expr):
             assert isinstance(item.target, ast.Name)
             assert isinstance(after.value, ast.Constant)
@@ -6952,28 +5566,22 @@ def _parse_bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r}: expected true or false")
 
 
-def _add_fields(parser: argparse.ArgumentParser, config: type, preset_gives: bool) -> None:
-    """One flag a field; without a preset's say, with its default."""
-    group = parser.add_argument_group(config.__name__)
-    texts = _field_help(config)
+def add_fields(parser: argparse.ArgumentParser, config: type, defaults: bool) -> None:
+    """One flag per field, with its default where no preset gives it."""
+    group, texts = parser.add_argument_group(config.__name__), _field_help(config)
     for item in fields(config):
         kind = str(item.type).split(" | ")[0]
         options: dict[str, Any] = {"type": {"int": int, "float": float}.get(kind, str)}
         if kind == "bool":
             options = {"type": _parse_bool, "nargs": "?", "const": True}
-        help_text = texts.get(item.name, "")
-        if not preset_gives:
-            help_text += f" (default: {item.default})"
-        group.add_argument(
-            "--" + item.name.replace("_", "-"),
-            default=argparse.SUPPRESS,
-            metavar=kind.upper(),
-            help=help_text,
-            **options,
+        options["help"] = texts.get(item.name, "") + (
+            f" (default: {item.default})" if defaults else ""
         )
+        flag = "--" + item.name.replace("_", "-")
+        group.add_argument(flag, default=argparse.SUPPRESS, metavar=kind.upper(), **options)
 
 
-def _from_flags(config: type, flags: argparse.Namespace, base: Any = None) -> Any:
+def from_flags(config: type, flags: argparse.Namespace, base: Any = None) -> Any:
     given = {f.name: getattr(flags, f.name) for f in fields(config) if hasattr(flags, f.name)}
     return config(**given) if base is None else dataclasses.replace(base, **given)
 
@@ -6985,399 +5593,164 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="bitllm_core.py", description="Train and use ternary language models.")
+def command_parser(prog: str = "bitllm_core.py") -> tuple[argparse.ArgumentParser, Any]:
+    """The parser, and what further commands are added to."""
+    parser = _Parser(prog=prog, description="Train and use ternary language models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    command = commands.add_parser("train", help="train, or go on where a run stopped")
+    command = commands.add_parser("train", help="train, or resume a run")
     command.add_argument("--preset", help=f"settings to begin from: {', '.join(PRESETS)}")
     command.add_argument("--out", required=True, metavar="DIR", help="run folder")
     command.add_argument("--resume", default="auto", help="auto, never or must")
     command.add_argument("--mirror", metavar="DIR", help="second folder for the checkpoints")
-    command.add_argument("--tensorboard", action="store_true", help="curves in DIR/tensorboard too")
-    text = "curves at Weights & Biases too (default: bitllm)"
-    command.add_argument("--wandb", nargs="?", const="bitllm", metavar="PROJECT", help=text)
     for config in (ModelConfig, DataConfig, TrainConfig):
-        _add_fields(command, config, preset_gives=True)
-    command.set_defaults(run=_train_command)
+        add_fields(command, config, defaults=False)
+    command.set_defaults(run=train_command)
 
     command = commands.add_parser("generate", help="write text")
-    _add_model_flags(command)
+    add_model_flags(command)
     command.add_argument("--prompt", default="", help="beginning of the text")
-    _add_fields(command, SamplingConfig, preset_gives=False)
-    command.set_defaults(run=_generate_command)
+    add_fields(command, SamplingConfig, defaults=True)
+    command.set_defaults(run=generate_command)
 
     command = commands.add_parser("evaluate", help="loss on a text, as one JSON object")
-    _add_model_flags(command)
+    add_model_flags(command)
     command.add_argument("--data", required=True, metavar="SOURCE", help="file, folder or name")
     command.add_argument("--text-column", help="column of .jsonl, .parquet or hub rows")
     command.add_argument("--stride", type=int, help="tokens the context moves; default: all of it")
     command.add_argument("--dtype", default="float32", help="auto, float32, bfloat16, float16")
     command.set_defaults(run=_evaluate_command)
-
-    command = commands.add_parser("export", help="write a model for other programs")
-    _add_model_flags(command)
-    command.add_argument("--to", required=True, choices=EXPORT_FORMATS, help="the format")
-    command.add_argument("--out", required=True, metavar="PATH", help="file, or folder with hf")
-    command.add_argument("--gguf-type", choices=GGUF_KINDS, help="of gguf (default: TQ2_0)")
-    command.add_argument("--embedding", help="of packed: float16 (default), int8 or float32")
-    command.add_argument("--dense", action="store_true", help="of hf: unpacked float32 weights")
-    command.add_argument("--runtime", metavar="DIR", help="of html: llama.cpp for browsers")
-    command.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    for name in CREDITS:
-        command.add_argument("--" + name.replace("_", "-"), help="noted in what is written")
-    command.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload it, with HF_TOKEN")
-    command.set_defaults(run=_export_command)
-
-    command = commands.add_parser("bench", help="speeds on this machine, as one JSON object")
-    command.add_argument("--quick", action="store_true", help="a small shape, seconds")
-    command.set_defaults(run=_bench_command)
-
-    command = commands.add_parser("info", help="device, versions, presets; or plan a training")
-    command.add_argument("--preset", help="plan this, or what the flags change in it")
-    command.add_argument("--gpus", type=int, metavar="N", help="plan for so many GPUs")
-    for config in (ModelConfig, TrainConfig):
-        _add_fields(command, config, preset_gives=True)
-    command.set_defaults(run=_info_command)
-    return parser
+    return parser, commands
 
 
-def _add_model_flags(command: argparse.ArgumentParser) -> None:
+def add_model_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", required=True, metavar="PATH", help="run, export or seed .pth")
     command.add_argument("--checkpoint", default="last", help="last, best or a step")
 
 
-def _checkpoint_flag(flags: argparse.Namespace) -> str | int:
+def checkpoint_flag(flags: argparse.Namespace) -> str | int:
     return int(flags.checkpoint) if flags.checkpoint.isdigit() else flags.checkpoint
+
+
+def preset(name: str) -> tuple[ModelConfig, DataConfig, TrainConfig]:
+    require(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
+    return PRESETS[name]
 
 
 def _settings_of_run(out: Path, mirror: str | None) -> dict[str, Any] | None:
     """What the run in `out`, or in its mirror, was made with; None: there is none."""
     for place in (out, Path(mirror)) if mirror else (out,):
         if (place / "config.json").is_file():
-            with contextlib.suppress(ValueError):  # said by train
+            with contextlib.suppress(ValueError):  # train reports it
                 return read_run_config(place)
-        if list_checkpoints(place / "checkpoints"):
-            found = newest_checkpoint(place / "checkpoints")
-            if found:
-                return checked_settings(found.get("config"), place / "checkpoints")
+        found = newest_checkpoint(place / "checkpoints")
+        if found:
+            return checked_settings(found.get("config"), place / "checkpoints")
     return None
-
-
-def _preset(name: str) -> str:
-    require(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
-    return name
 
 
 def _configs_from_flags(flags: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The preset's, or the run's own where no preset is named, with the flags laid over."""
-    kinds = (ModelConfig, DataConfig, TrainConfig)
-    if flags.preset is not None:
-        _preset(flags.preset)
+    kinds = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
     saved = None if flags.preset else _settings_of_run(Path(flags.out), flags.mirror)
+    bases = preset("demo" if flags.preset is None else flags.preset)
     if saved:
-        parts = zip(kinds, ("model", "data", "train"), strict=True)
-        bases = tuple(kind(**saved[part]) for kind, part in parts)
-    else:
-        bases = PRESETS[flags.preset or "demo"]
-    model, data, train_config = (
-        _from_flags(kind, flags, base) for kind, base in zip(kinds, bases, strict=True)
-    )
-    return model, data, train_config
+        bases = tuple(kind(**saved[part]) for part, kind in kinds.items())
+    model, data, config = map(from_flags, kinds.values(), [flags] * 3, bases)
+    return model, data, config
 
 
-def _train_command(flags: argparse.Namespace) -> int:
-    configs = _configs_from_flags(flags)
-    callbacks: list[Callback] = [ProgressBar()]
-    callbacks += [TensorBoard(flags.out)] if flags.tensorboard else []
-    callbacks += [WandB(flags.out, flags.wandb)] if flags.wandb else []
-    more = {"resume": flags.resume, "mirror": flags.mirror, "callbacks": callbacks}
-    state = train(*configs, flags.out, **more)
-    if state.world.size > 1:
-        dist.destroy_process_group()
-    out = Path(flags.out)
-    if state.world.rank != 0:
-        return 128 + state.stop_signal if state.stop_signal else 0
+def train_command(flags: argparse.Namespace, callbacks: Sequence[Callback] = ()) -> int:
+    configs, out = _configs_from_flags(flags), Path(flags.out)
+    options = {"resume": flags.resume, "mirror": flags.mirror}
+    state = train(*configs, out, callbacks=[ProgressBar(), *callbacks], **options)
     if state.stop_signal:
-        say(f"stopped at step {state.step} of {state.config.max_steps}; saved in {out}")
+        log.info(f"stopped at step {state.step} of {state.config.max_steps}; saved in {out}")
         return 128 + state.stop_signal
+    if not state.processes.is_main:
+        return 0
     model, tokenizer = load_model(out, "best" if state.out_of_patience else "last")
-    prompt = state.config.sample_prompt
-    text = generate(model, tokenizer, prompt, SamplingConfig(max_new_tokens=120, seed=0))
+    prompt, size = state.config.sample_prompt, model.config.vocab_size
+    text = generate(model, tokenizer, prompt, SamplingConfig(120, seed=0))
     speed = state.tokens / state.train_seconds if state.train_seconds else 0
-    size = model.config.vocab_size
     print(f"\n{prompt}{text}\n")
     print(f"complete: {state.step} steps, {state.tokens:,} tokens, {speed:,.0f} tokens/s")
     print(f"last training loss {state.loss:.4f}, {state.skipped} steps skipped")
     print(
-        f"validation loss {state.val_loss:.4f}, perplexity {safe_exp(state.val_loss):.1f}", end=""
+        f"validation loss {state.val_loss:.4f}, perplexity {safe_exp(state.val_loss):.1f} "
+        f"(a uniform guess: {math.log(size):.4f}, {size})"
     )
-    print(f" (a uniform guess: {math.log(size):.4f}, {size})")
     print(f"checkpoint: {list_checkpoints(out / 'checkpoints')[-1]}")
     if state.out_of_patience:
         print(
             f"ended early: {state.config.patience} evaluations without a better validation loss; "
-            f"the text above is of the best, {state.best_val_loss:.4f} at step {state.best_step} "
-            "(--checkpoint best)"
+            f"the text above is from the best checkpoint, {state.best_val_loss:.4f} at step "
+            f"{state.best_step} (--checkpoint best)"
         )
     return 0
 
 
-def _generate_command(flags: argparse.Namespace) -> int:
-    sampling = _from_flags(SamplingConfig, flags)
-    if flags.model.endswith(".gguf"):
-        pieces = llama_cpp_stream(flags.model, flags.prompt, sampling)
-    else:
-        model, tokenizer = load_model(flags.model, _checkpoint_flag(flags))
-        pieces = stream(model, tokenizer, flags.prompt, sampling)
-    print(flags.prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+def generate_command(flags: argparse.Namespace) -> int:
+    model, tokenizer = load_model(flags.model, checkpoint_flag(flags))
+    sampling = from_flags(SamplingConfig, flags)
+    print_text(flags.prompt, stream(model, tokenizer, flags.prompt, sampling))
     return 0
 
 
+def print_text(prompt: str, pieces: Iterable[str]) -> None:
+    for piece in itertools.chain([prompt], pieces):
+        print(piece, end="", flush=True)
+    print()
+
+
 def _evaluate_command(flags: argparse.Namespace) -> int:
-    require(flags.dtype in _DTYPES, "dtype", flags.dtype, f"one of {', '.join(_DTYPES)}")
-    model, tokenizer = load_model(flags.model, _checkpoint_flag(flags))
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    require(flags.dtype in dtypes, "dtype", flags.dtype, f"one of {', '.join(dtypes)}")
+    model, tokenizer = load_model(flags.model, checkpoint_flag(flags))
     device = choose_device("auto", flags.dtype)
     options = {"text_column": flags.text_column, "stride": flags.stride, "device": device}
     print(json.dumps(evaluate(model, tokenizer, flags.data, **options)))
     return 0
 
 
-def _export_command(flags: argparse.Namespace) -> int:
-    formats = {"hf": export_hf, "gguf": export_gguf, "packed": export_packed, "html": export_html}
-    options = {
-        "gguf": {"kind": flags.gguf_type or "TQ2_0"},
-        "packed": {"embedding": flags.embedding or "float16"},
-        "hf": {"dense": flags.dense},
-        "html": {"runtime": flags.runtime},
-    }
-    strange = {"gguf": flags.gguf_type, "packed": flags.embedding, "hf": flags.dense}
-    strange["html"] = flags.runtime
-    for to, value in strange.items():
-        require(not value or to == flags.to, "to", flags.to, f"{to}, whose flag is given")
-    exported = formats[flags.to](
-        flags.model,
-        flags.out,
-        checkpoint=_checkpoint_flag(flags),
-        overwrite=flags.overwrite,
-        **options[flags.to],
-        **{name: getattr(flags, name) for name in CREDITS},
-    )
-    print(
-        f"{exported.path}: {exported.size:,} bytes, "
-        f"{exported.bits_per_weight:.3f} bits per ternary weight"
-    )
-    print(exported.usage)
-    if flags.push_to_hub:
-        print(f"uploaded: {push_to_hub(exported.path, flags.push_to_hub)}")
-    return 0
-
-
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-def bench_step(
-    model: ModelConfig, device: Device, windows: int, train: TrainConfig | None = None
-) -> Callable[[], float]:
-    """A function that makes one optimizer step on random tokens and returns its seconds."""
-    tokens = windows * model.max_position_embeddings
-    config = dataclasses.replace(train or TrainConfig(), batch_tokens=tokens)
-    net = BitLM(model).to(device.device)
-    optimizers, scaler = make_optimizers(net, config), device.scaler()
-    loss = net.loss if why_not_compile(device) else compiled_loss(net)
-    shape = (windows, model.max_position_embeddings)
-    ids = torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    ids, at_once = ids.to(device.device), windows_at_once(model, config, device)
-
-    def step() -> float:
-        start = time.perf_counter()
-        with net.hold_weights(device.dtype):
-            for part in ids.split(at_once):
-                with device.autocast():
-                    value = loss(part, part) / ids.numel()
-                scaler.scale(value).backward()
-        apply_gradients(optimizers, scaler, 1.0, 1.0)
-        return time.perf_counter() - start
-
-    return step
-
-
-def bench_generation(model: BitLM, tokens: int, rounds: int = 3) -> float:
-    """Tokens a second of one greedy text of `tokens` tokens, the best of some rounds."""
-    best = math.inf
-    for _ in range(rounds):
-        written = generate_tokens(
-            model, [[1]], SamplingConfig(max_new_tokens=tokens, temperature=0, seed=0)
-        )
-        next(written)
-        start = time.perf_counter()
-        for _ in written:
-            pass
-        best = min(best, time.perf_counter() - start)
-    return (tokens - 1) / best
-
-
-def _bench_command(flags: argparse.Namespace) -> int:
-    """Ternary and dense steps in turn, so that a busy machine slows both."""
-    device = choose_device()
-    model = ModelConfig(
-        vocab_size=512 if flags.quick else 30_000,
-        hidden_size=128 if flags.quick else 512,
-        intermediate_size=256 if flags.quick else 1536,
-        num_hidden_layers=2 if flags.quick else 6,
-        num_attention_heads=2 if flags.quick else 8,
-        max_position_embeddings=64 if flags.quick else 512,
-    )
-    windows, rounds = 16, 10 if flags.quick else 4
-    ternary = bench_step(model, device, windows)
-    first = ternary()
-    ternary()
-    peak, state = memory_in_use(device), estimate_memory(model, TrainConfig())
-    dense = bench_step(dataclasses.replace(model, linear="dense"), device, windows)
-    dense()
-    seconds = [(ternary(), dense(), product_rate(device)) for _ in range(rounds)]
-    t, d, rate = (np.array(column) for column in zip(*seconds, strict=True))
-    tokens = windows * model.max_position_embeddings
-    net = BitLM(model).to(device.device).freeze()
-    trits = sum(layer.shape.numel() for layer in net.bit_linears().values())
-    packed = sum(layer.packed.numel() for layer in net.bit_linears().values())
-    result = {
-        "train": {
-            "ternary_tokens_per_s": tokens / np.median(t),
-            "dense_tokens_per_s": tokens / np.median(d),
-            "ternary_to_dense": np.median(d / t),
-            "flop_utilization": 6 * model.num_parameters * tokens / np.median(t) / rate.max(),
-            "product_flop_per_s": rate.max(),
-            "first_step_s": first,
-            "steps_in_turn": rounds,
-        },
-        "generate": {
-            "tokens_per_s": bench_generation(net, min(256, model.max_position_embeddings - 1)),
-            "bits_per_ternary_weight": 8 * packed / trits,
-        },
-        "memory": {
-            "peak_bytes": peak,
-            "weights_and_optimizer_bytes": state,
-            "ratio": peak / state,
-        },
-        "machine": {**machine(), "device": str(device), "parameters": model.num_parameters},
-    }
-    print(json.dumps(result))
-    return 0
-
-
-def machine() -> dict[str, Any]:
-    """What a figure was measured on."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    found = {"system": platform.platform(), "cores": os.cpu_count(), "gpu": gpu}
-    return {**found, "threads": torch.get_num_threads(), **versions()}
-
-
-GPUS = {
-    "T4": (14.6, 65e12, 0.2, 5e9),
-    "A100": (40, 312e12, 0.35, 200e9),
-    "H100": (80, 989e12, 0.35, 300e9),
-}
-"""GiB, FLOP/s of 16-bit products, the assumed share of it, bytes/s assumed from one to another."""
-
-
-def _plan(model: ModelConfig, config: TrainConfig, gpus: int) -> Iterator[str]:
-    """Size, memory by part and time of a training on several GPUs of a kind, line by line."""
-    dtype = torch.float32 if config.dtype == "float32" else torch.float16
-    context, layers, P = (
-        model.max_position_embeddings,
-        model.num_hidden_layers,
-        model.num_parameters,
-    )
-    tokens = config.batch_tokens * config.max_steps
-    per_token = 6 * P + 6 * layers * context * model.hidden_size  # and causal attention's
-    memory = partial(memory_parts, model, config, dtype, gpus)
-    parts, window = memory(), activation_bytes(model, dtype) * layers * context
-    share = -(-config.batch_tokens // context // gpus)
-    yield f"parameters: {P:,}"
-    yield f"tokens: {tokens:,} in {config.max_steps:,} steps of {config.batch_tokens:,}"
-    yield f"FLOP: {per_token * tokens:.2e}, {per_token:.2e} a token"
-    kind = f"{str(dtype).removeprefix('torch.')} products{', fsdp' if config.fsdp else ''}"
-    yield f"memory on each of {gpus}, {kind}, one window of {context} tokens at once:"
-    yield from (f"  {name:27} {size / 2**20:8,.0f} MB" for name, size in parts.items() if size)
-    yield f"  {'sum':27} {sum(parts.values()) / 2**20:8,.0f} MB"
-    yield f"  and for each window more {window / 2**20:,.0f} MB, uncompiled"
-    if config.fsdp:
-        whole_state = 4 * P + memory_parts(model, config, dtype)["optimizer"]
-        yield f"while it saves, in the first's main memory: {whole_state / 2**20:,.0f} MB"
-    for name, (gib, peak, used, between) in GPUS.items():
-        room = 0.7 * gib * 2**30  # CUDA and the gaps of its allocator are not counted
-        fit = max((n for n in range(1, share + 1) if sum(memory(n).values()) <= room), default=0)
-        if fit < 1:
-            yield f"{gpus} x {name} ({gib} GiB): does not fit"
-            continue
-        # gradients there and back, and weights; with fsdp weights twice and gradients, each time
-        times = -(-share // fit) if config.fsdp else 1
-        sent = 12 * P * times * (gpus - 1) / gpus
-        seconds = per_token * tokens / (gpus * peak * used) + config.max_steps * sent / between
-        yield (
-            f"{gpus} x {name} ({gib} GiB): {fit} of {share} windows at once, "
-            f"{seconds / 3600:,.1f} hours"
-        )
-    used = ", ".join(f"{n} {share:.0%} of {peak:.3g}" for n, (_, peak, share, _) in GPUS.items())
-    yield f"hours: a guess, nothing measured; assumed FLOP a second: {used}"
-
-
-def _info_command(flags: argparse.Namespace) -> int:
-    names = {item.name for kind in (ModelConfig, TrainConfig) for item in fields(kind)}
-    if flags.preset or flags.gpus is not None or names & vars(flags).keys():
-        model, _, config = PRESETS[_preset(flags.preset or "demo")]
-        model = _from_flags(ModelConfig, flags, model)
-        config = _from_flags(TrainConfig, flags, config)
-        check_configs(model, config)
-        gpus = 1 if flags.gpus is None else flags.gpus
-        require(gpus >= 1, "gpus", gpus, "at least 1")
-        require(gpus > 1 or not config.fsdp, "gpus", gpus, "several with fsdp")
-        for line in _plan(model, config, gpus):
-            print(line)
-        return 0
-    device = choose_device()
-    print(f"device: {device}")
-    print(f"torch.compile: {why_not_compile(device) or 'available'}")
-    for name, value in machine().items():
-        print(f"{name}: {value}")
-    rate = product_rate(device)
-    print(f"\n{'preset':8} {'parameters':>10} {'memory':>8} {'time here':>10}  data")
-    for name, (model, data, config) in PRESETS.items():
-        memory = estimate_memory(model, config) / 2**20
-        minutes = estimate_seconds(model, config, rate) / 60
-        print(
-            f"{name:8} {model.num_parameters / 1e6:9.2f}M {memory:5.0f} MB "
-            f"{minutes:6.0f} min  {data.data}"
-        )
-    print("\nmemory: weights, gradients and optimizer; time: at a quarter of this machine's best")
-    print("matrix product rate, measured now, without compiling and reading the data")
-    return 0
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 2 for what the user gave, 130 after Ctrl-C."""
-    flags = _parser().parse_args(arguments)
+def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
+    """Run a command; returns the exit status: 2 for a user's mistake, 130 after Ctrl-C."""
+    flags = parser.parse_args(arguments)
+    log_to(sys.stderr)
     try:
         return flags.run(flags)
     except KeyboardInterrupt:
-        say("stopped at once; nothing after the last checkpoint was saved")
+        log.error("stopped at once; nothing after the last checkpoint was saved")
         return 130
     except (ValueError, FileNotFoundError) as error:
-        say(f"error: {error}")
+        log.error(f"error: {error}")
         return 2
     except (OSError, ImportError, FloatingPointError) as error:
-        say(f"error: {error}")
+        log.error(f"error: {error}")
         return 1
 
 
-if __name__ == "__main__":
-    status = main()
-    if dist.is_available() and dist.is_initialized():  # after an error
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: that of the package where it is there."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        cli = extension("cli", " ".join(arguments[:1]))
+    except ImportError as error:
+        if arguments[:1] and arguments[0] in ("export", "plan", "bench", "info"):
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return run_command(command_parser()[0], arguments)
+    return cli.main(arguments)
+
+
+def exit_with(status: int) -> None:
+    """End the process; at once after an error among several."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
         # gloo's threads abort a process that ends in order, and NCCL's may wait for the dead
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
+
+
+if __name__ == "__main__":
+    exit_with(main())

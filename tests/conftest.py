@@ -1,6 +1,7 @@
 """A tiny model, corpus and tokenizer, and a clean slate around every test."""
 
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -25,6 +26,19 @@ def _restore_global_state():
     yield
     torch.set_rng_state(seed)
     torch.set_default_dtype(dtype)
+
+
+class _ToStderr(logging.Handler):
+    def emit(self, record):
+        print(record.getMessage(), file=sys.stderr)  # the one that capsys has put there
+
+
+@pytest.fixture(autouse=True)
+def _log_to_stderr(monkeypatch):
+    monkeypatch.setattr(bit.log, "handlers", [_ToStderr()])
+    monkeypatch.setattr(bit.log, "propagate", False)
+    monkeypatch.setattr(bit.log, "level", logging.INFO)
+    bit.log.setLevel(logging.INFO)
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from typing import Any
 from unittest import mock
 
 import bitllm_core as bit
+from bitllm import mirror
 
 ERRORS = {
     "ENOSPC": errno.ENOSPC,  # disk or quota full
@@ -127,6 +128,24 @@ def inject(where: Path, *faults: Fault) -> Iterator[Injection]:
             if kind == "delayed visibility":
                 state.hidden[path] = 3
 
+        def write_tensors(self, name, tensors, metadata):
+            path = self.path / name
+            try:
+                kind = state.check("write", path)
+            except OSError:
+                super().write_tensors(name, tensors, metadata)
+                os.truncate(path, path.stat().st_size // 2)
+                raise
+            if kind == "vanished folder":
+                for file in self.path.iterdir():
+                    file.unlink()
+                self.path.rmdir()
+            super().write_tensors(name, tensors, metadata)
+            if kind == "short write":
+                os.truncate(path, path.stat().st_size // 2)
+            if kind == "delayed visibility":
+                state.hidden[path] = 3
+
         def sync(self, name):
             state.check("sync", self.path / name)
             super().sync(name)
@@ -159,6 +178,7 @@ def inject(where: Path, *faults: Fault) -> Iterator[Injection]:
 
     with (
         mock.patch.object(bit, "Folder", FaultyFolder),
+        mock.patch.object(mirror, "Folder", FaultyFolder),
         mock.patch.object(bit, "write_atomically", replace),
     ):
         yield state

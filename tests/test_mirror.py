@@ -1,10 +1,11 @@
 """The copier to a second folder: never waited for, never the end of a training, and exact."""
 
+import contextlib
 import dataclasses
 import json
 import re
 import shutil
-import signal
+import subprocess
 import sys
 import threading
 import time
@@ -13,13 +14,15 @@ import pytest
 import torch
 
 import bitllm_core as bit
+from bitllm import mirror as mirroring
 from tests.conftest import ROOT, assert_same_bits, state_of, without_times
 from tests.faults import Fault, inject
+from tests.tiny import StopAt
 
 
 @pytest.fixture
 def run(tiny_config, tiny_train, tiny_corpus, monkeypatch):
-    monkeypatch.setattr(bit, "MIRROR_RETRY_S", (0.01, 0.05))
+    monkeypatch.setattr(mirroring, "RETRY_S", (0.01, 0.05))
 
     def train(out, mirror=None, *, callbacks=(), resume="auto", model=None, **changes):
         return bit.train(
@@ -35,17 +38,9 @@ def run(tiny_config, tiny_train, tiny_corpus, monkeypatch):
     return train
 
 
-class StopAt(bit.Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step(self, state, metrics):
-        if state.step == self.step:
-            state.stop_signal = signal.SIGINT
-
-
 def files_of(folder):
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    paths = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
+    return sorted(str(path) for path in paths if not path.name.startswith("."))
 
 
 def test_the_mirror_becomes_a_run_folder(run, tmp_path):
@@ -108,8 +103,8 @@ class Hanging(bit.Folder):
 
 
 def test_training_does_not_wait_for_a_mirror_that_hangs(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bit, "Folder", Hanging)
-    monkeypatch.setattr(bit, "MIRROR_FINISH_S", 0.5)
+    monkeypatch.setattr(mirroring, "Folder", Hanging)
+    monkeypatch.setattr(mirroring, "FINISH_S", 0.5)
     Hanging.go.clear()
     state = run(tmp_path / "run", tmp_path / "mirror")
     assert state.step == 12
@@ -120,10 +115,10 @@ def test_training_does_not_wait_for_a_mirror_that_hangs(run, tmp_path, monkeypat
 
 
 def test_a_copier_that_falls_behind_skips_to_the_newest(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(bit, "Folder", Hanging)
+    monkeypatch.setattr(mirroring, "Folder", Hanging)
     Hanging.go.clear()
     copied = []
-    plain = bit.copy_checkpoint
+    plain = mirroring.copy_checkpoint
 
     def seen(source, name, target, progress=None):
         if "mirror" in str(target.path):
@@ -134,7 +129,7 @@ def test_a_copier_that_falls_behind_skips_to_the_newest(run, tmp_path, monkeypat
         def on_end(self, state):
             Hanging.go.set()
 
-    monkeypatch.setattr(bit, "copy_checkpoint", seen)
+    monkeypatch.setattr(mirroring, "copy_checkpoint", seen)
     run(tmp_path / "run", tmp_path / "mirror", callbacks=[GoAtTheEnd()])
     steps = [name for name in copied if name.startswith("step")]
     assert steps[-1] == "step_00000012.safetensors"
@@ -143,7 +138,7 @@ def test_a_copier_that_falls_behind_skips_to_the_newest(run, tmp_path, monkeypat
 
 def test_failures_are_counted_shown_and_retried(run, tmp_path):
     heard = []
-    drive = Fault("ENOTCONN", "write", at=8, times=10**9)  # after what step 3 needs
+    drive = Fault("ENOTCONN", "write", at=9, times=10**9)  # after what step 3 needs
 
     class Ear(bit.Callback):
         def on_mirror(self, state, status):
@@ -167,7 +162,7 @@ def test_failures_are_counted_shown_and_retried(run, tmp_path):
 
 
 def test_what_a_session_could_not_bring_the_next_one_does(run, tmp_path):
-    with inject(tmp_path / "mirror", Fault("ENOTCONN", "write", at=8, times=10**9)):
+    with inject(tmp_path / "mirror", Fault("ENOTCONN", "write", at=9, times=10**9)):
         state = run(tmp_path / "run", tmp_path / "mirror")
     assert state.mirror.last_good_step == 3
     with inject(tmp_path / "mirror") as calls:
@@ -208,9 +203,9 @@ def test_the_last_two_are_kept_and_nothing_goes_before_the_newer_is_right(run, t
 
 @pytest.mark.parametrize("kind", ["short write", "altered write"])
 def test_a_corrupted_copy_in_the_mirror_is_made_again_on_reading_back(run, tmp_path, kind):
-    with inject(tmp_path / "mirror", Fault(kind, "write", at=6, times=1)) as injection:
+    with inject(tmp_path / "mirror", Fault(kind, "write", at=7, times=1)) as injection:
         state = run(tmp_path / "run", tmp_path / "mirror", max_steps=3)
-    assert injection.struck == 1  # the data of the first checkpoint, after five smaller files
+    assert injection.struck == 1  # the data of the first checkpoint, after six smaller files
     assert state.mirror.errors == 0
     for path in bit.list_checkpoints(tmp_path / "mirror" / "checkpoints"):
         bit.load_checkpoint(path)
@@ -245,34 +240,127 @@ def test_an_unreadable_mirror_is_no_reason_to_begin_on_top_of_it(run, tmp_path):
         assert run(tmp_path / "a", tmp_path / "mirror").step == 12  # what is local is enough
 
 
-def test_two_runs_do_not_share_a_mirror(run, tmp_path):
+def test_two_runs_do_not_share_a_mirror(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(mirroring, "LEASE_RENEW_S", 0.05)
     (tmp_path / "mirror").mkdir()
-    with bit.FolderLock(tmp_path / "mirror"), pytest.raises(ValueError, match="being written by"):
+    with held(tmp_path / "mirror"), pytest.raises(ValueError, match="being written by"):
         run(tmp_path / "run", tmp_path / "mirror")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")
-def test_a_second_process_on_the_same_run_is_refused(tmp_path):
-    import subprocess
+def saved(folder, step):
+    contents = {"step": step, "config": SETTINGS, "model": {"a": torch.ones(2)}, "tokenizer": ""}
+    return bit.save_checkpoint(folder / "checkpoints", contents)
 
-    command = [sys.executable, str(ROOT / "bitllm_core.py"), "train", "--preset", "ci"]
-    command += ["--max-steps", "100000", "--out", str(tmp_path / "run")]
-    first = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+
+MODEL, DATA, TRAIN = bit.PRESETS["ci"]
+SETTINGS = {"model": bit.asdict(MODEL), "data": bit.asdict(DATA), "train": bit.asdict(TRAIN)}
+
+
+def test_the_newest_of_run_and_mirror_counts(tmp_path):
+    local, folder = tmp_path / "local", tmp_path / "mirror"
+    saved(local, 3)
+    saved(folder, 6)
+    torn = saved(folder, 9)
+    torn.write_bytes(torn.read_bytes()[:-9])
+    mirror = mirroring.Mirror(local, folder, {"step": 2})
+    assert mirror.newest_checkpoint(SETTINGS)["step"] == 6
+    assert bit.newest_checkpoint(local / "checkpoints")["step"] == 6  # it was fetched
+    copy = local / "checkpoints" / "step_00000006.safetensors"
+    copy.write_bytes(copy.read_bytes()[:-1] + b"x")
+    assert mirror.newest_checkpoint(SETTINGS)["step"] == 6  # and is again
+    mirror.close()
+
+
+# The lease
+
+
+@contextlib.contextmanager
+def held(folder, run=None):
+    """A lease on a folder, as of a process with another run folder."""
+    other = run or folder.parent / "another"
+    other.mkdir(exist_ok=True)
+    lease = mirroring.Lease(folder, other)
+    lease.acquire()
     try:
-        until = time.time() + 120
-        while not (tmp_path / "run" / "metrics.jsonl").is_file() and time.time() < until:
-            time.sleep(0.1)
-        second = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        yield lease
     finally:
-        first.send_signal(signal.SIGTERM)
-        assert first.wait(120) == 143
-    assert second.returncode == 2
-    assert f"process {first.pid} on" in second.stderr
-    assert len(second.stderr.strip().splitlines()) == 1
-    assert not (tmp_path / "run" / bit.LOCK_NAME).exists()
+        lease.release()
 
 
-# What else a resume meets
+def elsewhere(folder, age):
+    """A lease as another machine has written it, `age` seconds ago."""
+    lease = {"host": "colab-1", "id": "x", "alive": time.time() - age}
+    (folder / mirroring.LEASE_NAME).write_text(json.dumps(lease))
+
+
+def test_a_lease_is_taken_over_when_it_has_run_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mirroring, "LEASE_STALE_S", 1.0)
+    elsewhere(tmp_path, age=0.5)
+    start = time.time()
+    with held(tmp_path, tmp_path) as lease:
+        assert 0.3 < time.time() - start < 5
+        assert json.loads((tmp_path / mirroring.LEASE_NAME).read_text())["id"] == lease.id
+    said = capsys.readouterr().err
+    assert "a process on colab-1" in said
+    assert "is taken over at" in said
+
+
+def test_a_writer_that_shows_signs_of_life_keeps_its_lease(tmp_path, monkeypatch):
+    monkeypatch.setattr(mirroring, "LEASE_STALE_S", 2.0)
+    elsewhere(tmp_path, age=0)
+    timer = threading.Timer(0.5, elsewhere, [tmp_path, 0])
+    timer.start()
+    with pytest.raises(ValueError, match="colab-1"), held(tmp_path, tmp_path):
+        pass
+    timer.join()
+
+
+def test_a_lease_holds_between_containers_of_one_host_name(tmp_path, monkeypatch):
+    """Process numbers and start times tell nothing there; only the id and the signs of life do."""
+    monkeypatch.setattr(mirroring, "LEASE_STALE_S", 1.0)
+    monkeypatch.setattr(mirroring, "LEASE_RENEW_S", 0.05)
+    with held(tmp_path), pytest.raises(ValueError, match="being written by"):
+        mirroring.Lease(tmp_path, tmp_path).acquire()
+
+
+def test_a_killed_run_takes_its_own_lease_over_at_once(tmp_path):
+    code = "import sys; from pathlib import Path; from bitllm.mirror import Lease; import os;"
+    code += "Lease(Path(sys.argv[1]), Path(sys.argv[1])).acquire(); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=False)
+    assert (tmp_path / mirroring.LEASE_NAME).is_file()
+    start = time.time()
+    with held(tmp_path, tmp_path):
+        assert time.time() - start < 5
+
+
+def test_a_lease_is_renewed_and_its_loss_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(mirroring, "LEASE_RENEW_S", 0.05)
+    path = tmp_path / mirroring.LEASE_NAME
+    with held(tmp_path) as lease:
+        before = json.loads(path.read_text())["alive"]
+        time.sleep(0.5)
+        assert json.loads(path.read_text())["alive"] > before
+        elsewhere(tmp_path, age=0)
+        assert lease.lost()
+        time.sleep(0.2)
+    assert "colab-1" in path.read_text()  # it is not ours to delete
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"id": 1}', '{"id": "a", "alive": null}'])
+def test_a_torn_lease_is_nobodys(tmp_path, text):
+    (tmp_path / mirroring.LEASE_NAME).write_text(text)
+    with held(tmp_path):
+        pass
+
+
+def test_a_lease_is_not_written_through_a_link(tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / mirroring.LEASE_NAME).symlink_to(tmp_path / "mine")
+    with held(run):
+        pass
+    assert (tmp_path / "mine").read_text() == "precious"
 
 
 def test_never_sets_the_old_run_aside_and_loses_nothing(run, tmp_path, tiny_config):
@@ -288,146 +376,3 @@ def test_never_sets_the_old_run_aside_and_loses_nothing(run, tmp_path, tiny_conf
     run(tmp_path / "run", resume="never", max_steps=3)
     assert (tmp_path / "run" / "set-aside-2").is_dir()
     assert run(tmp_path / "run", max_steps=3).step == 3
-
-
-def test_nothing_whole_is_said_and_not_begun_over(run, tmp_path):
-    run(tmp_path / "run", max_steps=6)
-    for path in (tmp_path / "run" / "checkpoints").glob("*.json"):
-        path.unlink()
-    before = files_of(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"no checkpoint that is whole.*--resume never"):
-        run(tmp_path / "run", max_steps=6)
-    assert files_of(tmp_path / "run") == before
-    assert run(tmp_path / "run", max_steps=6, resume="never").step == 6
-
-
-def test_settings_and_metrics_come_back_from_a_checkpoint(run, tmp_path):
-    run(tmp_path / "whole")
-    run(tmp_path / "run", callbacks=[StopAt(7)])
-    for name in ("config.json", "metrics.jsonl", "tokenizer.json"):
-        (tmp_path / "run" / name).unlink()
-    run(tmp_path / "run")
-    assert without_times(tmp_path / "run") == without_times(tmp_path / "whole")
-    assert_same_bits(state_of(tmp_path / "run"), state_of(tmp_path / "whole"))
-
-
-def test_fewer_steps_than_are_done_are_refused(run, tmp_path):
-    run(tmp_path / "run")
-    with pytest.raises(ValueError, match="max_steps=8: expected at least 12"):
-        run(tmp_path / "run", max_steps=8)
-
-
-def test_other_versions_are_said_and_not_refused(run, tmp_path, monkeypatch, capsys):
-    run(tmp_path / "run", callbacks=[StopAt(6)])
-    monkeypatch.setattr(bit, "versions", lambda: {"python": "3.99", "torch": "9", "numpy": "8"})
-    assert run(tmp_path / "run").step == 12
-    said = capsys.readouterr().err
-    assert "python" in said
-    assert "-> 3.99" in said
-
-
-def test_a_checkpoint_of_another_shape_is_refused_by_name(run, tmp_path):
-    run(tmp_path / "run", callbacks=[StopAt(6)])
-    folder = tmp_path / "run" / "checkpoints"
-    good = bit.newest_checkpoint(folder)
-    state = good["optimizers"][0]["state"]
-    name = next(iter(state))
-    for change in (
-        {"optimizers": [{"state": {name: {"momentum_buffer": torch.zeros(9)}}}, {"state": {}}]},
-        {"trits": {name.removesuffix(".weight"): torch.zeros(1, 1, dtype=torch.int8)}},
-        {"rng": {"torch": torch.zeros(3, dtype=torch.uint8), "cuda": []}},
-        {"loss": "0.1"},
-        {"model": {}},
-        {"scaler": 7, "trits": None},
-    ):
-        bit.save_checkpoint(folder, {**good, **change})
-        with pytest.raises(ValueError, match="step 6 is not of this run"):
-            run(tmp_path / "run")
-    bit.save_checkpoint(folder, good)
-    assert run(tmp_path / "run").step == 12
-
-
-def test_hostile_token_files_are_made_again(run, tmp_path):
-    run(tmp_path / "run", callbacks=[StopAt(6)])
-    path = tmp_path / "run" / "data" / "manifest.json"
-    good = json.loads(path.read_text())
-    tokens = (tmp_path / "run" / "data" / "train.bin").read_bytes()
-    beyond = bytes(len(tokens) - 2) + b"\xff\xff"  # an id without a row
-    (tmp_path / "run" / "data" / "train.bin").write_bytes(beyond)
-    digest = bit.file_hash(tmp_path / "run" / "data" / "train.bin")
-    changes = [
-        {"train": {**good["train"], "sha256": digest}},
-        {"dtype": "O"},
-        {"train": None},
-        {"train": {"tokens": 10**15, "sha256": ""}},
-        {"tokenizer_sha256": []},
-    ]
-    for change in changes:
-        path.write_text(json.dumps({**good, **change}))
-        state = run(tmp_path / "run", max_steps=12 + 0, callbacks=[StopAt(7)])
-        assert state.step >= 7
-        assert (tmp_path / "run" / "data" / "train.bin").read_bytes() == tokens
-
-
-def test_resuming_holds_one_copy_of_the_weights(run, tmp_path):
-    """No out-of-memory after a resume that the first start did not have."""
-    import gc
-
-    options = {"model": bit.ModelConfig(vocab_size=300), "optimizer": "adamw"}
-    options |= {"batch_tokens": 128, "max_steps": 4, "eval_every_steps": 0}
-
-    def held():
-        gc.collect()
-        storages = {
-            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
-            for x in gc.get_objects()
-            if issubclass(type(x), torch.Tensor)
-        }
-        return sum(storages.values())
-
-    class Weigh(bit.Callback):
-        def on_step(self, state, metrics):
-            if state.step == 4:
-                sizes.append(held() - before)
-
-    sizes, before = [], held()
-    run(tmp_path / "whole", callbacks=[Weigh()], **options)
-    run(tmp_path / "parts", callbacks=[StopAt(2)], **options)
-    run(tmp_path / "parts", callbacks=[Weigh()], **options)
-    assert sizes[1] <= sizes[0] * 1.02
-
-
-def test_a_full_disk_is_said_and_training_goes_on(run, tmp_path, capsys):
-    with inject(tmp_path / "run", Fault("ENOSPC", "write", at=1, times=3)):
-        state = run(tmp_path / "run")
-    said = capsys.readouterr().err
-    assert "could not be saved: [Errno 28] No space left on device" in said
-    assert "Training goes on" in said
-    assert state.last_saved_step == 12
-
-
-def test_metrics_that_could_not_be_written_are_written_later(tmp_path, capsys):
-    path = tmp_path / "metrics.jsonl"
-    log = bit.MetricsLog(path, 0)
-    log.write({"step": 1})
-    path.unlink()
-    with inject(tmp_path, Fault("ENOSPC", "replace", times=2)):
-        log.write({"step": 2})
-        log.write({"step": 3})
-    assert capsys.readouterr().err.count("cannot be written") == 1
-    log.write({"step": 4})
-    assert [line["step"] for line in bit.MetricsLog.read(path)] == [1, 2, 3, 4]
-
-
-def test_metrics_of_strangers_do_no_harm(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": "x"}\n[1]\n{"step": 2, "loss": 1}\n' + "[" * 99_999 + "\n{")
-    assert bit.MetricsLog.read(path) == [{"step": 2, "loss": 1}]
-
-
-def test_what_does_not_fit_is_refused_before_memory_is_taken(tmp_path):
-    model = bit.ModelConfig(hidden_size=65_536, num_hidden_layers=1024, num_attention_heads=512)
-    train = bit.TrainConfig()
-    with pytest.raises(ValueError, match="GiB for weights"):
-        bit.train(model, bit.DataConfig(), train, tmp_path / "run")
-    assert not (tmp_path / "run").exists()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import bitllm_core as bit
+from bitllm import mirror as mirroring
 from tests import tiny
 from tests.conftest import ROOT, assert_same_bits, state_of, without_times
 from tests.faults import corrupt, inject, killed_run, matrix
@@ -42,7 +43,7 @@ def assert_same_result(a, b):
 
 @pytest.fixture(autouse=True)
 def _quick_retries(monkeypatch):
-    monkeypatch.setattr(bit, "MIRROR_RETRY_S", (0.01, 0.05))
+    monkeypatch.setattr(mirroring, "RETRY_S", (0.01, 0.05))
     monkeypatch.setattr(bit, "SAVE_RETRY_S", 0.0)
 
 

@@ -1,5 +1,7 @@
 """The smallest run that has everything; tests change what they are about."""
 
+import signal
+
 import bitllm_core as bit
 
 MODEL = bit.ModelConfig(
@@ -22,3 +24,14 @@ TRAIN = bit.TrainConfig(
     dtype="float32",
     compile="off",
 )
+
+
+class StopAt(bit.Callback):
+    """Stops after a step, as Ctrl-C would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step(self, state, metrics):
+        if state.step == self.step:
+            state.stop_signal = signal.SIGINT

@@ -16,13 +16,18 @@ import torch
 import torch.distributed as dist
 
 import bitllm_core as bit
+from bitllm import distributed
 from tests import tiny
 
 TRAIN = dataclasses.replace(
     tiny.TRAIN,
+    max_steps=50,
     batch_tokens=160,  # 10 windows: no whole share for three
     log_every_steps=1,
+    eval_every_steps=10,
     eval_tokens=250,
+    learning_rate=0.005,  # slow enough for a curve that rounding does not change much
+    adamw_learning_rate=0.002,
 )
 TROUBLES = ("kill", "stop", "hang", "memory", "nan")
 plain_apply, plain_loss = bit.apply_gradients, bit.BitLM.loss
@@ -80,7 +85,8 @@ def end_group() -> None:
 
 def main() -> int:
     folder = Path(sys.argv[1])
-    bit.PROCESS_TIMEOUT_S = float(os.environ.get("TIMEOUT", "300"))
+    bit.log_to(sys.stderr)
+    distributed.TIMEOUT_S = float(os.environ.get("TIMEOUT", "300"))
     for task in sys.argv[2:]:
         try:
             state = train(folder, task)

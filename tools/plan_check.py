@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import bitllm_core as bit  # noqa: E402
+from bitllm.planner import memory_parts  # noqa: E402
 
 TUNABLES = "glibc.malloc.mmap_threshold=65536"
 SMALL = {
@@ -120,7 +121,7 @@ def train_and_tell(case: Case, folder: Path) -> None:
         steps += 1
         if steps == 2:
             print(json.dumps(held("VmHWM") - held("RssFile") - before), flush=True)
-            arguments[-1].most(0)  # the others have come so far, too
+            arguments[-1].barrier()
             os._exit(0)
         return plain_apply(*arguments)
 
@@ -164,7 +165,7 @@ def measure(case: Case, glibc: bool = False) -> int:
 
 def planned(case: Case) -> int:
     model, train = case.configs()
-    parts = bit.memory_parts(model, train, torch.float32, case.processes, case.windows, "cpu")
+    parts = memory_parts(model, train, torch.float32, case.processes, case.windows)
     return sum(parts.values())
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import signal
+import threading
 import time
 
 import numpy as np
@@ -11,30 +12,7 @@ import torch
 
 import bitllm_core as bit
 from tests.conftest import assert_same_bits, state_of, weights_of, without_times
-
-
-@pytest.fixture
-def run(tiny_config, tiny_train, tiny_corpus):
-    def train(out, *, resume="auto", callbacks=(), model=None, **changes):
-        return bit.train(
-            model or tiny_config,
-            bit.DataConfig(data=str(tiny_corpus)),
-            dataclasses.replace(tiny_train, **changes),
-            out,
-            resume=resume,
-            callbacks=callbacks,
-        )
-
-    return train
-
-
-class StopAt(bit.Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step(self, state, metrics):
-        if state.step == self.step:
-            state.stop_signal = signal.SIGINT
+from tests.tiny import StopAt
 
 
 class DieAt(StopAt):
@@ -131,7 +109,8 @@ def test_compiled_and_eager_agree(run, tmp_path, monkeypatch, capsys):
         run(tmp_path / mode, compile=mode, max_steps=3, log_every_steps=1)
         losses[mode] = [x["loss"] for x in without_times(tmp_path / mode) if "loss" in x]
     assert "torch.compile: off" not in capsys.readouterr().err
-    assert losses["on"] == pytest.approx(losses["off"], rel=1e-4)  # other order of sums
+    assert losses["on"][0] == pytest.approx(losses["off"][0], rel=1e-5)  # other order of sums,
+    assert losses["on"] == pytest.approx(losses["off"], rel=5e-3)  # which turns some trits
 
 
 def test_compiled_runs_resume_bit_for_bit(run, tmp_path, capsys):
@@ -182,7 +161,7 @@ def test_other_settings_are_refused_before_any_work(run, tmp_path, tiny_config):
     with pytest.raises(ValueError, match=r"batch_tokens \(run: 128, asked: 64\)"):
         run(out, batch_tokens=64)
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
-    with pytest.raises(ValueError, match="resume=must"):
+    with pytest.raises(ValueError, match="resume='must'"):
         run(tmp_path / "none", resume="must")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
@@ -249,6 +228,26 @@ def test_a_save_asked_for_comes_after_the_running_step(run, tmp_path):
     callback = SaveAt(5)
     run(tmp_path, save_every_steps=0, callbacks=[callback])
     assert callback.saved == (5, 12)
+
+
+def test_training_does_not_wait_for_the_disk(run, tmp_path, monkeypatch):
+    """Syncing and reading back are a thread's; only a second save waits for them."""
+    disk, plain, steps = threading.Event(), bit.Folder.sync, []
+
+    def slow(self, name):
+        disk.wait(30)
+        plain(self, name)
+
+    class Watch(bit.Callback):
+        def on_step(self, state, metrics):
+            steps.append(state.last_saved_step)
+            if state.step == 7:
+                disk.set()
+
+    monkeypatch.setattr(bit.Folder, "sync", slow)
+    run(tmp_path, save_every_steps=4, eval_every_steps=0, callbacks=[Watch()])
+    assert steps[4:7] == [0, 0, 0]  # it was saving step 4 all the time
+    assert [p.stem[-2:] for p in bit.list_checkpoints(tmp_path / "checkpoints")] == ["08", "12"]
 
 
 def overfitting(changes):
@@ -376,7 +375,7 @@ def test_a_sliding_context_predicts_each_token_once(tiny_config, length, stride)
         nats -= model(torch.tensor([seen]))[0, -1].log_softmax(-1)[tokens[i]].item()
     device = bit.choose_device("cpu", "float32")
     for size in (1, 3, 64):
-        total = bit.sliding_loss(model, tokens, 7, device, stride, size)
+        total = bit.total_loss(model, tokens, 7, device, size, stride)
         assert total == pytest.approx(nats, rel=1e-4)
 
 

@@ -45,35 +45,6 @@ def test_evaluate_prints_one_json_object(run_cli, trained, tiny_corpus):
     assert json.loads(slid.stdout)["loss"] != found["loss"]
 
 
-@pytest.mark.parametrize("to", ["packed", "hf"])
-def test_evaluate_reads_exports_like_the_run(run_cli, trained, tiny_corpus, tmp_path, to):
-    out = tmp_path / ("out.safetensors" if to == "packed" else "out")
-    getattr(bit, f"export_{to}")(trained, out)
-    device = bit.choose_device("cpu", "float32")
-    losses = [
-        bit.evaluate(*bit.load_model(path), tiny_corpus, device=device)["loss"]
-        for path in (trained, out)
-    ]
-    # the embedding is rounded to float16
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-
-
-def test_bench_prints_one_json_object(run_cli):
-    found = json.loads(run_cli("bench", "--quick").stdout)
-    assert found["train"].keys() >= {
-        "ternary_tokens_per_s",
-        "dense_tokens_per_s",
-        "flop_utilization",
-    }
-    assert found["generate"]["tokens_per_s"] > 0
-    assert {"memory", "machine"} <= found.keys()
-
-
-def test_info_lists_the_presets(run_cli):
-    text = run_cli("info").stdout
-    assert all(name in text for name in bit.PRESETS)
-
-
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -125,11 +96,6 @@ def test_a_seed_checkpoint_generates(run_cli, seed_script, tiny_corpus, tmp_path
         rest = model(inputs[None, whole:])[0]
         loss = torch.nn.functional.cross_entropy(torch.cat([logits, rest]), ids)
     assert json.loads(result.stdout)["loss"] == pytest.approx(loss.item(), rel=1e-4)
-
-
-def test_the_import_works_from_anywhere(run_cli, tmp_path):
-    assert run_cli("info", cwd=tmp_path).returncode == 0
-    assert (ROOT / "bitllm_core.py").is_file()
 
 
 def test_a_process_that_failed_among_others_ends_with_its_own_status():

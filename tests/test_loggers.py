@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 import bitllm_core as bit
+from bitllm import cli, loggers
 
 
 class Events(bit.Callback):
@@ -44,7 +45,7 @@ def metrics(folder):
     """{tag: [(step, value), ...]} of metrics.jsonl."""
     curves = {}
     for line in bit.MetricsLog.read(folder / "metrics.jsonl"):
-        for tag, value in bit.curve_points(line).items():
+        for tag, value in loggers.curve_points(line).items():
             curves.setdefault(tag, []).append((line["step"], np.float32(value)))
     return curves
 
@@ -59,10 +60,10 @@ def shown(reader):
 def test_points_are_named_for_charts_and_nothing_is_left_out():
     line = {"step": 3, "loss": 2.0, "flip_rate": [0.1, 0.2]}
     expected = {"train/loss": 2.0, "flip_rate/layer_00": 0.1, "flip_rate/layer_01": 0.2}
-    assert bit.curve_points(line) == expected
-    assert bit.curve_points({"step": 3, "val_loss": 2.0}) == {"validation/val_loss": 2.0}
+    assert loggers.curve_points(line) == expected
+    assert loggers.curve_points({"step": 3, "val_loss": 2.0}) == {"validation/val_loss": 2.0}
     last = {"step": 3, "val_loss": 2.0, "final": True}
-    assert bit.curve_points(last) == {"final/val_loss": 2.0}
+    assert loggers.curve_points(last) == {"final/val_loss": 2.0}
 
 
 def test_tensorboard_shows_the_log_after_a_kill_and_a_session_without_it(tmp_path, session):
@@ -72,7 +73,7 @@ def test_tensorboard_shows_the_log_after_a_kill_and_a_session_without_it(tmp_pat
         losses = shown(EventAccumulator(str(run / "tensorboard")))["train/loss"]
         seen.append(losses[-1][0] == state.step)
 
-    board = bit.TensorBoard(run)
+    board = loggers.TensorBoard(run)
     board.on_checkpoint = look
     with pytest.raises(InterruptedError):
         session(board, die=8, log_every_steps=1)  # back to step 6
@@ -81,7 +82,7 @@ def test_tensorboard_shows_the_log_after_a_kill_and_a_session_without_it(tmp_pat
     viewer = EventAccumulator(str(run / "tensorboard"))
     assert [step for step, _ in shown(viewer)["train/loss"]] == [1, 2, 3, 4, 5, 6, 7, 8]
     session(stop=10)
-    session(bit.TensorBoard(run))
+    session(loggers.TensorBoard(run))
     curves = metrics(run)
     assert [step for step, _ in curves["train/loss"]] == [1, 2, 3, 4, 5, 6, 8, 10, 12]
     assert {"validation/val_loss", "final/val_loss", "zero_fraction/layer_01"} <= set(curves)
@@ -98,13 +99,13 @@ def test_a_full_disk_ends_the_curve_and_not_the_training(tmp_path, session, monk
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        board = bit.TensorBoard(run)
+        board = loggers.TensorBoard(run)
         board.on_checkpoint = lambda state, path: patch.setattr(RecordWriter, "write", write)
         assert session(board, stop=9).step == 9
     told = capsys.readouterr().err
     assert told.count("TensorBoard: OSError: [Errno 28] No space left on device") == 1
     assert len(written) == 1
-    assert session(bit.TensorBoard(run)).finished
+    assert session(loggers.TensorBoard(run)).finished
     assert shown(EventAccumulator(str(run / "tensorboard"))) == metrics(run)
 
 
@@ -112,7 +113,7 @@ def test_a_full_disk_ends_the_curve_and_not_the_training(tmp_path, session, monk
 def test_a_missing_package_is_said_before_any_work(tmp_path, monkeypatch, capsys, name):
     monkeypatch.setitem(sys.modules, name, None)
     out = tmp_path / "run"
-    assert bit.main(["train", "--preset", "ci", "--out", str(out), f"--{name}"]) == 1
+    assert cli.main(["train", "--preset", "ci", "--out", str(out), f"--{name}"]) == 1
     assert f"needs the package {name}: pip install {name}" in capsys.readouterr().err
     assert not out.exists()
 
@@ -148,21 +149,21 @@ def test_sessions_go_on_with_one_run_and_bring_nothing_twice(
     run = tmp_path / "run"
     early = {"eval_every_steps": 1, "log_every_steps": 2}  # an evaluation comes before all else
     with pytest.raises(InterruptedError):
-        session(bit.WandB(run, "mine"), die=8, **early)  # back to step 6
-    session(bit.WandB(run, "mine"), stop=10, **early)
+        session(loggers.WandB(run, "mine"), die=8, **early)  # back to step 6
+    session(loggers.WandB(run, "mine"), stop=10, **early)
     shutil.move(run, tmp_path / "moved")
     shutil.move(tmp_path / "moved", run)
-    session(bit.WandB(run, "mine"), **early)
+    session(loggers.WandB(run, "mine"), **early)
     [history] = server.runs.values()
     there = {}
     for line in bit.MetricsLog.read(run / "metrics.jsonl"):
-        there.setdefault(line["step"], {}).update(bit.curve_points(line))
+        there.setdefault(line["step"], {}).update(loggers.curve_points(line))
     assert list(history) == list(there)
     assert set(there[12]) == set(history[12])
     assert history[12]["train/loss"] == there[12]["train/loss"]
     assert len(set(server.logged)) == len(server.logged)
     assert server.finished == 3
-    session(bit.WandB(tmp_path / "twin"), folder="twin", stop=2, **early)
+    session(loggers.WandB(tmp_path / "twin"), folder="twin", stop=2, **early)
     assert len(server.runs) == 2
 
 
@@ -171,7 +172,7 @@ def test_no_network_ends_the_curve_and_not_the_training(tmp_path, session, monke
         raise ConnectionError("no route to host")
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    assert session(bit.WandB(tmp_path / "run")).finished
+    assert session(loggers.WandB(tmp_path / "run")).finished
     assert capsys.readouterr().err.count("WandB: ConnectionError: no route to host") == 1
 
 
@@ -199,10 +200,10 @@ def test_the_real_wandb_keeps_every_line_offline(tmp_path, run_cli, tiny_corpus)
     flags += ["--max-steps", 8, "--log-every-steps", 2, "--eval-every-steps", 3]
     done = run_cli("train", *flags, "--wandb", "mine", env=offline)
     assert done.returncode == 0, done.stderr
-    assert "Nothing more goes there" not in done.stderr
+    assert "It gets no more" not in done.stderr
     there, kept = {}, {}
     for line in bit.MetricsLog.read(out / "metrics.jsonl"):
-        there.setdefault(line["step"], {}).update(bit.curve_points(line))
+        there.setdefault(line["step"], {}).update(loggers.curve_points(line))
     [path] = (out / "wandb").glob("offline-run-*/*.wandb")
     for record in records(path):
         if record.HasField("run"):

@@ -1,0 +1,64 @@
+"""Train, use and export ternary language models: the names of the core and of the package.
+
+    import bitllm
+    bitllm.train(*bitllm.PRESETS["demo"], "runs/demo")
+    bitllm.export_packed("runs/demo", "demo.safetensors")
+
+Each name is imported where it is first used, so that `import bitllm` is quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from typing import Any
+
+import bitllm_core
+
+__version__ = "1.0.0.dev0"
+
+_MODULES = {
+    "export": (
+        "Exported",
+        "export_gguf",
+        "export_hf",
+        "export_html",
+        "export_packed",
+        "llama_cpp_stream",
+        "push_to_hub",
+    ),
+    "loggers": ("TensorBoard", "WandB"),
+    "machine": ("estimate_seconds", "product_rate"),
+    "notebook": (
+        "LiveDisplay",
+        "Settings",
+        "SettingsPanel",
+        "download_button",
+        "environment_report",
+        "mount_drive",
+        "newest_run",
+        "prompt_box",
+        "show_run",
+    ),
+    "planner": ("estimate_memory", "info", "memory_parts", "plan"),
+    "streaming": ("StreamedData",),
+}
+_PLACES = {name: f"bitllm.{module}" for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted({*bitllm_core.__all__, *_PLACES, "log_to"})  # pyright: ignore
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
+    if name in bitllm_core.__all__ or name == "log_to":
+        return getattr(bitllm_core, name)
+    raise AttributeError(f"module 'bitllm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+with contextlib.suppress(ModuleNotFoundError):
+    importlib.import_module("bitllm.cpu")  # registers its kernels
