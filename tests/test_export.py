@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import bitllm_core as bit
+from bitllm.export import gguf, huggingface, packed
 from tests.conftest import ROOT, Payload
 from tools.export_parity import LlamaCpp, Ours, Transformers, compare
 
@@ -80,7 +81,7 @@ def exports(run, tmp_path_factory):
         "hf": bit.export_hf(run, out / "hf", author="A. Author", licence="mit"),
         "dense": bit.export_hf(run, out / "dense", dense=True),
     }
-    for kind in bit.GGUF_KINDS:
+    for kind in gguf.GGUF_KINDS:
         made[kind] = bit.export_gguf(run, out / f"{kind}.gguf", kind=kind, author="A. Author")
     return made
 
@@ -167,7 +168,7 @@ def mutate(exported, out, how):
             tensors[f"{name}.weight_scale"] = scale * linear.trits.float().abs().mean()
         elif how == "q/k permuted" and name.endswith(("q_proj", "k_proj")):
             rows = linear.trits.view(-1, 2, 32, 256).transpose(1, 2).reshape(-1, 256)
-            tensors[f"{name}.trits"] = bit._pack5(rows)
+            tensors[f"{name}.trits"] = packed._pack5(rows)
     save_file(tensors, out, metadata)
     return out
 
@@ -306,13 +307,13 @@ def test_an_export_can_be_exported_again(exports, tmp_path):
 @pytest.mark.parametrize("shape", [(1, 1), (4, 5), (8, 3), (12, 256)])
 def test_packing_is_undone_by_unpacking(shape):
     trits = torch.randint(-1, 2, shape, dtype=torch.int8)
-    assert torch.equal(bit._unpack5(bit._pack5(trits), trits.shape), trits)
+    assert torch.equal(packed._unpack5(packed._pack5(trits), trits.shape), trits)
     if shape[0] % 4 == 0:
         from transformers.integrations.bitnet import pack_weights
 
-        packed = bit._pack4(trits)
-        assert torch.equal(bit._unpack4(packed), trits)
-        assert torch.equal(packed, pack_weights(trits.clone()))  # it changes what it is given
+        quarters = huggingface._pack4(trits)
+        assert torch.equal(huggingface._unpack4(quarters), trits)
+        assert torch.equal(quarters, pack_weights(trits.clone()))  # it changes what it is given
 
 
 def test_a_checkpoint_can_be_chosen(run, tmp_path):
@@ -418,7 +419,7 @@ def test_an_interrupted_export_leaves_nothing_and_harms_nothing(
             export(tiny_run, tmp_path / name, **options)
         kept = contents()
         with monkeypatch.context() as patched:
-            patched.setattr(bit.os, "fsync", fail)
+            patched.setattr(os, "fsync", fail)
             with pytest.raises(OSError, match="full"):
                 export(tiny_run, tmp_path / name, overwrite=True, **options)
         assert contents() == kept
@@ -484,15 +485,16 @@ def test_memory_does_not_grow_with_the_export(tmp_path):
     """A dense export of some 90 MB takes the room of a few tensors (2 MB each), not of the file."""
     code = """if True:
         import pathlib, sys, bitllm_core as bit
+        from bitllm.export import common, huggingface
         config = bit.ModelConfig(300, 512, 1024, 8, 8)
         net = bit.BitLM(config).freeze()
-        entries = bit._hf_entries(net, dense=True)
+        entries = huggingface._hf_entries(net, dense=True)
         proc = pathlib.Path("/proc/self")
         peak = lambda: int((proc / "status").read_text().split("VmHWM:")[1].split()[0])
         (proc / "clear_refs").write_text("5")
         before = peak()
         path = pathlib.Path(sys.argv[1])
-        bit._write_safetensors(path, entries, {})
+        common._write_safetensors(path, entries, {})
         print((peak() - before) / 1024, path.stat().st_size / 2**20)
     """
     command = [sys.executable, "-c", code, str(tmp_path / "m.safetensors")]

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 import threading
@@ -21,12 +20,13 @@ from urllib.parse import urlsplit
 import pytest
 
 import bitllm_core as bit
+from bitllm.export import common, webpage, wllama
 from tests.conftest import ROOT
 from tests.test_export import train_tiny
 from tools import page_in_browsers as drive
 
 SHOTS = ROOT / "artefacts"
-TEMPLATE = (ROOT / bit.PAGE_TEMPLATE).read_text(encoding="utf-8")
+TEMPLATE = webpage._page_template()
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def demo():
 def runtime(demo, tmp_path_factory):
     """llama.cpp for browsers as npm lays it out."""
     folder = tmp_path_factory.mktemp("runtime")
-    for part, (file, _) in bit._WLLAMA_FILES.items():
+    for part, (file, _) in wllama._WLLAMA_FILES.items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_bytes(demo[0][part])
     return folder
@@ -56,7 +56,7 @@ def run(tmp_path_factory, tiny_corpus):
 def page(demo, tmp_path_factory):
     """The demo's model in the template as it is now: the file's address."""
     path = tmp_path_factory.mktemp("page") / "page.html"
-    path.write_bytes(bit._page_files(TEMPLATE, *demo, folder=False)["index.html"])
+    path.write_bytes(webpage._page_files(TEMPLATE, *demo, folder=False)["index.html"])
     return path.as_uri()
 
 
@@ -147,9 +147,9 @@ def test_firefox_writes_what_llama_cpp_writes(page, expected):
 
 def test_a_folder_behind_a_web_server_writes_the_same(tab, demo, served, expected):
     folder, address, asked = served
-    for name, data in bit._page_files(TEMPLATE, *demo, folder=True).items():
+    for name, data in webpage._page_files(TEMPLATE, *demo, folder=True).items():
         (folder / name).write_bytes(data)
-    assert {path.name for path in folder.iterdir()} == bit._PAGE_FILES
+    assert {path.name for path in folder.iterdir()} == webpage._PAGE_FILES
     assert (folder / "model.gguf").read_bytes().startswith(b"GGUF")
     assert drive.write(tab, f"{address}/index.html", PROMPT, 48)["text"] == expected
     assert sorted(asked) == ["/index.html", "/model.gguf", "/runtime.bin"]
@@ -274,7 +274,7 @@ def page_about(demo, words, folder=False):
     told = json.loads(json.dumps(demo[1]))
     told["facts"] |= dict.fromkeys(OURS, words)
     told["prompt"] = words
-    return bit._page_files(TEMPLATE, parts, told, folder)
+    return webpage._page_files(TEMPLATE, parts, told, folder)
 
 
 def layout(tab):
@@ -399,12 +399,12 @@ def test_an_exported_folder_is_replaced_only_by_its_own_kind(run, runtime, tmp_p
 
 
 def test_facts_that_are_no_json_or_no_words_are_shown_as_they_can_be(run):
-    source = bit._open_source(run, "last", {})
+    source = common._open_source(run, "last", {})
     source.facts.update(val_loss=float("nan"), author=["a"], steps=float("inf"), name="\ud800")
-    told = bit._page_told(source, 1)
+    told = webpage._page_told(source, 1)
     assert json.loads(json.dumps(told, allow_nan=False))["facts"]["author"] == "['a']"
     parts = dict.fromkeys(("library", "licence", "glue", "engine", "model"), b"")
-    assert b"\\ud800" in bit._page_files(TEMPLATE, parts, told, False)["index.html"]
+    assert b"\\ud800" in webpage._page_files(TEMPLATE, parts, told, False)["index.html"]
 
 
 def test_another_runtime_is_refused(run, runtime, tmp_path):
@@ -425,7 +425,7 @@ def test_another_runtime_is_refused(run, runtime, tmp_path):
 def test_a_model_that_no_page_can_run_is_told_before_anything_is_fetched(
     tmp_path, tiny_corpus, monkeypatch
 ):
-    monkeypatch.setattr(bit, "_fetch_runtime", None)
+    monkeypatch.setattr(wllama, "_fetch_runtime", None)
     out = train_tiny(tmp_path / "run", tiny_corpus)  # 64 wide
     with pytest.raises(ValueError, match="256"):
         bit.export_html(out, tmp_path / "page.html")
@@ -440,35 +440,35 @@ def no_cache(tmp_path, monkeypatch):
 
 
 def serve_runtime(runtime, folder, monkeypatch, address):
-    version = bit._WLLAMA
-    for file, _ in bit._WLLAMA_FILES.values():
+    version = wllama._WLLAMA
+    for file, _ in wllama._WLLAMA_FILES.values():
         package, _, inside = file.partition("/")
         target = folder / f"{package}@{version}" / inside
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(runtime / file, target)
-    monkeypatch.setattr(bit, "_WLLAMA_CDN", address)
+    monkeypatch.setattr(wllama, "_WLLAMA_CDN", address)
 
 
 def test_without_npm_the_runtime_comes_from_the_cdn_once(runtime, no_cache, served, monkeypatch):
     folder, address, asked = served
     serve_runtime(runtime, folder, monkeypatch, address)
-    parts = bit._page_runtime(None)
-    assert parts == bit._read_runtime(runtime)
+    parts = wllama._page_runtime(None)
+    assert parts == wllama._read_runtime(runtime)
     assert len(asked) == len(parts) == 4
-    assert bit._page_runtime(None) == parts
+    assert wllama._page_runtime(None) == parts
     assert len(asked) == 4  # kept
     spoilt = next(no_cache.glob("*/wllama/LICENCE"))
     spoilt.write_text("", encoding="utf-8")
-    assert bit._page_runtime(None) == parts  # and fetched again where a disk spoilt it
+    assert wllama._page_runtime(None) == parts  # and fetched again where a disk spoilt it
     assert len(asked) == 8
 
 
 def test_what_the_cdn_changed_is_refused_and_not_kept(runtime, no_cache, served, monkeypatch):
     folder, address, _ = served
     serve_runtime(runtime, folder, monkeypatch, address)
-    (folder / f"wllama@{bit._WLLAMA}" / "LICENCE").write_text("other", encoding="utf-8")
+    (folder / f"wllama@{wllama._WLLAMA}" / "LICENCE").write_text("other", encoding="utf-8")
     with pytest.raises(ValueError, match="LICENCE: refused"):
-        bit._page_runtime(None)
+        wllama._page_runtime(None)
     assert not no_cache.exists()
 
 
@@ -477,7 +477,7 @@ def test_npm_packs_are_read(runtime, no_cache, tmp_path, monkeypatch):
     """An npm that writes the two archives as the real one does, from the files at hand."""
     for package in ("wllama", "wllama-compat"):
         with tarfile.open(tmp_path / f"{package}.tgz", "w:gz") as archive:
-            for file, _ in bit._WLLAMA_FILES.values():
+            for file, _ in wllama._WLLAMA_FILES.values():
                 if file.startswith(package + "/"):
                     data = (runtime / file).read_bytes()
                     entry = tarfile.TarInfo("package/" + file.removeprefix(package + "/"))
@@ -495,25 +495,14 @@ def test_npm_packs_are_read(runtime, no_cache, tmp_path, monkeypatch):
         encoding="utf-8",
     )
     npm.chmod(0o755)
-    monkeypatch.setattr(bit, "_WLLAMA_CDN", None)
-    assert bit._page_runtime(None) == bit._read_runtime(runtime)
+    monkeypatch.setattr(wllama, "_WLLAMA_CDN", None)
+    assert wllama._page_runtime(None) == wllama._read_runtime(runtime)
 
 
 def test_with_neither_npm_nor_network_it_is_told_what_to_do(no_cache, monkeypatch):
-    monkeypatch.setattr(bit, "_WLLAMA_CDN", "http://127.0.0.1:9")
+    monkeypatch.setattr(wllama, "_WLLAMA_CDN", "http://127.0.0.1:9")
     with pytest.raises(OSError, match=r"no npm on the path; .*refused.*npm install @wllama"):
-        bit._page_runtime(None)
-
-
-def test_without_the_template_it_is_told_where_it_is(run, tmp_path):
-    shutil.copy(ROOT / "bitllm_core.py", tmp_path)
-    command = [sys.executable, tmp_path / "bitllm_core.py", "export", "--model", run]
-    command += ["--to", "html", "--out", tmp_path / "page.html"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert result.returncode != 0
-    assert "page.html: not there" in result.stderr
-    assert "web/page.html from the repository" in result.stderr
-    assert "Traceback" not in result.stderr
+        wllama._page_runtime(None)
 
 
 # The demonstration
@@ -521,4 +510,4 @@ def test_without_the_template_it_is_told_where_it_is(run, tmp_path):
 
 def test_the_demonstration_is_small_and_its_library_the_pinned_one(demo, runtime):
     assert (ROOT / "docs" / "demo.html").stat().st_size < 10_000_000
-    assert bit._read_runtime(runtime) == {k: v for k, v in demo[0].items() if k != "model"}
+    assert wllama._read_runtime(runtime) == {k: v for k, v in demo[0].items() if k != "model"}

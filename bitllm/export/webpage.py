@@ -1,0 +1,168 @@
+"""A web page in which the model runs, in any browser."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import html
+import json
+import math
+import re
+import tempfile
+import time
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from bitllm.export.common import Exported, _open_source, _replacing, _result, _Source
+from bitllm.export.gguf import _write_gguf
+from bitllm.export.wllama import _page_runtime
+from bitllm_core import END_OF_TEXT, SamplingConfig, library, say
+
+_PAGE_FILES = {"README.md", "index.html", "model.gguf", "runtime.bin"}
+
+
+def export_html(
+    source: str | Path,
+    out: str | Path,
+    *,
+    checkpoint: str | int = "last",
+    runtime: str | Path | None = None,
+    overwrite: bool = False,
+    **credits: str | None,
+) -> Exported:
+    """Write a web page in which the model runs, in any browser, without a server behind it.
+
+    Args:
+        source, checkpoint, overwrite: as `export_packed`.
+        out: *.html: one file with everything inside, which also opens from disk. Else a folder
+            with the parts side by side, for GitHub Pages or a static Hugging Face Space.
+        runtime: folder with llama.cpp for browsers, as npm lays it out (node_modules/@wllama);
+            default: fetched once with npm, or from a CDN where there is none, and kept.
+        credits: as `export_packed`; they appear on the page.
+
+    Raises:
+        ValueError, FileNotFoundError: no such model, one that llama.cpp has no counterpart of
+            (the message says why), `out` exists, or a file of `runtime` is not the expected one.
+        ImportError: the package gguf is not installed.
+        OSError: llama.cpp for browsers cannot be fetched.
+    """
+    out, template = Path(out), _page_template()
+    folder = out.suffix != ".html"
+    library("gguf", "an html export")
+    with _replacing(out, overwrite, folder) as beside, tempfile.TemporaryDirectory() as scratch:
+        opened = _open_source(Path(source), checkpoint, credits)
+        gguf = Path(scratch) / "model.gguf"
+        ternary = _write_gguf(gguf, opened, "TQ2_0")
+        parts = {**_page_runtime(runtime), "model": gguf.read_bytes()}
+        files = _page_files(template, parts, _page_told(opened, ternary), folder)
+        say(f"{out}: a page of {sum(map(len, files.values())) / 1e6:.1f} MB")
+        for name, data in files.items():
+            (beside / name if folder else beside).write_bytes(data)
+    return _result(out, ternary, opened.model, _page_usage(out.as_posix(), folder))
+
+
+def _page_template() -> str:
+    return resources.files("bitllm.export").joinpath("page.html").read_text(encoding="utf-8")
+
+
+def _page_told(source: _Source, ternary_bytes: int) -> dict[str, Any]:
+    """All that the page's script is told. A fact may come from a stranger's file."""
+    config, sampling = source.model.config, SamplingConfig()
+    weights = sum(linear.shape.numel() for linear in source.model.bit_linears().values())
+    facts = {
+        "name": "A ternary language model",
+        **source.facts,
+        "parameters": config.num_parameters,
+        "context": config.max_position_embeddings,
+        "bits_per_weight": 8 * ternary_bytes / weights,
+        "exported": time.strftime("%Y-%m-%d"),
+    }
+    for key, value in facts.items():
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            facts[key] = None if value is None else str(value)
+    return {
+        "facts": facts,
+        "prompt": str(source.facts.get("prompt") or ""),
+        "context": config.max_position_embeddings,
+        "end": END_OF_TEXT,
+        "sampling": {
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "length": sampling.max_new_tokens,
+        },
+    }
+
+
+def _page_files(
+    template: str, parts: dict[str, bytes], told: dict[str, Any], folder: bool
+) -> dict[str, bytes]:
+    """File name -> contents; one file unless `folder`."""
+    name, files = str(told["facts"]["name"]), {}
+    holes = {
+        "policy": "{{policy}}",
+        "title": html.escape(name),
+        "licence": html.escape(parts["licence"].decode()),
+        "library": parts["library"].decode(),
+        # "<" alone could end the script element that the JSON stands in
+        "facts": json.dumps(told).replace("<", "\\u003c"),
+    }
+    beside = {"engine": "runtime.bin", "model": "model.gguf"} if folder else {}
+    for part in ("glue", "engine", "model"):
+        data, packed = parts[part], part not in beside or part != "model"
+        if packed:
+            data = gzip.compress(data, 9, mtime=0)
+        holes[f"{part}_source"] = f'data-bytes="{len(data)}"'
+        holes[part] = base64.b64encode(data).decode() if part not in beside else ""
+        if part in beside:
+            packing = "" if packed else ' data-packed="no"'
+            holes[f"{part}_source"] += f' data-file="{beside[part]}"{packing}'
+            files[beside[part]] = data
+    page = re.sub(r"\{\{(\w+)\}\}", lambda hole: holes[hole[1]], template)
+    page = page.replace("{{policy}}", _page_policy(page, folder), 1)
+    if folder:
+        files["README.md"] = _page_readme(name).encode(errors="replace")
+    return {"index.html": page.encode(errors="replace"), **files}
+
+
+def _page_policy(page: str, folder: bool) -> str:
+    """What the page may do: run its own scripts, known by hash, and nothing else."""
+
+    def hashes(tag: str) -> str:
+        found = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digests = (hashlib.sha256(text.encode()).digest() for text in found)
+        return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+
+    return (
+        f"default-src 'none'; script-src {hashes('script')} 'wasm-unsafe-eval'; "
+        f"style-src {hashes('style')}; worker-src blob:; img-src data:; "
+        + ("connect-src 'self'; " if folder else "")
+        + "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _page_usage(path: str, folder: bool) -> str:
+    if not folder:
+        return "  any browser    open the file, from disk or anywhere; it may be sent as it is"
+    return f"""\
+  here           python -m http.server --directory "{path}"     (from disk it does not open)
+  GitHub Pages, Hugging Face   see "{path}/README.md\""""
+
+
+def _page_readme(name: str) -> str:
+    title = json.dumps(name)  # YAML reads it as it is
+    return f"""\
+---
+title: {title}
+sdk: static
+---
+
+A small language model that runs in the visitor's browser. All files of this folder belong together.
+
+- **GitHub Pages**: commit the files to a repository, then Settings > Pages > Deploy from a branch.
+- **Hugging Face**: make a Space with the SDK "Static" and upload the files (the lines at the top of
+  this one are for it), or `hf upload OWNER/NAME . --repo-type space` in this folder.
+- **Here**: `python -m http.server`, then open the address it prints.
+"""
