@@ -5562,7 +5562,12 @@ PAGE_TEMPLATE = "bitllm/export/page.html"
 
 def _export(name: str, /, *arguments: Any, **options: Any) -> Any:
     """Call a function of bitllm.export."""
-    module = importlib.import_module("bitllm.export")
+    import logging
+
+    module, log = importlib.import_module("bitllm.export"), logging.getLogger("bitllm")
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
+        log.setLevel("INFO")
     return getattr(module, name)(*arguments, **options)
 
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # transformers would compile its small functions
 
 import bitllm_core as bit
+from bitllm.export import GGUF_KINDS, export_gguf, export_hf, export_packed
 
 
 class Ours:
@@ -178,17 +179,17 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         exports = [
-            ("packed", Ours, bit.export_packed(flags.model, out / "m.safetensors")),
+            ("packed", Ours, export_packed(flags.model, out / "m.safetensors")),
             (
                 "packed int8",
                 Ours,
-                bit.export_packed(flags.model, out / "8.safetensors", embedding="int8"),
+                export_packed(flags.model, out / "8.safetensors", embedding="int8"),
             ),
-            ("hf", Transformers, bit.export_hf(flags.model, out / "hf")),
-            ("hf dense", Transformers, bit.export_hf(flags.model, out / "dense", dense=True)),
+            ("hf", Transformers, export_hf(flags.model, out / "hf")),
+            ("hf dense", Transformers, export_hf(flags.model, out / "dense", dense=True)),
         ]
-        for kind in bit.GGUF_KINDS:
-            exported = bit.export_gguf(flags.model, out / f"{kind}.gguf", kind=kind)
+        for kind in GGUF_KINDS:
+            exported = export_gguf(flags.model, out / f"{kind}.gguf", kind=kind)
             exports.append((kind, LlamaCpp, exported))
         for name, client, exported in exports:
             found = compare(ours, client(exported.path), windows, prompts)

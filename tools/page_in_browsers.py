@@ -27,6 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import bitllm_core as bit
+from bitllm.export import llama_cpp_stream
 
 QUIET = ("background-networking", "component-update", "sync", "quic", "gpu")
 
@@ -241,7 +242,7 @@ def write_here(gguf, prompt, tokens):
     """The same with llama.cpp in this process, half of the cores (of two: one thread)."""
     sampling = bit.SamplingConfig(temperature=0, max_new_tokens=tokens)
     pieces, times = [], []
-    for piece in bit.llama_cpp_stream(gguf, prompt, sampling):
+    for piece in llama_cpp_stream(gguf, prompt, sampling):
         pieces.append(piece)
         times.append(time.monotonic())
     speed = (tokens - 1) / (times[-1] - times[0])

@@ -1,4 +1,8 @@
-"""What all exports share: reading the model, its facts, and replacing files whole."""
+"""What all exports share: the registry of formats, the model to export, and writing files whole.
+
+A new format is one file here and one line in `__init__.py`. The file defines a function that
+`exporter` registers; everything else (command line, reading back, overwriting) follows from that.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +11,24 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, TypeVar
 
 from bitllm_core import (
     END_OF_TEXT,
-    NO_COUNTERPART,
-    BitLinear,
     BitLM,
     MetricsLog,
     ModelConfig,
-    TensorEntry,
-    config_from,
     end_of_text_id,
     load_run,
-    read_json,
     require,
-    safetensors_blocks,
 )
 
-_EXPORT_VERSION = 1
+EXPORT_VERSION = 1
+"""of what packed files and Hugging Face folders hold"""
 CREDITS = ("name", "author", "licence", "data_licence")
+"""what a user may state about a model; each export notes it in what it writes"""
 _DATA_LICENCES = {
     "pydocs": "PSF-2.0",
     "wikitext-2": "cc-by-sa-3.0",
@@ -49,7 +47,7 @@ class Exported:
     size: int
     """bytes, all files together"""
     bits_per_weight: float
-    """bits that a ternary weight takes in the file, its share of the scale included"""
+    """bits per ternary weight in the file, its share of the scale included"""
     usage: str
     """how to load it, client by client"""
 
@@ -58,133 +56,154 @@ class Exported:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """A model to export and what is known of it."""
+class Source:
+    """A model to export, and what is known about it."""
 
     model: BitLM
     tokenizer: Any
     facts: dict[str, Any]
 
 
-def _write_safetensors(
-    path: Path, entries: Sequence[TensorEntry], metadata: dict[str, str]
-) -> None:
-    with path.open("wb") as file:
-        for block in safetensors_blocks(entries, metadata):
-            file.write(block)
+@dataclass(frozen=True)
+class Flag:
+    """The command-line flag of an option that only one format has."""
+
+    name: str
+    """as typed, such as --embedding"""
+    help: str
+    choices: Sequence[str] | None = None
+    metavar: str | None = None
+    switch: bool = False
+    """takes no value"""
 
 
-def _skeleton(settings: dict[str, Any], tensors: int, path: Path) -> BitLM:
-    """A frozen model without memory behind it, to compare a stranger's file with."""
-    names = {f.name for f in fields(ModelConfig)}
-    known = {key: value for key, value in settings.items() if key in names}
-    config = config_from(ModelConfig, known, path)
-    if config.num_hidden_layers > tensors:
-        raise ValueError(f"{path}: {tensors} tensors in it, too few for num_hidden_layers layers")
-    with torch.device("meta"):
-        return BitLM(config, seed=None).freeze()
+@dataclass(frozen=True)
+class Format:
+    """One way to write a model."""
+
+    name: str
+    """what follows --to"""
+    export: Callable[..., Exported]
+    flags: dict[str, Flag] = field(default_factory=dict)
+    """parameter of `export` -> its flag"""
+    read: Callable[[Path], Source | None] = lambda path: None
+    """reads back what `export` wrote; None where the path is something else"""
+    wrote: Callable[[Path], bool] = lambda folder: False
+    """whether a folder is an export of this format, which another export may replace"""
 
 
-def _checked(file: Any, expected: list[TensorEntry], path: Path) -> None:
-    """ValueError where the tensors of a safetensors file are not exactly those expected."""
-    names = {entry.name for entry in expected}
-    for name in sorted(names ^ set(file.keys())):
-        raise ValueError(f"{path}: tensor {name} is {'missing' if name in names else 'unknown'}")
-    for entry in expected:
-        part = file.get_slice(entry.name)
-        found = (part.get_dtype(), tuple(part.get_shape()))
-        if found != (entry.dtype, entry.shape):
-            raise ValueError(
-                f"{path}: tensor {entry.name} is {found[0]} {found[1]}, "
-                f"expected {entry.dtype} {entry.shape}"
-            )
+_Export = TypeVar("_Export", bound=Callable[..., Exported])
+FORMATS: dict[str, Format] = {}
+"""name -> format, filled by `exporter`"""
 
 
-@torch.no_grad()
-def _fill(skeleton: BitLM, trits_of: Callable[[str, BitLinear], Any], read: Any) -> BitLM:
-    """A frozen model, its trits and scales from `trits_of(name, layer)`, the rest from `read`."""
-    model = BitLM(skeleton.config, seed=None).freeze()
-    for name, linear in model.bit_linears().items():
-        trits, scale = trits_of(name, linear)
-        if trits.abs().max() > 1 or not scale.isfinite().all():
-            raise ValueError(f"tensor {name} is not ternary, or its scale not finite")
-        linear.set_ternary(trits, scale.float().view(()))
-    for name, value in model.named_parameters():
-        value.copy_(read(name))
-    return model
+def exporter(name: str, **parts: Any) -> Callable[[_Export], _Export]:
+    """Decorator: register a function as the export to format `name`.
+
+    Args:
+        parts: the other fields of `Format`.
+
+    The function takes `source`, `out` and the keywords `checkpoint`, `overwrite`, one for each of
+    its flags, and the `CREDITS`.
+    """
+
+    def register(export: _Export) -> _Export:
+        FORMATS[name] = Format(name, export, **parts)
+        return export
+
+    return register
 
 
-def _read_any(path: Path, checkpoint: str | int) -> _Source:
-    """Whatever `load_model` reads, with what is known of it."""
-    from bitllm.export.huggingface import _read_hf
-    from bitllm.export.packed import _packed_metadata, _read_packed
-
-    if path.suffix == ".gguf":
-        raise ValueError(
-            f"{path}: a GGUF file runs in llama.cpp; give the run folder, a packed "
-            "file or a Hugging Face folder here"
-        )
-    metadata = _packed_metadata(path)
-    if metadata is not None:
-        return _read_packed(path, metadata)
-    settings = read_json(path / "config.json") or {}
-    if "model_type" in settings:
-        return _read_hf(path, settings)
-    model, tokenizer, told = load_run(path, checkpoint)
-    return _Source(model, tokenizer, {"name": path.stem, **_facts(path, told)})
+# The model
 
 
-def _open_source(path: Path, checkpoint: str | int, credits: dict[str, Any]) -> _Source:
-    """A model to export; the user's `credits` go before what is known of it."""
+def read_exported(path: str | Path) -> tuple[BitLM, Any, dict[str, Any]]:
+    """Read an export back.
+
+    Args:
+        path: a packed file or a Hugging Face folder that this program wrote.
+
+    Returns:
+        the frozen model, its tokenizer, and what is known about it (data, steps, losses, ...).
+
+    Raises:
+        ValueError, FileNotFoundError: anything else. Files are only data: nothing in them is
+            executed, and their sizes are checked before memory is taken.
+    """
+    source = _read(Path(path))
+    if source is None:
+        raise ValueError(f"{path}: expected a packed file or a folder that this program exported")
+    return source.model, source.tokenizer, source.facts
+
+
+def _read(path: Path) -> Source | None:
+    found = (source for form in FORMATS.values() if (source := form.read(path)) is not None)
+    return next(found, None)
+
+
+def open_source(path: str | Path, checkpoint: str | int, credits: dict[str, Any]) -> Source:
+    """The model to export. What the user states in `credits` replaces what is known."""
     for key in credits:
         require(key in CREDITS, "credits", key, f"one of {', '.join(CREDITS)}")
-    source = _read_any(path, checkpoint)
-    known = source.facts if isinstance(source.facts, dict) else {}  # a stranger's may be anything
+    path = Path(path)
+    source = _read(path)
+    if source is None:
+        model, tokenizer, told = load_run(path, checkpoint)
+        source = Source(model, tokenizer, {"name": path.stem, **_facts(path, told)})
     given = {key: value for key, value in credits.items() if value is not None}
-    return dataclasses.replace(source, facts={**known, **given})
+    return dataclasses.replace(source, facts={**source.facts, **given})
 
 
-def _facts(run: Path, told: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint and the run folder around it tell: data, steps, tokens, losses."""
+def _facts(path: Path, told: dict[str, Any]) -> dict[str, Any]:
+    """Data, steps, tokens and losses, from a checkpoint and the run folder around it."""
     saved, step = told.get("config") or {}, told.get("step")
     data = saved.get("data", {}).get("data")
     if data is not None and data not in _DATA_LICENCES and not data.startswith("hf:"):
-        data = Path(data).name  # where it lay on this machine is nobody's business
+        data = Path(data).name  # do not publish the folders of this machine
     facts = {"data": data, "data_licence": _DATA_LICENCES.get(data or "")}
     facts["prompt"] = saved.get("train", {}).get("sample_prompt")
     if step is None:
         return facts
-    lines = MetricsLog.read(run / "metrics.jsonl") if run.is_dir() else told["metrics"] or []
-    lines = [line for line in lines if line["step"] <= step]
+    run = path if path.is_dir() else path.parent.parent
+    lines = [x for x in MetricsLog.read(run / "metrics.jsonl") if x["step"] <= step]
     for name in ("loss", "val_loss", "val_perplexity"):
-        facts[name] = next((line[name] for line in reversed(lines) if name in line), None)
+        values = [line[name] for line in lines if name in line]
+        facts[name] = values[-1] if values else told.get(name)
     batch = saved.get("train", {}).get("batch_tokens")
     return {**facts, "steps": step, "tokens": batch and batch * step}
 
 
-def _check_exportable(config: ModelConfig, to: str) -> None:
-    """ValueError with all reasons why no client of this format could hold the model."""
-    limits = config.export_limits
-    if to in ("hf", "F16"):  # without ternary blocks, any width will do
-        limits = [limit for limit in limits if limit == NO_COUNTERPART]
-    kv = config.num_kv_heads * config.head_dim
-    if to == "hf" and any(n % 4 for n in (config.hidden_size, config.intermediate_size, kv)):
-        limits = [*limits, "transformers packs four rows a byte: sizes must be multiples of 4"]
+def refuse(config: ModelConfig, to: str, limits: Sequence[str]) -> None:
+    """ValueError with all reasons why a format cannot hold the model, where there are any."""
     if limits:
+        dense = config.linear == "dense"
         raise ValueError(
             f"this model cannot be exported to {to}: {'; '.join(limits)}. It has "
             f"block={config.block}, linear={config.linear}, "
             f"tie_word_embeddings={config.tie_word_embeddings}. "
-            + ("It has no ternary form" if config.linear == "dense" else "Export it as packed")
+            + ("It has no ternary form" if dense else "Export it as packed")
         )
 
 
-@contextlib.contextmanager
-def _replacing(out: Path, overwrite: bool, folder: bool) -> Iterator[Path]:
-    """A path beside `out` to write to; it gets its name when all is written and on the disk.
+def end_id(tokenizer: Any) -> int:
+    """The id of <|endoftext|>; ValueError where the tokenizer has none."""
+    end = end_of_text_id(tokenizer)
+    if end is None:
+        raise ValueError(
+            f"the tokenizer has no {END_OF_TEXT}, which clients need; export as packed"
+        )
+    return end
 
-    An existing target is only replaced when asked to, and only by its own kind: a file by a file,
-    a folder by a folder if it is empty or itself an export.
+
+# Files
+
+
+@contextlib.contextmanager
+def replacing(out: Path, overwrite: bool, folder: bool) -> Iterator[Path]:
+    """A path beside `out` to write to; it is renamed once all of it is on the disk.
+
+    An existing target is replaced only where `overwrite` is set, and only by its own kind: a file
+    by a file, and a folder by a folder if it is empty or itself an export.
     """
     if out.exists() or out.is_symlink():
         if not overwrite:
@@ -194,7 +213,7 @@ def _replacing(out: Path, overwrite: bool, folder: bool) -> Iterator[Path]:
             raise ValueError(f"{out}: not {kind}, so it is not overwritten; choose another path")
     out.parent.mkdir(parents=True, exist_ok=True)
     beside, old = (out.with_name(f"{out.name}.{word}") for word in ("exporting", "replaced"))
-    _remove(beside)  # of an export that was killed
+    _remove(beside)  # left by an export that was killed
     if folder:
         beside.mkdir()
     try:
@@ -204,7 +223,7 @@ def _replacing(out: Path, overwrite: bool, folder: bool) -> Iterator[Path]:
                 os.fsync(opened.fileno())
         if folder and out.exists():
             _remove(old)
-            out.replace(old)  # no system replaces a folder that is not empty
+            out.replace(old)  # no system renames over a folder that is not empty
         beside.replace(out)
         _remove(old if folder else beside)
     finally:
@@ -212,11 +231,7 @@ def _replacing(out: Path, overwrite: bool, folder: bool) -> Iterator[Path]:
 
 
 def _may_replace(folder: Path) -> bool:
-    from bitllm.export.webpage import _PAGE_FILES
-
-    names = {path.name for path in folder.iterdir()}
-    ours = "bitllm" in (read_json(folder / "config.json") or {})
-    return not names or ours or names == _PAGE_FILES
+    return not any(folder.iterdir()) or any(form.wrote(folder) for form in FORMATS.values())
 
 
 def _remove(path: Path) -> None:
@@ -226,17 +241,20 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _result(path: Path, ternary_bytes: int, model: BitLM, usage: str) -> Exported:
+def exported(path: Path, ternary_bytes: int, model: BitLM, usage: str) -> Exported:
+    """The result of an export whose ternary weights take `ternary_bytes` of what is at `path`."""
     files = path.iterdir() if path.is_dir() else [path]
-    weights = sum(linear.shape.numel() for linear in model.bit_linears().values())
     size = sum(file.stat().st_size for file in files)
-    return Exported(path, size, 8 * ternary_bytes / weights, usage)
+    return Exported(path, size, 8 * ternary_bytes / num_ternary(model), usage)
 
 
-def _end_id(tokenizer: Any) -> int:
-    end = end_of_text_id(tokenizer)
-    if end is None:
-        raise ValueError(
-            f"the tokenizer has no {END_OF_TEXT}, which clients need; export as packed"
-        )
-    return end
+def num_ternary(model: BitLM) -> int:
+    return sum(linear.shape.numel() for linear in model.bit_linears().values())
+
+
+def generate_usage(path: str) -> str:
+    """How this program itself loads an export."""
+    return (
+        f'  bitllm         bitllm generate --model "{path}" --prompt "..."\n'
+        "                 (in a checkout: python bitllm_core.py generate ...)"
+    )

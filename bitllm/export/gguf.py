@@ -1,4 +1,4 @@
-"""A GGUF file for llama.cpp and what is built on it."""
+"""A GGUF file for stock llama.cpp and what is built on it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,29 @@ import numpy as np
 
 from bitllm.export.common import (
     Exported,
-    _check_exportable,
-    _end_id,
-    _open_source,
-    _replacing,
-    _result,
-    _Source,
+    Flag,
+    Source,
+    end_id,
+    exported,
+    exporter,
+    generate_usage,
+    open_source,
+    refuse,
+    replacing,
 )
-from bitllm_core import END_OF_TEXT, BitLM, ModelConfig, SamplingConfig, library, require
+from bitllm_core import (
+    END_OF_TEXT,
+    NO_COUNTERPART,
+    BitLM,
+    ModelConfig,
+    SamplingConfig,
+    library,
+    require,
+)
 
-GGUF_KINDS = {"TQ2_0": 37, "TQ1_0": 36, "F16": 1}  # and llama.cpp's number for general.file_type
-_GGUF_NAMES = [
+GGUF_KINDS = {"TQ2_0": 37, "TQ1_0": 36, "F16": 1}
+"""type of the ternary matrices -> llama.cpp's number for general.file_type"""
+_NAMES = [  # ours -> llama.cpp's, replaced in this order
     ("model.layers.", "blk."),
     ("self_attn.attn_sub_norm", "attn_sub_norm"),
     ("self_attn.o_proj", "attn_output"),
@@ -39,11 +51,25 @@ _GGUF_NAMES = [
 
 
 def _gguf_name(name: str) -> str:
-    for old, new in _GGUF_NAMES:
+    for old, new in _NAMES:
         name = name.replace(old, new)
     return name
 
 
+def _read(path: Path) -> Source | None:
+    if path.suffix == ".gguf":
+        raise ValueError(
+            f"{path}: a GGUF file runs in llama.cpp; give the run folder, a packed file or a "
+            "Hugging Face folder here"
+        )
+    return None
+
+
+@exporter(
+    "gguf",
+    flags={"kind": Flag("--gguf-type", "type of the matrices (default: TQ2_0)", tuple(GGUF_KINDS))},
+    read=_read,
+)
 def export_gguf(
     source: str | Path,
     out: str | Path,
@@ -58,8 +84,8 @@ def export_gguf(
     Args:
         source, checkpoint, overwrite: as `export_packed`.
         out: the file, *.gguf; it appears whole or not at all.
-        kind: of the ternary matrices: TQ2_0 (2.06 bits a weight, fastest), TQ1_0 (1.69 bits) or
-            F16 (any width; activations are then not rounded to 8 bits).
+        kind: type of the ternary matrices: TQ2_0 (2.06 bits per weight, fastest), TQ1_0 (1.69 bits)
+            or F16 (any width, but activations are not rounded to 8 bits).
         credits: as `export_packed`.
 
     Raises:
@@ -71,39 +97,47 @@ def export_gguf(
     require(kind in GGUF_KINDS, "kind", kind, f"one of {', '.join(GGUF_KINDS)}")
     require(out.suffix == ".gguf", "out", str(out), "a name that ends in .gguf")
     library("gguf", "a GGUF export")
-    with _replacing(out, overwrite, folder=False) as beside:
-        opened = _open_source(Path(source), checkpoint, credits)
-        ternary = _write_gguf(beside, opened, kind)
-    return _result(out, ternary, opened.model, _gguf_usage(out.as_posix(), opened.model.config))
+    with replacing(out, overwrite, folder=False) as beside:
+        opened = open_source(source, checkpoint, credits)
+        ternary = write_gguf(beside, opened, kind)
+    return exported(out, ternary, opened.model, _usage(out.as_posix(), opened.model.config))
 
 
-def _write_gguf(path: Path, source: _Source, kind: str) -> int:
-    """Returns the bytes of the ternary tensors."""
-    gguf = library("gguf", "a GGUF export")
-    _check_exportable(source.model.config, kind)
-    vocabulary = _gguf_vocabulary(source.tokenizer, source.model.config.vocab_size)
+def write_gguf(path: Path, source: Source, kind: str) -> int:
+    """Write the file; return the bytes of its ternary tensors."""
+    gguf, config = library("gguf", "a GGUF export"), source.model.config
+    limits = config.export_limits
+    if kind == "F16":  # without ternary blocks, any width will do
+        limits = [limit for limit in limits if limit == NO_COUNTERPART]
+    refuse(config, kind, limits)
+    vocabulary = _vocabulary(source.tokenizer, config.vocab_size)
     writer = gguf.GGUFWriter(path, "bitnet")
     try:
-        _gguf_metadata(writer, source, kind)
-        _gguf_tokenizer(writer, vocabulary, _end_id(source.tokenizer))
-        return _gguf_tensors(writer, source.model, kind)
+        writer.add_file_type(GGUF_KINDS[kind])
+        _add_description(writer, source)
+        _add_shape(writer, config)
+        _add_tokenizer(writer, vocabulary, end_id(source.tokenizer))
+        return _add_tensors(writer, source.model, kind)
     finally:
         writer.close()
 
 
-def _gguf_metadata(writer: Any, source: _Source, kind: str) -> None:
-    config, facts, sampling = source.model.config, source.facts, SamplingConfig()
-    writer.add_file_type(GGUF_KINDS[kind])
+def _add_description(writer: Any, source: Source) -> None:
+    facts = source.facts
     writer.add_quantization_version(2)
     writer.add_name(facts.get("name") or "A ternary language model")
     writer.add_author(facts.get("author") or "")
     writer.add_license(facts.get("licence") or "")
-    writer.add_size_label(f"{config.num_parameters / 1e6:.1f}M")
+    writer.add_size_label(f"{source.model.config.num_parameters / 1e6:.1f}M")
     if facts.get("data"):
         licence = facts.get("data_licence") or "licence not stated"
         writer.add_description(f"Trained from scratch on {facts['data']} ({licence}).")
         writer.add_dataset_count(1)
         writer.add_dataset_name(0, facts["data"])
+
+
+def _add_shape(writer: Any, config: ModelConfig) -> None:
+    """Sizes, and `generate`'s sampling as the default."""
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -114,13 +148,14 @@ def _gguf_metadata(writer: Any, source: _Source, kind: str) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_vocab_size(config.vocab_size)
+    sampling = SamplingConfig()
     writer.add_sampling_temp(sampling.temperature)
     writer.add_sampling_top_k(sampling.top_k)
     writer.add_sampling_top_p(sampling.top_p)
     writer.add_sampling_min_p(0.0)
 
 
-def _gguf_vocabulary(tokenizer: Any, rows: int) -> tuple[list[str], list[int], list[str]]:
+def _vocabulary(tokenizer: Any, rows: int) -> tuple[list[str], list[int], list[str]]:
     """Tokens, their types and the merges; as many tokens as the embedding has rows."""
     described = json.loads(tokenizer.to_str())
     model, before = described["model"], described["pre_tokenizer"] or {}
@@ -137,7 +172,7 @@ def _gguf_vocabulary(tokenizer: Any, rows: int) -> tuple[list[str], list[int], l
     return tokens, kinds, [" ".join(merge) for merge in model["merges"]]
 
 
-def _gguf_tokenizer(writer: Any, vocabulary: Any, end: int) -> None:
+def _add_tokenizer(writer: Any, vocabulary: Any, end: int) -> None:
     tokens, kinds, merges = vocabulary
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")  # "default" splits words and numbers in other places
@@ -151,38 +186,42 @@ def _gguf_tokenizer(writer: Any, vocabulary: Any, end: int) -> None:
     writer.add_add_space_prefix(False)
 
 
-def _gguf_tensors(writer: Any, model: BitLM, kind: str) -> int:
-    """Announce all tensors, then make and write one at a time; returns bytes of ternary ones."""
+def _add_tensors(writer: Any, model: BitLM, kind: str) -> int:
+    """Announce all tensors, then write them one at a time; return the bytes of the ternary ones.
+
+    Blocks of scale 1 hold the trits. The scale stays beside them, exact in float32: inside the
+    blocks it would be rounded to float16.
+    """
     gguf = library("gguf", "a GGUF export")
-    quantized, F32 = gguf.GGMLQuantizationType[kind], gguf.GGMLQuantizationType.F32
-    made: list[tuple[str, tuple[int, ...], Any, Callable[[], np.ndarray]]] = []
-    for name, linear in model.bit_linears().items():
-        # blocks of scale 1 hold the trits; the scale stays exact in float32 beside them
-        trits = partial(lambda x: gguf.quantize(x.trits.numpy().astype("f4"), quantized), linear)
-        name, shape = _gguf_name(name), tuple(linear.shape)
-        made.append((f"{name}.weight", shape, quantized, trits))
-        scale = linear.weight_scale
-        made.append((f"{name}.scale", (1,), F32, lambda s=scale: s.view(1).numpy()))
-    for name, value in model.named_parameters():
-        half = "embed" in name
-        float_type = gguf.GGMLQuantizationType.F16 if half else F32
-        array = partial(lambda v, t: v.numpy().astype(t), value, "f2" if half else "f4")
-        made.append((_gguf_name(name), tuple(value.shape), float_type, array))
-    ternary = 0
-    for name, shape, dtype, _ in made:
+    types, ternary = gguf.GGMLQuantizationType, 0
+    arrays: list[Callable[[], np.ndarray]] = []
+
+    def announce(name: str, shape: tuple[int, ...], dtype: Any, array: Any) -> int:
         block, block_bytes = gguf.GGML_QUANT_SIZES[dtype]
         size = math.prod(shape) // block * block_bytes
         writer.add_tensor_info(name, shape, np.dtype("f4"), size, raw_dtype=dtype)
-        ternary += size if "norm" not in name and "embd" not in name else 0
+        arrays.append(array)
+        return size
+
+    for name, linear in model.bit_linears().items():
+        trits = partial(lambda x: gguf.quantize(x.trits.numpy().astype("f4"), types[kind]), linear)
+        scale = partial(lambda x: x.weight_scale.view(1).numpy(), linear)
+        name = _gguf_name(name)
+        ternary += announce(f"{name}.weight", tuple(linear.shape), types[kind], trits)
+        ternary += announce(f"{name}.scale", (1,), types.F32, scale)
+    for name, value in model.named_parameters():
+        dtype, code = (types.F16, "f2") if "embed" in name else (types.F32, "f4")
+        array = partial(lambda x, code: x.detach().numpy().astype(code), value, code)
+        announce(_gguf_name(name), tuple(value.shape), dtype, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for *_, array in made:
+    for array in arrays:
         writer.write_tensor_data(array())
     return ternary
 
 
-def _gguf_usage(path: str, config: ModelConfig) -> str:
+def _usage(path: str, config: ModelConfig) -> str:
     """Commands with `generate`'s sampling. The file itself names the token that ends a text."""
     s, context = SamplingConfig(), config.max_position_embeddings
     penalty = s.repetition_penalty
@@ -191,8 +230,8 @@ def _gguf_usage(path: str, config: ModelConfig) -> str:
 -c {context} --temp {s.temperature} --top-k {s.top_k} --top-p {s.top_p} --min-p 0 \
 --repeat-penalty {penalty}
                  (builds before December 2025: llama-cli, with the same arguments)
-  this program   python bitllm_core.py generate --model "{path}" --prompt "..."
-  ollama         ollama create NAME -f Modelfile, these lines in the file Modelfile:
+{generate_usage(path)}
+  ollama         ollama create NAME -f Modelfile, with these lines in the file Modelfile:
                  FROM "{path}"
                  TEMPLATE {{{{ .Prompt }}}}
                  PARAMETER stop {END_OF_TEXT}

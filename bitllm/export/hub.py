@@ -6,7 +6,7 @@ import importlib
 import os
 from pathlib import Path
 
-from bitllm_core import require
+from bitllm_core import library, require
 
 
 def push_to_hub(
@@ -16,21 +16,21 @@ def push_to_hub(
 
     Args:
         path: what an export wrote.
-        repo_id: OWNER/NAME; made if it is not there, `private` or not.
+        repo_id: OWNER/NAME; created if it is not there, `private` or not.
         token: with the right to write; default: HF_TOKEN from the environment or from Colab's
             secrets, else what the hub's own login keeps. It is neither printed nor stored.
 
     Raises:
         FileNotFoundError, ValueError: nothing at `path`, or no OWNER/NAME.
+        ImportError: the package huggingface_hub is not installed.
         OSError: the hub cannot be reached or refuses.
     """
-    import huggingface_hub
-
     path = Path(path)
     require(repo_id.count("/") == 1, "repo_id", repo_id, "OWNER/NAME")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; export first")
-    api = huggingface_hub.HfApi(token=token or _hub_token())
+    hub = library("huggingface_hub", "an upload to the hub")
+    api = hub.HfApi(token=token or _hub_token())
     api.create_repo(repo_id, private=private, exist_ok=True)
     if path.is_dir():
         api.upload_folder(repo_id=repo_id, folder_path=path, commit_message="Add the model")
@@ -49,5 +49,5 @@ def _hub_token() -> str | None:
         return os.environ["HF_TOKEN"]
     try:
         return importlib.import_module("google.colab.userdata").get("HF_TOKEN")
-    except Exception:  # not on Colab, no such secret, or it may not be read
+    except Exception:  # not on Colab, no such secret, or no permission to read it
         return None

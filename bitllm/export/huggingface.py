@@ -1,10 +1,9 @@
-"""A folder for transformers' AutoModelForCausalLM and AutoTokenizer."""
+"""A folder for transformers' AutoModelForCausalLM and AutoTokenizer, as they are."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,106 +11,137 @@ import torch
 from torch import Tensor
 
 from bitllm.export.common import (
-    _EXPORT_VERSION,
+    EXPORT_VERSION,
     Exported,
-    _check_exportable,
-    _checked,
-    _end_id,
-    _fill,
-    _open_source,
-    _replacing,
-    _result,
-    _skeleton,
-    _Source,
-    _write_safetensors,
+    Flag,
+    Source,
+    end_id,
+    exported,
+    exporter,
+    generate_usage,
+    num_ternary,
+    open_source,
+    refuse,
+    replacing,
+)
+from bitllm.export.tensors import (
+    check_tensors,
+    filled,
+    model_without_memory,
+    open_tensors,
+    ternary_bytes,
+    write_tensors,
 )
 from bitllm_core import (
     END_OF_TEXT,
     KNOWN_DATA,
+    NO_COUNTERPART,
     BitLinear,
     BitLM,
+    ModelConfig,
     SamplingConfig,
-    TensorEntry,
-    first_line,
+    check_tokenizer,
     load_tokenizer,
+    read_json,
 )
 
 _QUANTIZATION = {
     "quant_method": "bitnet",
-    "linear_class": "autobitlinear",
+    "linear_class": "autobitlinear",  # multiplies by weight_scale; bitlinear divides by it
     "quantization_mode": "offline",
     "modules_to_not_convert": ["lm_head"],
 }
 
 
-def _pack4(trits: Tensor) -> Tensor:
-    """Four trits a byte, as transformers reads them: rows r, r + O/4, ... low bits first."""
+def pack4(trits: Tensor) -> Tensor:
+    """Four trits per byte as transformers reads them: rows r, r + O/4, ..., low bits first."""
     quarters = (trits + 1).to(torch.uint8).view(4, -1, trits.shape[1])  # (4, O/4, I)
     return quarters[0] | quarters[1] << 2 | quarters[2] << 4 | quarters[3] << 6
 
 
-def _unpack4(packed: Tensor) -> Tensor:
+def unpack4(packed: Tensor) -> Tensor:
+    """The reverse of `pack4`: int8, (O, I)."""
     quarters = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)])  # (4, O/4, I)
     return quarters.view(-1, packed.shape[1]).to(torch.int8) - 1
 
 
-def _hf_entries(model: BitLM, dense: bool) -> list[TensorEntry]:
-    """Hugging Face's tensors, all floats in float32: transformers refuses a mixture."""
-    entries = []
+def hf_tensors(model: BitLM, dense: bool) -> dict[str, Tensor]:
+    """Name -> tensor, all floats in float32: transformers refuses a mixture."""
+    tensors = {}
     for name, linear in model.bit_linears().items():
-        rows, columns = linear.shape
         if dense:
-            weight = linear.effective_weight
-            entries.append(TensorEntry(f"{name}.weight", "F32", (rows, columns), weight))
-            continue
-        packed = partial(lambda layer: _pack4(layer.trits), linear)
-        entries.append(TensorEntry(f"{name}.weight", "U8", (rows // 4, columns), packed))
-        scale = linear.weight_scale.view(1)  # it multiplies: autobitlinear, not bitlinear
-        entries.append(TensorEntry(f"{name}.weight_scale", "F32", (1,), lambda s=scale: s))
-    for name, value in model.named_parameters():
-        entries.append(TensorEntry(name, "F32", tuple(value.shape), lambda v=value: v))
-    return entries
+            tensors[f"{name}.weight"] = linear.effective_weight()
+        else:
+            tensors[f"{name}.weight"] = pack4(linear.trits)
+            tensors[f"{name}.weight_scale"] = linear.weight_scale.view(1)
+    tensors |= {name: x.detach().float() for name, x in model.named_parameters()}
+    return tensors
 
 
-def _read_hf(path: Path, settings: dict[str, Any]) -> _Source:
-    """A Hugging Face folder that `export_hf` wrote, packed or dense, as a frozen model."""
-    from safetensors import safe_open
+def _limits(config: ModelConfig) -> list[str]:
+    """Why transformers could not hold the model; llama.cpp's widths do not matter here."""
+    limits = [limit for limit in config.export_limits if limit == NO_COUNTERPART]
+    kv = config.num_kv_heads * config.head_dim
+    if any(n % 4 for n in (config.hidden_size, config.intermediate_size, kv)):
+        limits.append("transformers packs four rows per byte: sizes must be multiples of 4")
+    return limits
 
+
+def _read(path: Path) -> Source | None:
+    """A folder that `export_hf` wrote, packed or dense, as a frozen model."""
+    settings = read_json(path / "config.json") or {}
+    if "model_type" not in settings:
+        return None
     dense = "quantization_config" not in settings
-    wanted = {"model_type": "bitnet", "hidden_act": "silu", "tie_word_embeddings": True}
-    if not dense:
-        wanted["quantization_config"] = _QUANTIZATION
-    for key, value in wanted.items():
-        if settings.get(key) != value:
-            raise ValueError(
-                f"{path / 'config.json'}: {key}={settings.get(key)!r}, expected {value!r}; "
-                "only folders that this program exported are read"
-            )
+    _check_settings(settings, dense, path / "config.json")
     weights = path / "model.safetensors"
     if not weights.is_file():
         raise FileNotFoundError(f"{weights}: no such file; expected the weights of the export")
-    try:
-        opened = safe_open(weights, framework="pt")
-    except Exception as error:
-        raise ValueError(f"{weights}: not a safetensors file ({first_line(error)})") from error
-    with opened as file:
-        skeleton = _skeleton(settings, len(file.keys()), path / "config.json")
-        _checked(file, _hf_entries(skeleton, dense), weights)
+    with open_tensors(weights) as file:
+        skeleton = model_without_memory(settings, len(file.keys()), path / "config.json")
+        if limits := _limits(skeleton.config):
+            raise ValueError(f"{path / 'config.json'}: {'; '.join(limits)}")
+        tokenizer = load_tokenizer(path / "tokenizer.json")
+        check_tokenizer(tokenizer, skeleton.config.vocab_size, path)
+        check_tensors(file, hf_tensors(skeleton, dense), weights)
 
-        def trits_of(name: str, linear: BitLinear) -> tuple[Tensor, Tensor]:
+        def read_ternary(name: str, linear: BitLinear) -> tuple[Tensor, Tensor]:
             weight = file.get_tensor(f"{name}.weight")
             if not dense:
-                return _unpack4(weight), file.get_tensor(f"{name}.weight_scale")
+                return unpack4(weight), file.get_tensor(f"{name}.weight_scale")
             scale = weight.abs().max().clamp(min=1e-12)
             trits = (weight / scale).round()
             if not torch.equal(trits * scale, weight):
                 raise ValueError(f"{weights}: {name}.weight is not trits times one scale")
             return trits, scale
 
-        model = _fill(skeleton, trits_of, file.get_tensor)
-    return _Source(model, load_tokenizer(path / "tokenizer.json"), settings.get("bitllm", {}))
+        model = filled(skeleton.config, read_ternary, file.get_tensor)
+    facts = settings.get("bitllm")
+    return Source(model, tokenizer, facts if isinstance(facts, dict) else {})
 
 
+def _check_settings(settings: dict[str, Any], dense: bool, path: Path) -> None:
+    wanted = {"model_type": "bitnet", "hidden_act": "silu", "tie_word_embeddings": True}
+    if not dense:
+        wanted["quantization_config"] = _QUANTIZATION
+    for key, value in wanted.items():
+        if settings.get(key) != value:
+            raise ValueError(
+                f"{path}: {key}={settings.get(key)!r}, expected {value!r}; "
+                "only folders that this program exported are read"
+            )
+
+
+def _wrote(folder: Path) -> bool:
+    return "bitllm" in (read_json(folder / "config.json") or {})
+
+
+@exporter(
+    "hf",
+    flags={"dense": Flag("--dense", "unpacked float32 weights", switch=True)},
+    read=_read,
+    wrote=_wrote,
+)
 def export_hf(
     source: str | Path,
     out: str | Path,
@@ -126,8 +156,8 @@ def export_hf(
     Args:
         source, checkpoint, overwrite: as `export_packed`.
         out: the folder; it appears whole or not at all.
-        dense: full float32 weights, t * s, for four trits a byte: sixteen times larger, needs no
-            extra package to load, but its activations are no longer rounded to 8 bits.
+        dense: full float32 weights, t * s, instead of four trits per byte: sixteen times larger.
+            They load without an extra package, but activations are not rounded to 8 bits.
         credits: as `export_packed`.
 
     Raises:
@@ -135,31 +165,25 @@ def export_hf(
             (the message says why), or `out` exists.
     """
     out = Path(out)
-    with _replacing(out, overwrite, folder=True) as beside:
-        opened = _open_source(Path(source), checkpoint, credits)
-        model, tokenizer = opened.model, opened.tokenizer
-        _check_exportable(model.config, "hf")
-        files = _hf_files(opened, dense)
-        entries = _hf_entries(model, dense)
-        _write_safetensors(beside / "model.safetensors", entries, {"format": "pt"})
-        ternary = sum(e.size for e in entries if "_proj." in e.name)
-        for file, contents in files.items():
-            (beside / file).write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
-        (beside / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    with replacing(out, overwrite, folder=True) as beside:
+        opened = open_source(source, checkpoint, credits)
+        model = opened.model
+        refuse(model.config, "hf", _limits(model.config))
+        texts = _json_files(opened, dense)
+        tensors = hf_tensors(model, dense)
+        write_tensors(beside / "model.safetensors", tensors, {"format": "pt"})
+        texts["tokenizer.json"] = opened.tokenizer.to_str(pretty=True)
+        for name, text in texts.items():
+            (beside / name).write_text(text, encoding="utf-8")
         size = sum(file.stat().st_size for file in beside.iterdir())
-        card = _model_card(opened, size, dense)
-        (beside / "README.md").write_text(card, encoding="utf-8")
-    return _result(out, ternary, model, _hf_usage(out.as_posix(), dense))
+        (beside / "README.md").write_text(_model_card(opened, size, dense), encoding="utf-8")
+    usage = _usage(out.as_posix(), dense)
+    return exported(out, ternary_bytes(model, tensors), model, usage)
 
 
-def _hf_files(source: _Source, dense: bool) -> dict[str, dict[str, Any]]:
-    """config.json and the like. Most of Hugging Face's defaults differ, so all is spelled out."""
-    config, size, sampling = (
-        source.model.config,
-        source.tokenizer.get_vocab_size(),
-        SamplingConfig(),
-    )
-    end = _end_id(source.tokenizer)
+def _json_files(source: Source, dense: bool) -> dict[str, str]:
+    """File name -> text. Most of Hugging Face's defaults differ, so everything is spelled out."""
+    config, end = source.model.config, end_id(source.tokenizer)
     ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     settings = {
         "architectures": ["BitNetForCausalLM"],
@@ -168,12 +192,12 @@ def _hf_files(source: _Source, dense: bool) -> dict[str, dict[str, Any]]:
         "num_key_value_heads": config.num_kv_heads,
         "hidden_act": "silu",
         "attention_bias": False,
-        # transformers 4 reads rope_theta only, 5 either
+        # transformers 4 reads rope_theta only, 5 reads either
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         **ends,
         "torch_dtype": "float32",
         **({} if dense else {"quantization_config": _QUANTIZATION}),
-        "bitllm": {"format_version": _EXPORT_VERSION, **source.facts},
+        "bitllm": {"format_version": EXPORT_VERSION, **source.facts},
     }
     tokens = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -183,37 +207,65 @@ def _hf_files(source: _Source, dense: bool) -> dict[str, dict[str, Any]]:
         "split_special_tokens": True,  # special tokens inside a text are text, as in training
         "model_max_length": config.max_position_embeddings,
     }
+    sampling, size = SamplingConfig(), source.tokenizer.get_vocab_size()
     generation = {
         **ends,
         "do_sample": True,
         **{name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")},
         "max_new_tokens": sampling.max_new_tokens,
     }
-    if size < config.vocab_size:  # rows of the head that stand for no token
+    if size < config.vocab_size:  # rows of the embedding without a token
         generation["suppress_tokens"] = list(range(size, config.vocab_size))
-    return {
+    files = {
         "config.json": settings,
         "tokenizer_config.json": tokens,
         "generation_config.json": generation,
     }
+    return {name: json.dumps(values, indent=1) + "\n" for name, values in files.items()}
 
 
-def _hf_usage(folder: str, dense: bool) -> str:
+def _usage(folder: str, dense: bool) -> str:
     packages = "transformers" if dense else "transformers accelerate"
-    return "\n".join(
-        [
-            f"  transformers   pip install {packages}",
-            f'                 model = AutoModelForCausalLM.from_pretrained("{folder}")',
-            f'                 tokenizer = AutoTokenizer.from_pretrained("{folder}")',
-            f'  this program   python bitllm_core.py generate --model {folder} --prompt "..."',
-        ]
-    )
+    return f"""\
+  transformers   pip install {packages}
+                 model = AutoModelForCausalLM.from_pretrained("{folder}")
+                 tokenizer = AutoTokenizer.from_pretrained("{folder}")
+{generate_usage(folder)}"""
 
 
-def _model_card(source: _Source, size: int, dense: bool) -> str:
+_COMPILER_NOTE = """
+On a CPU, loading compiles code: it needs a C++ compiler, or TORCHDYNAMO_DISABLE=1 in the
+environment."""
+_CARD = """\
+---
+{front}
+---
+# {title}
+
+A ternary (BitNet b1.58) language model, trained from scratch with bitllm. It continues text; it
+was not trained to follow instructions or to be right.
+
+| | |
+| --- | --- |
+{table}
+
+## Loading it
+
+```
+{usage}
+```
+
+All floats are float32; load the model in that dtype, transformers' default for this folder.{note}
+
+llama.cpp, ollama and LM Studio read a GGUF file, which bitllm makes from this folder:
+`bitllm export --model . --to gguf --out ../model.gguf`. llama.cpp's own converter does not work:
+it computes the scale from the weights again.
+"""
+
+
+def _model_card(source: Source, size: int, dense: bool) -> str:
     config, facts = source.model.config, source.facts
-    trits = sum(linear.shape.numel() for linear in source.model.bit_linears().values())
-    known = KNOWN_DATA.get(facts.get("data") or "")
+    known = KNOWN_DATA.get(str(facts.get("data")))
     rows = {
         "author": facts.get("author"),
         "licence": facts.get("licence"),
@@ -225,56 +277,25 @@ def _model_card(source: _Source, size: int, dense: bool) -> str:
         "validation loss, nats per token": facts.get("val_loss"),
         "validation perplexity": facts.get("val_perplexity"),
         "parameters": config.num_parameters,
-        "of which ternary": trits,
+        "of which ternary": num_ternary(source.model),
         "context, tokens": config.max_position_embeddings,
         "size of the files, bytes": size,
     }
     front = ["library_name: transformers", "pipeline_tag: text-generation"]
     front += [f"license: {json.dumps(facts['licence'])}"] if facts.get("licence") else []
     front += ["datasets:", f"- {known.name}"] if known else []
-    table = "\n".join(f"| {key} | {_told(value)} |" for key, value in rows.items())
-    compiler = "" if dense else _COMPILER_NOTE
-    return (
-        "---\n"
-        + "\n".join(front)
-        + f"""
----
-# {facts.get("name") or "A ternary language model"}
-
-A ternary (BitNet b1.58) language model, trained from scratch with `bitllm_core.py`. It continues
-text; it was not taught to follow instructions or to be right.
-
-| | |
-| --- | --- |
-{table}
-
-## Loading it
-
-```
-{_hf_usage(".", dense)}
-```
-
-All floats are float32; load it in that dtype, transformers' default for this folder.{compiler}
-
-llama.cpp, ollama and LM Studio read a GGUF file, which `bitllm_core.py` makes of this folder:
-`python bitllm_core.py export --model . --to gguf --out ../model.gguf`. llama.cpp's own converter
-does not: it takes the scale of the weights anew.
-"""
+    return _CARD.format(
+        front="\n".join(front),
+        title=facts.get("name") or "A ternary language model",
+        table="\n".join(f"| {key} | {_shown(value)} |" for key, value in rows.items()),
+        usage=_usage(".", dense),
+        note="" if dense else _COMPILER_NOTE,
     )
 
 
-_COMPILER_NOTE = """
-On a CPU, loading compiles code: it needs a C++ compiler, or TORCHDYNAMO_DISABLE=1 in the
-environment."""
-
-
-def _told(value: Any) -> str:
+def _shown(value: Any) -> str:
     if value is None:
         return "not stated"
-    return (
-        f"{value:.4f}"
-        if isinstance(value, float)
-        else f"{value:,}"
-        if isinstance(value, int)
-        else str(value)
-    )
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

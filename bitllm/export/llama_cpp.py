@@ -15,7 +15,7 @@ from bitllm_core import END_OF_TEXT, SamplingConfig, first_line, library
 def llama_cpp_stream(
     path: str | Path, prompt: str, sampling: SamplingConfig | None = None
 ) -> Iterator[str]:
-    """Yield the continuation of `prompt` as llama.cpp, inside this process, writes it.
+    """Yield the continuation of `prompt`, piece by piece, as llama.cpp generates it.
 
     Args:
         path: a GGUF file. Its tokenizer reads the prompt; "<|endoftext|>" in it ends a document.
@@ -27,28 +27,23 @@ def llama_cpp_stream(
     xllamacpp, path = library("xllamacpp", "running a GGUF file"), Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a GGUF file")
-    request = _llama_cpp_request(prompt, sampling or SamplingConfig())
-    if not request["max_tokens"]:  # a server that was asked nothing can hang when it is left
+    request = _request(prompt, sampling or SamplingConfig())
+    if not request["max_tokens"]:  # a server that was asked for nothing can hang when it is closed
         return
-    params = xllamacpp.CommonParams()
-    params.model.path, params.verbosity, params.warmup = str(path), -1, False
-    params.n_parallel, params.ctx_shift = 1, True
-    threads = max(1, (os.cpu_count() or 1) // 2)  # they wait by spinning: leave cores to others
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     try:
-        server = xllamacpp.Server(params)
+        server = xllamacpp.Server(_parameters(xllamacpp, path))
     except Exception as error:
         raise ValueError(f"{path}: llama.cpp does not load it ({first_line(error)})") from error
     pieces: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    left = threading.Event()  # the reader wants no more
+    closed = threading.Event()  # the reader wants no more
 
-    def hear(piece: Any) -> bool:
+    def receive(piece: Any) -> bool:
         pieces.put(piece)
-        return left.is_set()
+        return closed.is_set()
 
     def work() -> None:
         try:
-            server.handle_completions(request, hear)
+            server.handle_completions(request, receive)
         except Exception as error:
             pieces.put({"error": error})
         pieces.put(None)
@@ -62,12 +57,21 @@ def llama_cpp_stream(
             if text := piece["choices"][0]["text"]:
                 yield text
     finally:
-        left.set()
+        closed.set()
         worker.join()
 
 
-def _llama_cpp_request(prompt: str, sampling: SamplingConfig) -> dict[str, Any]:
-    """Our sampling in llama.cpp's words and, with `samplers`, in our order."""
+def _parameters(xllamacpp: Any, path: Path) -> Any:
+    params = xllamacpp.CommonParams()
+    params.model.path, params.verbosity, params.warmup = str(path), -1, False
+    params.n_parallel, params.ctx_shift = 1, True
+    threads = max(1, (os.cpu_count() or 1) // 2)  # they wait by spinning: leave cores to others
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    return params
+
+
+def _request(prompt: str, sampling: SamplingConfig) -> dict[str, Any]:
+    """Our sampling in llama.cpp's terms and, with `samplers`, in our order."""
     return {
         "prompt": prompt or END_OF_TEXT,
         "stream": True,
@@ -76,7 +80,7 @@ def _llama_cpp_request(prompt: str, sampling: SamplingConfig) -> dict[str, Any]:
         "top_k": sampling.top_k,
         "top_p": sampling.top_p,
         "repeat_penalty": sampling.repetition_penalty,
-        "repeat_last_n": 1 << 16,  # all of the text, as ours
+        "repeat_last_n": 1 << 16,  # the whole text, as ours
         "samplers": ["penalties", "temperature", "top_k", "top_p"],
         **({} if sampling.seed is None else {"seed": sampling.seed}),
     }

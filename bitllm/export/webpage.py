@@ -1,4 +1,4 @@
-"""A web page in which the model runs, in any browser."""
+"""A web page in which the model runs, in any browser, without a server behind it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import html
 import json
+import logging
 import math
 import re
 import tempfile
@@ -15,14 +16,35 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from bitllm.export.common import Exported, _open_source, _replacing, _result, _Source
-from bitllm.export.gguf import _write_gguf
-from bitllm.export.wllama import _page_runtime
-from bitllm_core import END_OF_TEXT, SamplingConfig, library, say
+from bitllm.export import wllama
+from bitllm.export.common import (
+    Exported,
+    Flag,
+    Source,
+    exported,
+    exporter,
+    num_ternary,
+    open_source,
+    replacing,
+)
+from bitllm.export.gguf import write_gguf
+from bitllm_core import END_OF_TEXT, SamplingConfig, library
 
-_PAGE_FILES = {"README.md", "index.html", "model.gguf", "runtime.bin"}
+log = logging.getLogger("bitllm")
+
+FOLDER_FILES = {"README.md", "index.html", "model.gguf", "runtime.bin"}
+"""what a page exported as a folder consists of"""
 
 
+def _wrote(folder: Path) -> bool:
+    return {path.name for path in folder.iterdir()} == FOLDER_FILES
+
+
+@exporter(
+    "html",
+    flags={"runtime": Flag("--runtime", "folder with llama.cpp for browsers", metavar="DIR")},
+    wrote=_wrote,
+)
 def export_html(
     source: str | Path,
     out: str | Path,
@@ -36,47 +58,46 @@ def export_html(
 
     Args:
         source, checkpoint, overwrite: as `export_packed`.
-        out: *.html: one file with everything inside, which also opens from disk. Else a folder
-            with the parts side by side, for GitHub Pages or a static Hugging Face Space.
+        out: *.html: one file with everything inside, which also opens from disk. Any other name: a
+            folder with the parts side by side, for GitHub Pages or a static Hugging Face Space.
         runtime: folder with llama.cpp for browsers, as npm lays it out (node_modules/@wllama);
-            default: fetched once with npm, or from a CDN where there is none, and kept.
+            default: downloaded once from npm, or from a CDN where there is no npm, and kept.
         credits: as `export_packed`; they appear on the page.
 
     Raises:
         ValueError, FileNotFoundError: no such model, one that llama.cpp has no counterpart of
             (the message says why), `out` exists, or a file of `runtime` is not the expected one.
         ImportError: the package gguf is not installed.
-        OSError: llama.cpp for browsers cannot be fetched.
+        OSError: llama.cpp for browsers cannot be downloaded.
     """
-    out, template = Path(out), _page_template()
+    out = Path(out)
     folder = out.suffix != ".html"
     library("gguf", "an html export")
-    with _replacing(out, overwrite, folder) as beside, tempfile.TemporaryDirectory() as scratch:
-        opened = _open_source(Path(source), checkpoint, credits)
+    with replacing(out, overwrite, folder) as beside, tempfile.TemporaryDirectory() as scratch:
+        opened = open_source(source, checkpoint, credits)
         gguf = Path(scratch) / "model.gguf"
-        ternary = _write_gguf(gguf, opened, "TQ2_0")
-        parts = {**_page_runtime(runtime), "model": gguf.read_bytes()}
-        files = _page_files(template, parts, _page_told(opened, ternary), folder)
-        say(f"{out}: a page of {sum(map(len, files.values())) / 1e6:.1f} MB")
+        ternary = write_gguf(gguf, opened, "TQ2_0")
+        parts = {**wllama.load_runtime(runtime), "model": gguf.read_bytes()}
+        files = page_files(page_template(), parts, page_values(opened, ternary), folder)
+        log.info(f"{out}: a page of {sum(map(len, files.values())) / 1e6:.1f} MB")
         for name, data in files.items():
             (beside / name if folder else beside).write_bytes(data)
-    return _result(out, ternary, opened.model, _page_usage(out.as_posix(), folder))
+    return exported(out, ternary, opened.model, _usage(out.as_posix(), folder))
 
 
-def _page_template() -> str:
+def page_template() -> str:
     return resources.files("bitllm.export").joinpath("page.html").read_text(encoding="utf-8")
 
 
-def _page_told(source: _Source, ternary_bytes: int) -> dict[str, Any]:
-    """All that the page's script is told. A fact may come from a stranger's file."""
+def page_values(source: Source, ternary_bytes: int) -> dict[str, Any]:
+    """What the page's script reads. A fact may come from an unknown file, and be anything."""
     config, sampling = source.model.config, SamplingConfig()
-    weights = sum(linear.shape.numel() for linear in source.model.bit_linears().values())
     facts = {
         "name": "A ternary language model",
         **source.facts,
         "parameters": config.num_parameters,
         "context": config.max_position_embeddings,
-        "bits_per_weight": 8 * ternary_bytes / weights,
+        "bits_per_weight": 8 * ternary_bytes / num_ternary(source.model),
         "exported": time.strftime("%Y-%m-%d"),
     }
     for key, value in facts.items():
@@ -96,18 +117,23 @@ def _page_told(source: _Source, ternary_bytes: int) -> dict[str, Any]:
     }
 
 
-def _page_files(
-    template: str, parts: dict[str, bytes], told: dict[str, Any], folder: bool
+def page_files(
+    template: str, parts: dict[str, bytes], values: dict[str, Any], folder: bool
 ) -> dict[str, bytes]:
-    """File name -> contents; one file unless `folder`."""
-    name, files = str(told["facts"]["name"]), {}
+    """File name -> contents; one file unless `folder`.
+
+    Args:
+        parts: "library", "licence", "glue", "engine" (see wllama.py) and "model", a GGUF file.
+        values: see `page_values`.
+    """
+    name, files = str(values["facts"]["name"]), {}
     holes = {
         "policy": "{{policy}}",
         "title": html.escape(name),
         "licence": html.escape(parts["licence"].decode()),
         "library": parts["library"].decode(),
         # "<" alone could end the script element that the JSON stands in
-        "facts": json.dumps(told).replace("<", "\\u003c"),
+        "facts": json.dumps(values).replace("<", "\\u003c"),
     }
     beside = {"engine": "runtime.bin", "model": "model.gguf"} if folder else {}
     for part in ("glue", "engine", "model"):
@@ -121,13 +147,13 @@ def _page_files(
             holes[f"{part}_source"] += f' data-file="{beside[part]}"{packing}'
             files[beside[part]] = data
     page = re.sub(r"\{\{(\w+)\}\}", lambda hole: holes[hole[1]], template)
-    page = page.replace("{{policy}}", _page_policy(page, folder), 1)
+    page = page.replace("{{policy}}", _policy(page, folder), 1)
     if folder:
-        files["README.md"] = _page_readme(name).encode(errors="replace")
+        files["README.md"] = _read_me(name).encode(errors="replace")
     return {"index.html": page.encode(errors="replace"), **files}
 
 
-def _page_policy(page: str, folder: bool) -> str:
+def _policy(page: str, folder: bool) -> str:
     """What the page may do: run its own scripts, known by hash, and nothing else."""
 
     def hashes(tag: str) -> str:
@@ -143,15 +169,15 @@ def _page_policy(page: str, folder: bool) -> str:
     )
 
 
-def _page_usage(path: str, folder: bool) -> str:
+def _usage(path: str, folder: bool) -> str:
     if not folder:
-        return "  any browser    open the file, from disk or anywhere; it may be sent as it is"
+        return "  any browser    open the file, from disk or from any web server"
     return f"""\
   here           python -m http.server --directory "{path}"     (from disk it does not open)
   GitHub Pages, Hugging Face   see "{path}/README.md\""""
 
 
-def _page_readme(name: str) -> str:
+def _read_me(name: str) -> str:
     title = json.dumps(name)  # YAML reads it as it is
     return f"""\
 ---
@@ -162,7 +188,7 @@ sdk: static
 A small language model that runs in the visitor's browser. All files of this folder belong together.
 
 - **GitHub Pages**: commit the files to a repository, then Settings > Pages > Deploy from a branch.
-- **Hugging Face**: make a Space with the SDK "Static" and upload the files (the lines at the top of
-  this one are for it), or `hf upload OWNER/NAME . --repo-type space` in this folder.
+- **Hugging Face**: create a Space with the SDK "Static" and upload the files (the lines at the top
+  of this file are for it), or run `hf upload OWNER/NAME . --repo-type space` in this folder.
 - **Here**: `python -m http.server`, then open the address it prints.
 """
