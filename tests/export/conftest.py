@@ -14,7 +14,7 @@ from filelock import FileLock
 import bitllm_core as bit
 from bitllm.export import GGUF_KINDS, export_gguf, export_hf, export_packed, wllama
 from tests.conftest import ROOT
-from tests.export.helpers import train_tiny
+from tests.export.helpers import GREEDY_TOKENS, train_tiny
 from tools import page_in_browsers as drive
 from tools.export_parity import Ours
 
@@ -86,15 +86,19 @@ def windows(run):
 
 @pytest.fixture(scope="session")
 def prompts(ours, windows):
-    """Of 24 beginnings the three whose greedy text has no near tie, which could fall either way."""
+    """Of 40 beginnings the three whose greedy text is the clearest choice.
+
+    The smallest gap to the second best token was 0.31 where this was written. Rounding in another
+    order moves logits by some hundredths, so that a near tie could fall either way.
+    """
 
     def margin(prompt):
-        text = torch.tensor([prompt + ours.greedy(prompt, 48)])
+        text = torch.tensor([prompt + ours.greedy(prompt, GREEDY_TOKENS)])
         best, second = ours.logits(text)[0, len(prompt) - 1 : -1].topk(2).values.T
         return (best - second).min().item()
 
-    found = sorted((margin(row[:12].tolist()), row[:12].tolist()) for row in windows[:24])[-3:]
-    assert found[0][0] > 0.02, "no text without near ties: train the fixture longer"
+    found = sorted((margin(row[:12].tolist()), row[:12].tolist()) for row in windows)[-3:]
+    assert found[0][0] > 0.1, "no text without near ties: train the fixture longer"
     return [prompt for _, prompt in found]
 
 

@@ -6,7 +6,14 @@ import torch
 import bitllm_core as bit
 from bitllm.export import export_gguf, llama_cpp_stream
 from tests.export.difficult import difficult_strings
-from tests.export.helpers import CLIENT_WARNINGS, PERPLEXITY_WITHIN, agrees, mutate, train_tiny
+from tests.export.helpers import (
+    CLIENT_WARNINGS,
+    GREEDY_TOKENS,
+    PERPLEXITY_WITHIN,
+    agrees,
+    mutate,
+    train_tiny,
+)
 from tools.export_parity import LlamaCpp, Ours, compare
 
 pytestmark = CLIENT_WARNINGS
@@ -19,7 +26,7 @@ def clients(exports):
 
 @pytest.mark.parametrize("name", ["TQ2_0", "TQ1_0"])
 def test_llama_cpp_computes_what_we_compute(ours, clients, windows, prompts, record_property, name):
-    figures = compare(ours, clients[name], windows, prompts)
+    figures = compare(ours, clients[name], windows, prompts, GREEDY_TOKENS)
     print(name, figures)
     record_property("figures", figures)
     assert agrees(figures, LlamaCpp), figures
@@ -29,7 +36,7 @@ def test_llama_cpp_computes_what_we_compute(ours, clients, windows, prompts, rec
 def test_a_wrong_convention_is_noticed(ours, exports, windows, prompts, tmp_path, how):
     source = mutate(exports["float32"], tmp_path / "wrong.safetensors", how)
     client = LlamaCpp(export_gguf(source, tmp_path / "out.gguf").path)
-    figures = compare(ours, client, windows[:4], prompts[:1])
+    figures = compare(ours, client, windows[:4], prompts[:1], GREEDY_TOKENS)
     assert not agrees(figures, LlamaCpp), figures
 
 
@@ -88,9 +95,9 @@ def test_the_command_line_exports_and_generates(run, run_cli, tmp_path):
 
 def test_llama_cpp_streams_the_greedy_text(ours, exports, prompts):
     prompt = ours.tokenizer.decode(prompts[-1])
-    sampling = bit.SamplingConfig(temperature=0, max_new_tokens=24)
+    sampling = bit.SamplingConfig(temperature=0, max_new_tokens=GREEDY_TOKENS)
     pieces = list(llama_cpp_stream(exports["TQ2_0"], prompt, sampling))
-    assert len(pieces) > 8
+    assert len(pieces) > GREEDY_TOKENS // 2
     assert "".join(pieces) == "".join(bit.stream(ours.model, ours.tokenizer, prompt, sampling))
 
 

@@ -10,7 +10,7 @@ import bitllm_core as bit
 from bitllm.export import export_gguf, export_hf, export_packed
 from bitllm.export.huggingface import pack4, unpack4
 from tests.export.difficult import difficult_strings
-from tests.export.helpers import CLIENT_WARNINGS, agrees, mutate, train_tiny
+from tests.export.helpers import CLIENT_WARNINGS, GREEDY_TOKENS, agrees, mutate, train_tiny
 from tools.export_parity import Ours, Transformers, compare
 
 pytestmark = CLIENT_WARNINGS
@@ -25,7 +25,7 @@ def clients(exports):
 def test_transformers_computes_what_we_compute(
     ours, clients, windows, prompts, record_property, name
 ):
-    figures = compare(ours, clients[name], windows, prompts)
+    figures = compare(ours, clients[name], windows, prompts, GREEDY_TOKENS)
     print(name, figures)
     record_property("figures", figures)
     assert agrees(figures, Transformers), figures
@@ -37,7 +37,7 @@ def test_a_wrong_convention_is_noticed(ours, exports, windows, prompts, tmp_path
     export_hf(source, tmp_path / "out")
     if how == "relu squared":
         change_config(tmp_path / "out", hidden_act="relu2")
-    figures = compare(ours, Transformers(tmp_path / "out"), windows[:4], prompts[:1])
+    figures = compare(ours, Transformers(tmp_path / "out"), windows[:4], prompts[:1], GREEDY_TOKENS)
     assert not agrees(figures, Transformers), figures
 
 

@@ -30,13 +30,14 @@ def page(demo, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(demo, tmp_path_factory):
-    """48 greedy tokens of native llama.cpp."""
+    """The greedy text of native llama.cpp."""
     gguf = tmp_path_factory.mktemp("gguf") / "model.gguf"
     gguf.write_bytes(demo[0]["model"])
-    return drive.write_here(gguf, PROMPT, 48)["text"]
+    return drive.write_here(gguf, PROMPT, TOKENS)["text"]
 
 
-PROMPT = "The "
+PROMPT, TOKENS = "If the ", 32
+"""greedy text without a near tie: the smallest gap to the second best token is 0.34 nats"""
 
 
 def started(kind):
@@ -74,9 +75,9 @@ def outside(requests, allowed=("file", "blob", "data")):
 
 
 def test_chromium_generates_what_llama_cpp_generates(tab, page, expected):
-    found = drive.write(tab, page, PROMPT, 48)
+    found = drive.write(tab, page, PROMPT, TOKENS)
     assert found["text"] == expected
-    assert found["tokens"] == 48
+    assert found["tokens"] == TOKENS
     assert found["tokens_per_s"] > 0
     assert tab.requests
     assert not outside(tab.requests)
@@ -86,9 +87,9 @@ def test_chromium_generates_what_llama_cpp_generates(tab, page, expected):
 def test_firefox_generates_what_llama_cpp_generates(page, expected):
     browser = started(drive.Firefox)
     try:
-        found = drive.write(browser, page, PROMPT, 48)
+        found = drive.write(browser, page, PROMPT, TOKENS)
         assert found["text"] == expected
-        assert found["tokens"] == 48
+        assert found["tokens"] == TOKENS
         assert not outside(browser.requests)
     finally:
         browser.close()
@@ -100,7 +101,7 @@ def test_a_folder_behind_a_web_server_generates_the_same(tab, demo, served, expe
         (folder / name).write_bytes(data)
     assert {path.name for path in folder.iterdir()} == FOLDER_FILES
     assert (folder / "model.gguf").read_bytes().startswith(b"GGUF")
-    assert drive.write(tab, f"{address}/index.html", PROMPT, 48)["text"] == expected
+    assert drive.write(tab, f"{address}/index.html", PROMPT, TOKENS)["text"] == expected
     assert sorted(asked) == ["/index.html", "/model.gguf", "/runtime.bin"]
     assert {urlsplit(x).netloc for x in tab.requests if x[:4] == "http"} == {address[7:]}
     assert not tab.complaints
