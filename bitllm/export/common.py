@@ -1,7 +1,15 @@
 """What all exports share: the registry of formats, the model to export, and writing files whole.
 
-A new format is one file here and one line in `__init__.py`. The file defines a function that
-`exporter` registers; everything else (command line, reading back, overwriting) follows from that.
+A new format is one file here and one line in `__init__.py`:
+
+    @export_format("toy")
+    def export_toy(source, out, *, checkpoint="last", overwrite=False, **credits):
+        with replacing(Path(out), overwrite, folder=False) as beside:
+            opened = open_source(source, checkpoint, credits)
+            ...  # write `opened.model` to `beside`
+        return result_of(Path(out), ternary_bytes, opened.model, "how to load it")
+
+The command line, reading back and overwriting follow from what it registers.
 """
 
 from __future__ import annotations
@@ -88,16 +96,16 @@ class Format:
     """parameter of `export` -> its flag"""
     read: Callable[[Path], Source | None] = lambda path: None
     """reads back what `export` wrote; None where the path is something else"""
-    wrote: Callable[[Path], bool] = lambda folder: False
+    is_export: Callable[[Path], bool] = lambda folder: False
     """whether a folder is an export of this format, which another export may replace"""
 
 
 _Export = TypeVar("_Export", bound=Callable[..., Exported])
 FORMATS: dict[str, Format] = {}
-"""name -> format, filled by `exporter`"""
+"""name -> format, filled by `export_format`"""
 
 
-def exporter(name: str, **parts: Any) -> Callable[[_Export], _Export]:
+def export_format(name: str, **parts: Any) -> Callable[[_Export], _Export]:
     """Decorator: register a function as the export to format `name`.
 
     Args:
@@ -173,7 +181,7 @@ def _facts(path: Path, told: dict[str, Any]) -> dict[str, Any]:
     return {**facts, "steps": step, "tokens": batch and batch * step}
 
 
-def refuse(config: ModelConfig, to: str, limits: Sequence[str]) -> None:
+def check_limits(config: ModelConfig, to: str, limits: Sequence[str]) -> None:
     """ValueError with all reasons why a format cannot hold the model, where there are any."""
     if limits:
         dense = config.linear == "dense"
@@ -231,7 +239,7 @@ def replacing(out: Path, overwrite: bool, folder: bool) -> Iterator[Path]:
 
 
 def _may_replace(folder: Path) -> bool:
-    return not any(folder.iterdir()) or any(form.wrote(folder) for form in FORMATS.values())
+    return not any(folder.iterdir()) or any(form.is_export(folder) for form in FORMATS.values())
 
 
 def _remove(path: Path) -> None:
@@ -241,14 +249,14 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def exported(path: Path, ternary_bytes: int, model: BitLM, usage: str) -> Exported:
+def result_of(path: Path, ternary_bytes: int, model: BitLM, usage: str) -> Exported:
     """The result of an export whose ternary weights take `ternary_bytes` of what is at `path`."""
     files = path.iterdir() if path.is_dir() else [path]
     size = sum(file.stat().st_size for file in files)
-    return Exported(path, size, 8 * ternary_bytes / num_ternary(model), usage)
+    return Exported(path, size, 8 * ternary_bytes / num_ternary_weights(model), usage)
 
 
-def num_ternary(model: BitLM) -> int:
+def num_ternary_weights(model: BitLM) -> int:
     return sum(linear.shape.numel() for linear in model.bit_linears().values())
 
 

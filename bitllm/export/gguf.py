@@ -15,13 +15,13 @@ from bitllm.export.common import (
     Exported,
     Flag,
     Source,
+    check_limits,
     end_id,
-    exported,
-    exporter,
+    export_format,
     generate_usage,
     open_source,
-    refuse,
     replacing,
+    result_of,
 )
 from bitllm_core import (
     END_OF_TEXT,
@@ -65,7 +65,7 @@ def _read(path: Path) -> Source | None:
     return None
 
 
-@exporter(
+@export_format(
     "gguf",
     flags={"kind": Flag("--gguf-type", "type of the matrices (default: TQ2_0)", tuple(GGUF_KINDS))},
     read=_read,
@@ -100,7 +100,7 @@ def export_gguf(
     with replacing(out, overwrite, folder=False) as beside:
         opened = open_source(source, checkpoint, credits)
         ternary = write_gguf(beside, opened, kind)
-    return exported(out, ternary, opened.model, _usage(out.as_posix(), opened.model.config))
+    return result_of(out, ternary, opened.model, _usage(out.as_posix(), opened.model.config))
 
 
 def write_gguf(path: Path, source: Source, kind: str) -> int:
@@ -109,7 +109,7 @@ def write_gguf(path: Path, source: Source, kind: str) -> int:
     limits = config.export_limits
     if kind == "F16":  # without ternary blocks, any width will do
         limits = [limit for limit in limits if limit == NO_COUNTERPART]
-    refuse(config, kind, limits)
+    check_limits(config, kind, limits)
     vocabulary = _vocabulary(source.tokenizer, config.vocab_size)
     writer = gguf.GGUFWriter(path, "bitnet")
     try:

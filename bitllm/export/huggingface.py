@@ -15,19 +15,19 @@ from bitllm.export.common import (
     Exported,
     Flag,
     Source,
+    check_limits,
     end_id,
-    exported,
-    exporter,
+    export_format,
     generate_usage,
-    num_ternary,
+    num_ternary_weights,
     open_source,
-    refuse,
     replacing,
+    result_of,
 )
 from bitllm.export.tensors import (
     check_tensors,
-    filled,
-    model_without_memory,
+    fill_model,
+    meta_model,
     open_tensors,
     ternary_bytes,
     write_tensors,
@@ -98,7 +98,7 @@ def _read(path: Path) -> Source | None:
     if not weights.is_file():
         raise FileNotFoundError(f"{weights}: no such file; expected the weights of the export")
     with open_tensors(weights) as file:
-        skeleton = model_without_memory(settings, len(file.keys()), path / "config.json")
+        skeleton = meta_model(settings, len(file.keys()), path / "config.json")
         if limits := _limits(skeleton.config):
             raise ValueError(f"{path / 'config.json'}: {'; '.join(limits)}")
         tokenizer = load_tokenizer(path / "tokenizer.json")
@@ -115,7 +115,7 @@ def _read(path: Path) -> Source | None:
                 raise ValueError(f"{weights}: {name}.weight is not trits times one scale")
             return trits, scale
 
-        model = filled(skeleton.config, read_ternary, file.get_tensor)
+        model = fill_model(skeleton.config, read_ternary, file.get_tensor)
     facts = settings.get("bitllm")
     return Source(model, tokenizer, facts if isinstance(facts, dict) else {})
 
@@ -132,15 +132,15 @@ def _check_settings(settings: dict[str, Any], dense: bool, path: Path) -> None:
             )
 
 
-def _wrote(folder: Path) -> bool:
+def _is_export(folder: Path) -> bool:
     return "bitllm" in (read_json(folder / "config.json") or {})
 
 
-@exporter(
+@export_format(
     "hf",
     flags={"dense": Flag("--dense", "unpacked float32 weights", switch=True)},
     read=_read,
-    wrote=_wrote,
+    is_export=_is_export,
 )
 def export_hf(
     source: str | Path,
@@ -168,7 +168,7 @@ def export_hf(
     with replacing(out, overwrite, folder=True) as beside:
         opened = open_source(source, checkpoint, credits)
         model = opened.model
-        refuse(model.config, "hf", _limits(model.config))
+        check_limits(model.config, "hf", _limits(model.config))
         texts = _json_files(opened, dense)
         tensors = hf_tensors(model, dense)
         write_tensors(beside / "model.safetensors", tensors, {"format": "pt"})
@@ -178,7 +178,7 @@ def export_hf(
         size = sum(file.stat().st_size for file in beside.iterdir())
         (beside / "README.md").write_text(_model_card(opened, size, dense), encoding="utf-8")
     usage = _usage(out.as_posix(), dense)
-    return exported(out, ternary_bytes(model, tensors), model, usage)
+    return result_of(out, ternary_bytes(model, tensors), model, usage)
 
 
 def _json_files(source: Source, dense: bool) -> dict[str, str]:
@@ -277,7 +277,7 @@ def _model_card(source: Source, size: int, dense: bool) -> str:
         "validation loss, nats per token": facts.get("val_loss"),
         "validation perplexity": facts.get("val_perplexity"),
         "parameters": config.num_parameters,
-        "of which ternary": num_ternary(source.model),
+        "of which ternary": num_ternary_weights(source.model),
         "context, tokens": config.max_position_embeddings,
         "size of the files, bytes": size,
     }

@@ -17,17 +17,17 @@ from bitllm.export.common import (
     Exported,
     Flag,
     Source,
-    exported,
-    exporter,
+    check_limits,
+    export_format,
     generate_usage,
     open_source,
-    refuse,
     replacing,
+    result_of,
 )
 from bitllm.export.tensors import (
     check_tensors,
-    filled,
-    model_without_memory,
+    fill_model,
+    meta_model,
     open_tensors,
     ternary_bytes,
     write_tensors,
@@ -72,7 +72,7 @@ def packed_tensors(model: BitLM, embedding: str) -> dict[str, Tensor]:
 
 def _check_ternary(config: ModelConfig) -> None:
     if config.linear == "dense":
-        refuse(config, "packed", ["its weights are not ternary"])
+        check_limits(config, "packed", ["its weights are not ternary"])
 
 
 def _read(path: Path) -> Source | None:
@@ -84,7 +84,7 @@ def _read(path: Path) -> Source | None:
         if metadata.get("format") != _FORMAT:
             return None
         settings, tokenizer, embedding, facts = _read_metadata(metadata, path)
-        skeleton = model_without_memory(settings, len(file.keys()), path)
+        skeleton = meta_model(settings, len(file.keys()), path)
         _check_ternary(skeleton.config)
         check_tokenizer(tokenizer, skeleton.config.vocab_size, path)
         check_tensors(file, packed_tensors(skeleton, embedding), path)
@@ -100,7 +100,7 @@ def _read(path: Path) -> Source | None:
             scaled = embedding == "int8" and "embed" in name
             return value * file.get_tensor(f"{name}_scale") if scaled else value
 
-        return Source(filled(skeleton.config, read_ternary, read), tokenizer, facts)
+        return Source(fill_model(skeleton.config, read_ternary, read), tokenizer, facts)
 
 
 def _read_metadata(metadata: dict[str, str], path: Path) -> tuple[Any, Any, str, dict[str, Any]]:
@@ -120,7 +120,7 @@ def _read_metadata(metadata: dict[str, str], path: Path) -> tuple[Any, Any, str,
 _EMBEDDING_FLAG = Flag("--embedding", "float16 (default), int8 or float32", tuple(_EMBEDDINGS))
 
 
-@exporter("packed", flags={"embedding": _EMBEDDING_FLAG}, read=_read)
+@export_format("packed", flags={"embedding": _EMBEDDING_FLAG}, read=_read)
 def export_packed(
     source: str | Path,
     out: str | Path,
@@ -161,4 +161,4 @@ def export_packed(
         }
         tensors = packed_tensors(model, embedding)
         write_tensors(beside, tensors, metadata)
-    return exported(out, ternary_bytes(model, tensors), model, generate_usage(out.as_posix()))
+    return result_of(out, ternary_bytes(model, tensors), model, generate_usage(out.as_posix()))

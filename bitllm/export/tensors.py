@@ -16,9 +16,13 @@ _CODES = {torch.float32: "F32", torch.float16: "F16", torch.int8: "I8", torch.ui
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    from safetensors.torch import save_file
+    """Write a safetensors file that others may read, as far as the umask lets them.
 
-    save_file({name: x.contiguous() for name, x in tensors.items()}, path, metadata)
+    The library's own `save_file` would leave it readable for its owner only.
+    """
+    from safetensors.torch import save
+
+    path.write_bytes(save({name: x.contiguous() for name, x in tensors.items()}, metadata))
 
 
 def open_tensors(path: Path) -> Any:
@@ -37,7 +41,7 @@ def ternary_bytes(model: BitLM, tensors: dict[str, Tensor]) -> int:
     return sum(x.nbytes for name, x in tensors.items() if name.rpartition(".")[0] in linears)
 
 
-def model_without_memory(settings: Any, num_tensors: int, path: Path) -> BitLM:
+def meta_model(settings: Any, num_tensors: int, path: Path) -> BitLM:
     """A frozen model on the meta device, which an unknown file is compared with."""
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: its settings are not a JSON object")
@@ -67,7 +71,7 @@ def check_tensors(file: Any, expected: dict[str, Tensor], path: Path) -> None:
 
 
 @torch.no_grad()
-def filled(
+def fill_model(
     config: ModelConfig,
     read_ternary: Callable[[str, BitLinear], tuple[Tensor, Tensor]],
     read: Callable[[str], Tensor],

@@ -21,11 +21,11 @@ from bitllm.export.common import (
     Exported,
     Flag,
     Source,
-    exported,
-    exporter,
-    num_ternary,
+    export_format,
+    num_ternary_weights,
     open_source,
     replacing,
+    result_of,
 )
 from bitllm.export.gguf import write_gguf
 from bitllm_core import END_OF_TEXT, SamplingConfig, library
@@ -36,14 +36,14 @@ FOLDER_FILES = {"README.md", "index.html", "model.gguf", "runtime.bin"}
 """what a page exported as a folder consists of"""
 
 
-def _wrote(folder: Path) -> bool:
+def _is_export(folder: Path) -> bool:
     return {path.name for path in folder.iterdir()} == FOLDER_FILES
 
 
-@exporter(
+@export_format(
     "html",
     flags={"runtime": Flag("--runtime", "folder with llama.cpp for browsers", metavar="DIR")},
-    wrote=_wrote,
+    is_export=_is_export,
 )
 def export_html(
     source: str | Path,
@@ -82,7 +82,7 @@ def export_html(
         log.info(f"{out}: a page of {sum(map(len, files.values())) / 1e6:.1f} MB")
         for name, data in files.items():
             (beside / name if folder else beside).write_bytes(data)
-    return exported(out, ternary, opened.model, _usage(out.as_posix(), folder))
+    return result_of(out, ternary, opened.model, _usage(out.as_posix(), folder))
 
 
 def page_template() -> str:
@@ -97,7 +97,7 @@ def page_values(source: Source, ternary_bytes: int) -> dict[str, Any]:
         **source.facts,
         "parameters": config.num_parameters,
         "context": config.max_position_embeddings,
-        "bits_per_weight": 8 * ternary_bytes / num_ternary(source.model),
+        "bits_per_weight": 8 * ternary_bytes / num_ternary_weights(source.model),
         "exported": time.strftime("%Y-%m-%d"),
     }
     for key, value in facts.items():

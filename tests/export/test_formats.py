@@ -21,7 +21,15 @@ from bitllm.export import (
     read_exported,
     run_export,
 )
-from bitllm.export.common import FORMATS, Flag, Source, exported, exporter, open_source, replacing
+from bitllm.export.common import (
+    FORMATS,
+    Flag,
+    Source,
+    export_format,
+    open_source,
+    replacing,
+    result_of,
+)
 from tests.conftest import ROOT
 from tests.export.helpers import train_tiny
 
@@ -38,16 +46,18 @@ def lines_format():
         model, tokenizer, facts = read_exported((path / "lines.txt").read_text("utf-8"))
         return Source(model, tokenizer, facts)
 
-    flag = Flag("--line-ending", "lf or crlf", ("lf", "crlf"))
-    wrote = lambda folder: (folder / "lines.txt").is_file()  # noqa: E731
+    def is_export(folder):
+        return (folder / "lines.txt").is_file()
 
-    @exporter("lines", flags={"ending": flag}, read=read, wrote=wrote)
+    flag = Flag("--line-ending", "lf or crlf", ("lf", "crlf"))
+
+    @export_format("lines", flags={"ending": flag}, read=read, is_export=is_export)
     def export_lines(source, out, *, checkpoint="last", ending="lf", overwrite=False, **credits):
         with replacing(Path(out), overwrite, folder=True) as beside:
             model = open_source(source, checkpoint, credits).model
             (beside / "lines.txt").write_text(str(source), encoding="utf-8")
             (beside / ending).touch()
-        return exported(Path(out), 1, model, "read it")
+        return result_of(Path(out), 1, model, "read it")
 
     yield export_lines
     del FORMATS["lines"]
@@ -229,6 +239,17 @@ def test_an_interrupted_export_leaves_nothing_and_harms_nothing(
     export(tiny_run, tmp_path / name, overwrite=True, name="another", **options)
     assert contents().keys() == kept.keys()
     assert contents() != kept
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions are POSIX's")
+def test_others_may_read_what_is_written(tiny_run, tmp_path):
+    """safetensors' save_file makes files for their owner only, which no web server may serve."""
+    (tmp_path / "plain").touch()
+    export_packed(tiny_run, tmp_path / "m.safetensors")
+    export_hf(tiny_run, tmp_path / "hf")
+    export_gguf(tiny_run, tmp_path / "m.gguf", kind="F16")
+    modes = {path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "plain").stat().st_mode}
 
 
 def test_a_killed_export_is_cleared_away_by_the_next(tiny_run, tmp_path):

@@ -172,7 +172,7 @@ def test_sizes_are_checked_before_memory_is_taken(tiny_run, tmp_path, monkeypatc
 
     good = export_packed(tiny_run, tmp_path / "good.safetensors")
     path = rewrite(good.path, tmp_path / "bad.safetensors", HOSTILE["is F16"])
-    monkeypatch.setattr("bitllm.export.packed.filled", set_memory_aside)
+    monkeypatch.setattr("bitllm.export.packed.fill_model", set_memory_aside)
     with pytest.raises(ValueError, match="is F16"):
         read_exported(path)
     with pytest.raises(AssertionError, match="a model was made"):
