@@ -1,9 +1,9 @@
-"""Run exported models in the real clients and compare what they say with what ours says.
+"""Run exported models in the real clients and compare what they compute with what we compute.
 
     python tools/export_parity.py --model runs/demo --data valid.txt
 
-It needs requirements-test.txt. One JSON object a client goes to stdout: size of the export, bits
-per ternary weight, and `compare`'s figures. The export tests use the same functions.
+It needs requirements-test.txt. One JSON object per client goes to stdout: size of the export, bits
+per ternary weight, and the figures of `compare`. The export tests use the same functions.
 """
 
 import argparse
@@ -20,10 +20,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # transformers would compile its small functions
 
 import bitllm_core as bit
+from bitllm.export import GGUF_KINDS, export_gguf, export_hf, export_packed
 
 
 class Ours:
-    """`bitllm_core` behind the methods that every client here has."""
+    """`bitllm_core`, with the methods that every client here has."""
 
     def __init__(self, path):
         self.model, self.tokenizer = bit.load_model(path)
@@ -38,7 +39,7 @@ class Ours:
             return torch.cat([self.model(part) for part in windows.split(8)])
 
     def log_probs(self, windows):
-        """Of each token of each window but the first, (B, T - 1)."""
+        """One per token of each window but the first, (B, T - 1)."""
         found = self.logits(windows)[:, :-1].log_softmax(-1)
         return found.gather(2, windows[:, 1:, None]).squeeze(2)
 
@@ -67,10 +68,10 @@ class Transformers(Ours):
         ids = torch.tensor([prompt])
         # the card's sampling settings do not go with do_sample=False
         options = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-        written = self.model.generate(
+        text = self.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, **options
         )
-        return written[0, len(prompt) :].tolist()
+        return text[0, len(prompt) :].tolist()
 
 
 class LlamaCpp(Ours):
@@ -90,26 +91,28 @@ class LlamaCpp(Ours):
 
         body = json.dumps({"content": text, "parse_special": False, "add_special": False})
         address = self.server.listening_address + "/tokenize"
-        with urlopen(Request(address, body.encode(), {"Content-Type": "application/json"})) as got:
-            return json.load(got)["tokens"]
+        with urlopen(
+            Request(address, body.encode(), {"Content-Type": "application/json"})
+        ) as answer:
+            return json.load(answer)["tokens"]
 
     def complete(self, ids, **options):
         """The log-probabilities that llama.cpp gives with each new token."""
         request = {"prompt": ids, "temperature": 0, "logprobs": 1, **options}
-        told = self.server.handle_completions(request)["choices"][0]["logprobs"]
-        return told["content"] if told else []  # nothing of a token that is part of a character
+        found = self.server.handle_completions(request)["choices"][0]["logprobs"]
+        return found["content"] if found else []  # none for a token that is part of a character
 
     def log_probs(self, windows):
-        """A bias makes llama.cpp choose the text's own token; what it tells is from before it."""
+        """A bias makes llama.cpp choose the text's own token; what it reports is from before it."""
         rows = []
         for window in windows.tolist():
             row = []
             for end in range(1, len(window)):
                 token = window[end]
-                told = self.complete(window[:end], max_tokens=1, logit_bias=[[token, 1e9]])
-                if told:
-                    assert told[0]["id"] == token
-                    row.append(told[0]["logprob"])
+                found = self.complete(window[:end], max_tokens=1, logit_bias=[[token, 1e9]])
+                if found:
+                    assert found[0]["id"] == token
+                    row.append(found[0]["logprob"])
                 else:
                     row.append(self.distribution(window[:end])[token])
             rows.append(row)
@@ -117,9 +120,9 @@ class LlamaCpp(Ours):
 
     def distribution(self, ids):
         """Log-probabilities of all tokens after `ids`, (V)."""
-        letter = [[self.letter, 1e9]]  # a whole character, or nothing would be told
-        told = self.complete(ids, max_tokens=1, logprobs=1 << 20, logit_bias=letter)
-        found = sorted((token["id"], token["logprob"]) for token in told[0]["top_logprobs"])
+        letter = [[self.letter, 1e9]]  # a whole character, or nothing would be reported
+        first = self.complete(ids, max_tokens=1, logprobs=1 << 20, logit_bias=letter)[0]
+        found = sorted((token["id"], token["logprob"]) for token in first["top_logprobs"])
         assert [i for i, _ in found] == list(range(len(found)))
         return torch.tensor([value for _, value in found])
 
@@ -128,12 +131,12 @@ class LlamaCpp(Ours):
 
 
 def compare(ours, client, windows, prompts, count=48):
-    """Figures of a client against ours on `windows`, (B, T), and greedy text after `prompts`.
+    """Compare a client with ours on `windows`, (B, T), and on greedy text after `prompts`.
 
     Returns:
-        perplexity, perplexity_ratio (client / ours); max_delta_logit: transformers, of all logits;
-        llama.cpp, of all log-probabilities at 16 places; greedy_same: how many of the prompts are
-        continued by the same `count` tokens.
+        perplexity, perplexity_ratio (client / ours); max_delta_logit: for transformers over all
+        logits, for llama.cpp over all log-probabilities at 16 places; greedy_same: how many of the
+        prompts are continued with the same `count` tokens.
     """
     nats = [-model.log_probs(windows).double().mean().item() for model in (ours, client)]
     if isinstance(client, LlamaCpp):
@@ -160,6 +163,16 @@ def text_windows(ours, text, tokens, length):
     return torch.tensor(ids).view(-1, length)
 
 
+def exports_of(run, folder):
+    """Name, client and result of each export of `run`, one after the other."""
+    yield "packed", Ours, export_packed(run, folder / "m.safetensors")
+    yield "packed int8", Ours, export_packed(run, folder / "8.safetensors", embedding="int8")
+    yield "hf", Transformers, export_hf(run, folder / "hf")
+    yield "hf dense", Transformers, export_hf(run, folder / "dense", dense=True)
+    for kind in GGUF_KINDS:
+        yield kind, LlamaCpp, export_gguf(run, folder / f"{kind}.gguf", kind=kind)
+
+
 def main():
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True, help="run folder")
@@ -176,24 +189,10 @@ def main():
     limit = (trits * math.log2(3) + vocab * hidden * 16) / 8
     print(json.dumps({"limit_bytes": round(limit), "tokens": windows.numel(), "trits": trits}))
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)
-        exports = [
-            ("packed", Ours, bit.export_packed(flags.model, out / "m.safetensors")),
-            (
-                "packed int8",
-                Ours,
-                bit.export_packed(flags.model, out / "8.safetensors", embedding="int8"),
-            ),
-            ("hf", Transformers, bit.export_hf(flags.model, out / "hf")),
-            ("hf dense", Transformers, bit.export_hf(flags.model, out / "dense", dense=True)),
-        ]
-        for kind in bit.GGUF_KINDS:
-            exported = bit.export_gguf(flags.model, out / f"{kind}.gguf", kind=kind)
-            exports.append((kind, LlamaCpp, exported))
-        for name, client, exported in exports:
-            found = compare(ours, client(exported.path), windows, prompts)
+        for name, client, exported in exports_of(flags.model, Path(folder)):
+            figures = compare(ours, client(exported.path), windows, prompts)
             sizes = {"size": exported.size, "bits_per_weight": round(exported.bits_per_weight, 4)}
-            print(json.dumps({"export": name, **sizes, **found}), flush=True)
+            print(json.dumps({"export": name, **sizes, **figures}), flush=True)
 
 
 if __name__ == "__main__":

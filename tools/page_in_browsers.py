@@ -3,9 +3,9 @@
     python tools/page_in_browsers.py docs/demo.html
     python tools/page_in_browsers.py docs/demo.html --picture docs/demo.png
 
-It needs requirements-test.txt and, of Debian's packages, what there is of `chromium`,
-`firefox-esr`, and `webkit2gtk-driver` with `xvfb` (WebKit: what Safari is made of). One JSON object
-a browser goes to stdout. The tests of the page use the same functions.
+It needs requirements-test.txt and any of Debian's packages `chromium`, `firefox-esr`, and
+`webkit2gtk-driver` with `xvfb` (WebKit: the engine of Safari). One JSON object per browser goes to
+stdout. The tests of the page use the same functions.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import bitllm_core as bit
+from bitllm.export import llama_cpp_stream
 
 QUIET = ("background-networking", "component-update", "sync", "quic", "gpu")
 
@@ -62,7 +63,7 @@ class Chromium:
 
 
 class Firefox:
-    """Through WebDriver BiDi, which Firefox speaks itself: no driver beside it."""
+    """Through WebDriver BiDi, which needs no driver besides Firefox."""
 
     path = shutil.which("firefox-esr") or shutil.which("firefox")
 
@@ -90,27 +91,27 @@ class Firefox:
         self.calls += 1
         self.socket.send(json.dumps({"id": self.calls, "method": method, "params": params}))
         while True:
-            told = json.loads(self.socket.recv())
-            if told.get("method") == "network.beforeRequestSent":
-                self.requests.append(told["params"]["request"]["url"])
-            if told.get("id") == self.calls:
-                if told["type"] == "error":
-                    raise RuntimeError(told)
-                return told["result"]
+            message = json.loads(self.socket.recv())
+            if message.get("method") == "network.beforeRequestSent":
+                self.requests.append(message["params"]["request"]["url"])
+            if message.get("id") == self.calls:
+                if message["type"] == "error":
+                    raise RuntimeError(message)
+                return message["result"]
 
     def open(self, address):
         self.call("browsingContext.navigate", context=self.context, url=address, wait="interactive")
 
     def ask(self, expression):
-        told = self.call(
+        answer = self.call(
             "script.evaluate",
             expression=f"Promise.resolve({expression}).then(JSON.stringify)",
             target={"context": self.context},
             awaitPromise=True,
         )
-        if told["type"] != "success":
-            raise RuntimeError(told)
-        return json.loads(told["result"].get("value", "null"))
+        if answer["type"] != "success":
+            raise RuntimeError(answer)
+        return json.loads(answer["result"].get("value", "null"))
 
     def close(self):
         self.socket.close()
@@ -125,7 +126,7 @@ class WebKit:
     path = shutil.which("WebKitWebDriver")
     port = 4567
     requests = None
-    """not told by this driver"""
+    """this driver does not report them"""
 
     def __init__(self):
         browser = next(Path("/usr/lib").glob("*/webkit2gtk-4.*/MiniBrowser"))
@@ -138,8 +139,8 @@ class WebKit:
         wanted = {"browserName": "MiniBrowser", "webkitgtk:browserOptions": options}
         self.session = ""
         request = {"capabilities": {"alwaysMatch": wanted}}
-        told = wait_for(lambda: self.call("POST", "", request))
-        self.session = "/" + told["sessionId"]
+        session = wait_for(lambda: self.call("POST", "", request))
+        self.session = "/" + session["sessionId"]
 
     def call(self, method, path, body=None):
         address = f"http://127.0.0.1:{self.port}/session{self.session}{path}"
@@ -205,12 +206,12 @@ def wait_finished(browser):
 
 
 def written_by(browser):
-    """The text behind the prompt."""
+    """The text after the prompt."""
     return browser.ask("document.getElementById('text').lastChild?.data ?? ''")
 
 
 def speed_of(browser):
-    """Tokens written and tokens a second, of the line above the text."""
+    """Generated tokens and tokens per second, from the line above the text."""
     line = browser.ask("document.getElementById('speed').textContent")
     found = re.match(r"([\d,]+) tokens(?:, ([\d,.]+) tokens/s)?", line)
     if not found:
@@ -219,7 +220,7 @@ def speed_of(browser):
 
 
 def write(browser, address, prompt, tokens):
-    """Open the page, press Generate at once, wait for all of it."""
+    """Open the page, press Generate at once, and wait for the whole text."""
     begin = time.monotonic()
     browser.open(address)
     wait_for(lambda: browser.ask("document.getElementById('generate')?.disabled === false"))
@@ -241,7 +242,7 @@ def write_here(gguf, prompt, tokens):
     """The same with llama.cpp in this process, half of the cores (of two: one thread)."""
     sampling = bit.SamplingConfig(temperature=0, max_new_tokens=tokens)
     pieces, times = [], []
-    for piece in bit.llama_cpp_stream(gguf, prompt, sampling):
+    for piece in llama_cpp_stream(gguf, prompt, sampling):
         pieces.append(piece)
         times.append(time.monotonic())
     speed = (tokens - 1) / (times[-1] - times[0])
@@ -249,7 +250,7 @@ def write_here(gguf, prompt, tokens):
 
 
 def parts_of(page):
-    """What an exported one-file page holds: `_page_files`' parts, and what the script is told."""
+    """The two arguments of `page_files` that an exported one-file page was made from."""
     text = Path(page).read_text(encoding="utf-8")
 
     def element(pattern):
@@ -261,12 +262,12 @@ def parts_of(page):
     }
     parts["library"] = element(r"exports = module\.exports;\n(.*?)\nreturn module").encode()
     parts["licence"] = html.unescape(element(r"<pre>(.*?)</pre>")).encode()
-    told = json.loads(element(r'<script id="told"[^>]*>(.*?)</script>'))
-    return parts, told
+    values = json.loads(element(r'<script id="told"[^>]*>(.*?)</script>'))
+    return parts, values
 
 
 def take_picture(page, prompt, path):
-    """What a visitor sees once the model has written."""
+    """What a visitor sees once the model has generated a text."""
     browser = Chromium()
     browser.page.set_viewport_size({"width": 760, "height": 900})
     browser.open(page.resolve().as_uri())

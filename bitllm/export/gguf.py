@@ -1,0 +1,244 @@
+"""A GGUF file for stock llama.cpp and what is built on it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitllm.export.common import (
+    Exported,
+    Flag,
+    Source,
+    check_limits,
+    end_id,
+    export_format,
+    generate_usage,
+    open_source,
+    replacing,
+    result_of,
+)
+from bitllm_core import (
+    END_OF_TEXT,
+    NO_COUNTERPART,
+    BitLM,
+    ModelConfig,
+    SamplingConfig,
+    library,
+    require,
+)
+
+GGUF_KINDS = {"TQ2_0": 37, "TQ1_0": 36, "F16": 1}
+"""type of the ternary matrices -> llama.cpp's number for general.file_type"""
+_NAMES = [  # ours -> llama.cpp's, replaced in this order
+    ("model.layers.", "blk."),
+    ("self_attn.attn_sub_norm", "attn_sub_norm"),
+    ("self_attn.o_proj", "attn_output"),
+    ("self_attn.", "attn_"),
+    ("post_attention_layernorm", "ffn_norm"),
+    ("input_layernorm", "attn_norm"),
+    ("mlp.ffn_sub_norm", "ffn_sub_norm"),
+    ("mlp.", "ffn_"),
+    ("_proj", ""),
+    ("model.embed_tokens", "token_embd"),
+    ("model.norm", "output_norm"),
+]
+
+
+def _gguf_name(name: str) -> str:
+    for old, new in _NAMES:
+        name = name.replace(old, new)
+    return name
+
+
+def _read(path: Path) -> Source | None:
+    if path.suffix == ".gguf":
+        raise ValueError(
+            f"{path}: a GGUF file runs in llama.cpp; give the run folder, a packed file or a "
+            "Hugging Face folder here"
+        )
+    return None
+
+
+@export_format(
+    "gguf",
+    flags={"kind": Flag("--gguf-type", "type of the matrices (default: TQ2_0)", tuple(GGUF_KINDS))},
+    read=_read,
+)
+def export_gguf(
+    source: str | Path,
+    out: str | Path,
+    *,
+    checkpoint: str | int = "last",
+    kind: str = "TQ2_0",
+    overwrite: bool = False,
+    **credits: str | None,
+) -> Exported:
+    """Write a GGUF file that stock llama.cpp and what is built on it load, tokenizer included.
+
+    Args:
+        source, checkpoint, overwrite: as `export_packed`.
+        out: the file, *.gguf; it appears whole or not at all.
+        kind: type of the ternary matrices: TQ2_0 (2.06 bits per weight, fastest), TQ1_0 (1.69 bits)
+            or F16 (any width, but activations are not rounded to 8 bits).
+        credits: as `export_packed`.
+
+    Raises:
+        ValueError, FileNotFoundError: no such model, one that llama.cpp has no counterpart of
+            (the message says why), or `out` exists.
+        ImportError: the package gguf is not installed.
+    """
+    out = Path(out)
+    require(kind in GGUF_KINDS, "kind", kind, f"one of {', '.join(GGUF_KINDS)}")
+    require(out.suffix == ".gguf", "out", str(out), "a name that ends in .gguf")
+    library("gguf", "a GGUF export")
+    with replacing(out, overwrite, folder=False) as beside:
+        opened = open_source(source, checkpoint, credits)
+        ternary = write_gguf(beside, opened, kind)
+    return result_of(out, ternary, opened.model, _usage(out.as_posix(), opened.model.config))
+
+
+def write_gguf(path: Path, source: Source, kind: str) -> int:
+    """Write the file; return the bytes of its ternary tensors."""
+    gguf, config = library("gguf", "a GGUF export"), source.model.config
+    limits = config.export_limits
+    if kind == "F16":  # without ternary blocks, any width will do
+        limits = [limit for limit in limits if limit == NO_COUNTERPART]
+    check_limits(config, kind, limits)
+    vocabulary = _vocabulary(source.tokenizer, config.vocab_size)
+    writer = gguf.GGUFWriter(path, "bitnet")
+    try:
+        writer.add_file_type(GGUF_KINDS[kind])
+        _add_description(writer, source)
+        _add_shape(writer, config)
+        _add_tokenizer(writer, vocabulary, end_id(source.tokenizer))
+        return _add_tensors(writer, source.model, kind)
+    finally:
+        writer.close()
+
+
+def _add_description(writer: Any, source: Source) -> None:
+    facts = source.facts
+    writer.add_quantization_version(2)
+    writer.add_name(facts.get("name") or "A ternary language model")
+    writer.add_author(facts.get("author") or "")
+    writer.add_license(facts.get("licence") or "")
+    writer.add_size_label(f"{source.model.config.num_parameters / 1e6:.1f}M")
+    if facts.get("data"):
+        licence = facts.get("data_licence") or "licence not stated"
+        writer.add_description(f"Trained from scratch on {facts['data']} ({licence}).")
+        writer.add_dataset_count(1)
+        writer.add_dataset_name(0, facts["data"])
+
+
+def _add_shape(writer: Any, config: ModelConfig) -> None:
+    """Sizes, and `generate`'s sampling as the default."""
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_vocab_size(config.vocab_size)
+    sampling = SamplingConfig()
+    writer.add_sampling_temp(sampling.temperature)
+    writer.add_sampling_top_k(sampling.top_k)
+    writer.add_sampling_top_p(sampling.top_p)
+    writer.add_sampling_min_p(0.0)
+
+
+def _vocabulary(tokenizer: Any, rows: int) -> tuple[list[str], list[int], list[str]]:
+    """Tokens, their types and the merges; as many tokens as the embedding has rows."""
+    described = json.loads(tokenizer.to_str())
+    model, before = described["model"], described["pre_tokenizer"] or {}
+    plain = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    if model["type"] != "BPE" or described["normalizer"] or plain.items() - before.items():
+        raise ValueError(
+            f"the tokenizer is {model['type']} after {before.get('type')}: a GGUF file can hold "
+            "byte-level BPE with GPT-2's regular expression only; export to hf or packed"
+        )
+    added = {token["id"] for token in described["added_tokens"]}
+    by_id = {i: text for text, i in tokenizer.get_vocab(with_added_tokens=True).items()}
+    tokens = [by_id.get(i, f"[PAD{i}]") for i in range(rows)]
+    kinds = [3 if i in added else 1 if i in by_id else 5 for i in range(rows)]
+    return tokens, kinds, [" ".join(merge) for merge in model["merges"]]
+
+
+def _add_tokenizer(writer: Any, vocabulary: Any, end: int) -> None:
+    tokens, kinds, merges = vocabulary
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")  # "default" splits words and numbers in other places
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(end)
+    writer.add_eos_token_id(end)
+    writer.add_pad_token_id(end)
+    writer.add_add_bos_token(False)
+    writer.add_add_space_prefix(False)
+
+
+def _add_tensors(writer: Any, model: BitLM, kind: str) -> int:
+    """Announce all tensors, then write them one at a time; return the bytes of the ternary ones.
+
+    Blocks of scale 1 hold the trits. The scale stays beside them, exact in float32: inside the
+    blocks it would be rounded to float16.
+    """
+    gguf = library("gguf", "a GGUF export")
+    types, ternary = gguf.GGMLQuantizationType, 0
+    arrays: list[Callable[[], np.ndarray]] = []
+
+    def announce(name: str, shape: tuple[int, ...], dtype: Any, array: Any) -> int:
+        block, block_bytes = gguf.GGML_QUANT_SIZES[dtype]
+        size = math.prod(shape) // block * block_bytes
+        writer.add_tensor_info(name, shape, np.dtype("f4"), size, raw_dtype=dtype)
+        arrays.append(array)
+        return size
+
+    for name, linear in model.bit_linears().items():
+        trits = partial(lambda x: gguf.quantize(x.trits.numpy().astype("f4"), types[kind]), linear)
+        scale = partial(lambda x: x.weight_scale.view(1).numpy(), linear)
+        name = _gguf_name(name)
+        ternary += announce(f"{name}.weight", tuple(linear.shape), types[kind], trits)
+        ternary += announce(f"{name}.scale", (1,), types.F32, scale)
+    for name, value in model.named_parameters():
+        dtype, code = (types.F16, "f2") if "embed" in name else (types.F32, "f4")
+        array = partial(lambda x, code: x.detach().numpy().astype(code), value, code)
+        announce(_gguf_name(name), tuple(value.shape), dtype, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for array in arrays:
+        writer.write_tensor_data(array())
+    return ternary
+
+
+def _usage(path: str, config: ModelConfig) -> str:
+    """Commands with `generate`'s sampling. The file itself names the token that ends a text."""
+    s, context = SamplingConfig(), config.max_position_embeddings
+    penalty = s.repetition_penalty
+    return f"""\
+  llama.cpp      llama-completion -m "{path}" -no-cnv -p "..." -n {s.max_new_tokens} \
+-c {context} --temp {s.temperature} --top-k {s.top_k} --top-p {s.top_p} --min-p 0 \
+--repeat-penalty {penalty}
+                 (builds before December 2025: llama-cli, with the same arguments)
+{generate_usage(path)}
+  ollama         ollama create NAME -f Modelfile, with these lines in the file Modelfile:
+                 FROM "{path}"
+                 TEMPLATE {{{{ .Prompt }}}}
+                 PARAMETER stop {END_OF_TEXT}
+                 PARAMETER num_ctx {context}
+                 PARAMETER num_predict {s.max_new_tokens}
+                 PARAMETER temperature {s.temperature}
+                 PARAMETER top_k {s.top_k}
+                 PARAMETER top_p {s.top_p}
+                 PARAMETER min_p 0.0
+                 PARAMETER repeat_penalty {penalty}"""
