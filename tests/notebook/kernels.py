@@ -11,6 +11,8 @@ import pytest
 from jupyter_client import BlockingKernelClient
 from jupyter_client.connect import write_connection_file
 
+from tests.conftest import ROOT
+
 KERNELS = {"newest": sys.executable, "colab": os.environ.get("BITLLM_COLAB_PYTHON")}
 """Name -> Python. Colab's pair of ipykernel and ipywidgets is made by tools/colab_environment.py"""
 
@@ -98,3 +100,25 @@ def new_subshell(client):
         return None
     client.control_channel.send(client.session.msg("create_subshell_request"))
     return client.get_control_msg(timeout=30)["content"]["subshell_id"]
+
+
+TRAIN = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import bitllm as bit
+bit.log_to(sys.stdout)
+import dataclasses, signal, torch
+torch.set_num_threads(1)
+model, data, train = bit.PRESETS["ci"]
+class After(bit.Callback):
+    def on_step(self, state, metrics):
+        state.stop_signal = signal.SIGINT if state.step == stop else 0
+    def on_start(self, state):
+        if stop == 30:
+            display.on_mirror(state, "mirror: <failing> since 14:02")
+def go(until, **changes):
+    global stop, display
+    stop, display = until, bit.LiveDisplay("run")
+    changed = dataclasses.replace(train, **changes)
+    return bit.train(model, data, changed, "run", callbacks=[display, After()])
+"""

@@ -14,7 +14,7 @@ import pytest
 
 import bitllm_core as bit
 from tests.conftest import ROOT
-from tests.kernels import KERNELS, python_of
+from tests.notebook.kernels import KERNELS, python_of
 
 FOLDER = ROOT / "notebooks"
 SOURCES = sorted(FOLDER.glob("*.py"))

@@ -1,0 +1,25 @@
+"""What the notebooks share: settings and their form, live display, Drive, prompt box.
+
+ipywidgets, matplotlib and IPython are imported where they are used; where there is no notebook
+everything has a form in plain text.
+"""
+
+from bitllm.notebook.boxes import download_button, prompt_box
+from bitllm.notebook.display import LiveDisplay
+from bitllm.notebook.drive import mount_drive
+from bitllm.notebook.form import SettingsPanel
+from bitllm.notebook.runs import newest_run, show_run
+from bitllm.notebook.settings import Settings
+from bitllm.notebook.setup import environment_report
+
+__all__ = [
+    "LiveDisplay",
+    "Settings",
+    "SettingsPanel",
+    "download_button",
+    "environment_report",
+    "mount_drive",
+    "newest_run",
+    "prompt_box",
+    "show_run",
+]
