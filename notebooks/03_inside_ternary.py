@@ -29,46 +29,32 @@
 
 # %%
 # @title Set up
-import contextlib
 import importlib.util
+import os
+import re
 import subprocess
 import sys
-import urllib.request
-from pathlib import Path
 
-REPOSITORY, BRANCH = "OWNER/bitllm", "main"
-FILE = "bitllm_core.py"
-found = next((folder for folder in (Path(), Path("..")) if (folder / FILE).is_file()), None)
-if found is None:
-    address = f"https://raw.githubusercontent.com/{REPOSITORY}/{BRANCH}/{FILE}"
-    try:
-        with urllib.request.urlopen(address, timeout=30) as answer:
-            source = answer.read()
-    except OSError as error:
-        raise FileNotFoundError(
-            f"{FILE} is not here and could not be fetched from {REPOSITORY} ({error}). Either "
-            "upload that one file (folder symbol at the left, then drag it in) and run this cell "
-            "again, or open bitllm_one_cell.ipynb, which needs nothing else"
-        ) from None
-    Path(FILE).write_bytes(source)
-    found = Path()
-sys.path.insert(0, str(found.resolve()))
-
-needed = ["datasets", "tokenizers", "safetensors", "tqdm", "matplotlib"]
-needed += ["ipywidgets", "jupyter_ui_poll"]
-missing = [name for name in needed if importlib.util.find_spec(name) is None]
-if missing:  # in Colab never what these depend on: numpy and torch are in use already
-    alone = ["--no-deps"] if "google.colab" in sys.modules else []
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *alone, *missing], check=False)
+sys.path[:0] = [".", ".."]  # in a checkout the package is beside this notebook or above it
+if not getattr(importlib.util.find_spec("bitllm"), "origin", None):  # elsewhere: install it
+    sessions = subprocess.getoutput("curl -sm 2 $COLAB_JUPYTER_IP:$KMP_TARGET_PORT/api/sessions")
+    match = re.search(r'github\.com/([^"]+?/blob/[^"]+?)/notebooks/', sessions.replace("%2F", "/"))
+    source = os.environ.get("BITLLM_REPOSITORY") or (match[1] if match else "OWNER/bitllm@main")
+    archive = f"https://github.com/{re.sub('/blob/|@', '/archive/', source)}.zip"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "jupyter_ui_poll"]
+    subprocess.run([*pip, archive], check=True)  # if this fails: open bitllm_one_cell.ipynb
 
 # %%
 import dataclasses
 import time
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 
-import bitllm_core as bit
+import bitllm as bit
+
+bit.log_to(sys.stdout)
 
 # %% [markdown]
 # ## Two small networks
@@ -84,8 +70,7 @@ states = {}
 for linear in ("ternary", "dense"):
     model = dataclasses.replace(shape, linear=linear)
     run = Path("runs") / f"inside-{linear}"
-    with contextlib.redirect_stderr(sys.stdout):  # notes, not in the colour of errors
-        states[linear] = bit.train(model, data, train, run, callbacks=[bit.LiveDisplay(run)])
+    states[linear] = bit.train(model, data, train, run, callbacks=[bit.LiveDisplay(run)])
 
 # %% [markdown]
 # ## Absmean: from a matrix to trits

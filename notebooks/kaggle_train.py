@@ -37,54 +37,38 @@
 # %% [markdown]
 # ## Installation
 #
-# Everything is in one file, `bitllm_core.py`. This cell finds it or fetches it, and installs what
-# is missing.
+# This cell finds the package `bitllm` beside the notebook, or installs it.
 
 # %%
 # @title Set up
-import contextlib
 import importlib.util
+import os
+import re
 import subprocess
 import sys
-import urllib.request
-from pathlib import Path
 
-REPOSITORY, BRANCH = "OWNER/bitllm", "main"
-FILE = "bitllm_core.py"
-found = next((folder for folder in (Path(), Path("..")) if (folder / FILE).is_file()), None)
-if found is None:
-    address = f"https://raw.githubusercontent.com/{REPOSITORY}/{BRANCH}/{FILE}"
-    try:
-        with urllib.request.urlopen(address, timeout=30) as answer:
-            source = answer.read()
-    except OSError as error:
-        raise FileNotFoundError(
-            f"{FILE} is not here and could not be fetched from {REPOSITORY} ({error}). Either "
-            "upload that one file (folder symbol at the left, then drag it in) and run this cell "
-            "again, or open bitllm_one_cell.ipynb, which needs nothing else"
-        ) from None
-    Path(FILE).write_bytes(source)
-    found = Path()
-sys.path.insert(0, str(found.resolve()))
-
-needed = ["datasets", "tokenizers", "safetensors", "tqdm", "matplotlib"]
-needed += ["ipywidgets", "jupyter_ui_poll"]
-missing = [name for name in needed if importlib.util.find_spec(name) is None]
-if missing:  # in Colab never what these depend on: numpy and torch are in use already
-    alone = ["--no-deps"] if "google.colab" in sys.modules else []
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *alone, *missing], check=False)
+sys.path[:0] = [".", ".."]  # in a checkout the package is beside this notebook or above it
+if not getattr(importlib.util.find_spec("bitllm"), "origin", None):  # elsewhere: install it
+    sessions = subprocess.getoutput("curl -sm 2 $COLAB_JUPYTER_IP:$KMP_TARGET_PORT/api/sessions")
+    match = re.search(r'github\.com/([^"]+?/blob/[^"]+?)/notebooks/', sessions.replace("%2F", "/"))
+    source = os.environ.get("BITLLM_REPOSITORY") or (match[1] if match else "OWNER/bitllm@main")
+    archive = f"https://github.com/{re.sub('/blob/|@', '/archive/', source)}.zip"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "jupyter_ui_poll"]
+    subprocess.run([*pip, archive], check=True)  # if this fails: open bitllm_one_cell.ipynb
 
 # %%
+import contextlib
 import dataclasses
-import os
 import shutil
 import time
+from pathlib import Path
 
 import torch
 from IPython.display import display
 
-import bitllm_core as bit
+import bitllm as bit
 
+bit.log_to(sys.stdout)
 print(bit.environment_report())
 
 # %% [markdown]
@@ -154,7 +138,7 @@ flags = [
 ]
 gpus = gpus or max(1, torch.cuda.device_count())
 torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
-command = [*(torchrun if gpus > 1 else []), str(found / FILE), "train"]
+command = [*(torchrun if gpus > 1 else []), "-m", "bitllm", "train"]
 command += ["--preset", settings.preset_name, "--out", run.as_posix(), *flags]
 print("python", *command)
 
@@ -164,7 +148,11 @@ log.parent.mkdir(parents=True, exist_ok=True)
 with log.open("w") as sink:
     process = subprocess.Popen(
         [sys.executable, *command],
-        env={**os.environ, "TQDM_DISABLE": "1"},  # the curve is the progress bar
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),  # finds what this notebook finds
+            "TQDM_DISABLE": "1",  # the curve is the progress bar
+        },
         stdout=sink,
         stderr=subprocess.STDOUT,
         start_new_session=True,  # an interrupt comes to this notebook alone

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +25,13 @@ def python_of(name):
             pytest.fail("BITLLM_COLAB_PYTHON is not set, and BITLLM_NO_SKIPS forbids to skip")
         pytest.skip("BITLLM_COLAB_PYTHON is not set; tools/colab_environment.py tells how")
     return python
+
+
+def put_package(folder):
+    """The core and the package, beside a notebook in `folder`."""
+    shutil.copy(ROOT / "bitllm_core.py", folder)
+    without_caches = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "bitllm", folder / "bitllm", ignore=without_caches)
 
 
 @contextlib.contextmanager

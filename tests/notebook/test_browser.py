@@ -17,6 +17,7 @@ import pytest
 
 import bitllm_core as bit
 from tests.conftest import ROOT
+from tests.notebook.kernels import put_package
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SHOTS = ROOT / "artefacts"
@@ -144,7 +145,7 @@ def test_run_all_stop_and_go_on(browser, tmp_path):
         assert text.count(f'"{field} = 0 ') == 1
         text = text.replace(f'"{field} = 0 ', f'"{field} = {value} ')
     (tmp_path / "01_train.ipynb").write_text(text, encoding="utf-8")
-    shutil.copy(ROOT / "bitllm_core.py", tmp_path)
+    put_package(tmp_path)
     run = tmp_path / "runs" / "demo"
     light = settings("JupyterLab Light")
     with jupyterlab(tmp_path, light, BITLLM_PRESET="demo", OMP_NUM_THREADS="1") as address:
@@ -186,7 +187,7 @@ def test_run_all_stop_and_go_on(browser, tmp_path):
 
 def test_sliders_and_streaming_text_in_the_dark_theme(browser, tmp_path):
     shutil.copy(ROOT / "notebooks" / "02_use.ipynb", tmp_path)
-    shutil.copy(ROOT / "bitllm_core.py", tmp_path)
+    put_package(tmp_path)
     dark = settings("JupyterLab Dark")
     with (
         jupyterlab(tmp_path, dark, BITLLM_PRESET="ci", OMP_NUM_THREADS="1") as address,
