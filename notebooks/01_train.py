@@ -26,7 +26,7 @@
 # wait. On a free Colab T4 the default is a 29M model, planned for about an hour; without a GPU it
 # is a 3.9M model, kept to about three minutes.
 #
-# Nothing below waits for a click. Stop whenever you like: running all again goes on from the
+# Nothing below waits for a click. Stop whenever you like: running all again resumes from the
 # last checkpoint.
 
 # %% [markdown]
@@ -63,7 +63,7 @@ print(bit.environment_report())
 # ## Google Drive (optional)
 #
 # Colab takes its machine back after some hours, with all files on it. With a tick here, Colab asks
-# for access to your Drive, and each checkpoint is copied there; the next day this notebook goes on
+# for access to your Drive, and each checkpoint is copied there; the next day this notebook resumes
 # from the copy.
 
 # %%
@@ -73,10 +73,10 @@ drive = bit.mount_drive() if use_drive else None
 # %% [markdown]
 # ## Settings
 #
-# Empty or 0 means: as the preset has it. `data` takes a text file or a folder, a known name
+# Empty or 0 means the preset's value. `data` takes a text file or a folder, a known name
 # (`wikitext-2`, `tinystories`, `fineweb-edu`, `wikipedia-es`, `pydocs`) or `hf:OWNER/NAME`.
-# `minutes` is a time budget: as many steps as should fit into it. `resume = never` sets a run that
-# is in the folder aside and begins anew.
+# `minutes` is a time budget, which sets the number of steps. `resume = never` moves the run in
+# the folder aside and starts a new one.
 
 # %%
 # @title Settings
@@ -107,7 +107,7 @@ if drive and not mirror:
     settings = settings.replace(mirror=str(drive / settings.run_folder.name))
 
 # %% [markdown]
-# The same as a form that answers every change with parameters, memory and an estimate of the time.
+# The same as a form that shows parameters, memory and the estimated time after every change.
 # Your own text can be pasted or uploaded here. Change what you like, then run the cells below.
 
 # %%
@@ -168,6 +168,6 @@ for piece in bit.stream(net, tokenizer, "The ", sampling):
 # %%
 assert state.finished, (
     f"stopped at step {state.step} of {state.config.max_steps}, and saved: run the training cell "
-    "again to go on"
+    "again to resume"
 )
 print(f"complete: {state.step} steps, {state.tokens:,} tokens, in {run.as_posix()}")

@@ -128,7 +128,7 @@ assert torch.equal(unpacked, digits)
 # ## Take it along
 #
 # One packed file for this program, a folder for transformers, and a GGUF file for llama.cpp and
-# what is built on it. `docs/export.md` tells how closely they agree.
+# what is built on it. `docs/export.md` shows how closely they agree.
 
 # %%
 # @title Export
@@ -145,7 +145,10 @@ if not limits:
         subprocess.run(command, check=True)
     exports.append(bit.export_gguf(run, folder / f"{run.name}.gguf", overwrite=True))
 for exported in exports:
-    size, bits = f"{exported.size:,} bytes", f"{exported.bits_per_weight:.2f} bits a ternary weight"
+    size, bits = (
+        f"{exported.size:,} bytes",
+        f"{exported.bits_per_weight:.2f} bits per ternary weight",
+    )
     print(f"{exported.path.as_posix()}: {size}, {bits}\n{exported.usage}")
 if limits:
     print(f"no GGUF file: {'; '.join(limits)}")
@@ -159,7 +162,7 @@ for exported in exports:
 #
 # One web page with the model inside: it opens in any browser, on a phone too, and writes there. It
 # needs no server and sends nothing anywhere. The first time, llama.cpp for browsers (17 MB) is
-# fetched for it. `docs/demo.md` tells how to put the page on the web.
+# fetched for it. `docs/demo.md` explains how to put the page on the web.
 
 # %%
 # @title Web page

@@ -194,7 +194,7 @@ print(f"ternary {last['ternary']:.3f}, dense {last['dense']:.3f}: {gap:+.3f} nat
 # %% [markdown]
 # ## What it saves
 #
-# The smallest file of each: five trits in a byte for the one, 16 bits a weight for the other. The
+# The smallest file of each: five trits in a byte for the one, 16 bits per weight for the other. The
 # embedding has 16 bits in both, and is a large part of a network this small. The time to write
 # text is that of this program; llama.cpp gains more from trits.
 

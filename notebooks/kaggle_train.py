@@ -27,7 +27,7 @@
 # [![Open In Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/OWNER/bitllm/blob/main/notebooks/kaggle_train.ipynb)
 #
 # At the end of this notebook you have a language model of your own, trained from nothing on both
-# GPUs, in a folder that a later version of this notebook goes on from. In the settings at the
+# GPUs, in a folder that a later version of this notebook resumes from. In the settings at the
 # right: **Accelerator: GPU T4 x2**, and **Internet: on** (Kaggle asks for a verified phone number
 # for both). Then **Save Version > Save & Run All**: it runs with the browser closed. Nothing below
 # waits for a click.
@@ -95,12 +95,12 @@ run = working / settings.run_folder
 settings = settings.replace(out=str(run))
 
 # %% [markdown]
-# ## Go on from an earlier version
+# ## Resume an earlier version
 #
-# `/kaggle/working` is kept as the output of a saved version and empty in the next. To go on, choose
-# **Add Input > Your Work**, and the output of that version: the run in it is found, copied and gone
-# on from, exactly. `/kaggle/input` cannot be written, so it is no place for a `--mirror`: the saved
-# output is the copy.
+# `/kaggle/working` is kept as the output of a saved version and empty in the next. To resume,
+# choose **Add Input > Your Work**, and the output of that version: the run in it is found, copied
+# and resumed exactly. `/kaggle/input` cannot be written, so it is no place for a `--mirror`: the
+# saved output is the copy.
 
 # %%
 inputs = working.resolve().parent / "input"
@@ -114,7 +114,9 @@ if found_runs and not run.exists():
     copy = run.with_name(run.name + ".part")
     shutil.copytree(earlier, copy, dirs_exist_ok=True)
     copy.rename(run)  # now that it is whole
-    print(f"{step} of {earlier.relative_to(inputs).as_posix()} is the last; goes on from there")
+    print(
+        f"{step} of {earlier.relative_to(inputs).as_posix()} is the last; this session resumes it"
+    )
 
 # %%
 model, source, train = settings.configs()
@@ -160,7 +162,7 @@ with log.open("w") as sink:
 
 # %% [markdown]
 # Blue is the loss on the training text, orange on text held back; the heat maps show the share of
-# weights that are zero and of trits that changed. The text is what the processes say.
+# weights that are zero and of trits that changed. The text is the log of the processes.
 
 # %%
 picture, draw_at, stopped = display("no curve yet", display_id=True), 0.0, False
@@ -183,7 +185,7 @@ with log.open(errors="replace") as told:
     print(told.read().partition("Traceback")[0] if stopped else told.read())
 bit.show_run(run, picture)
 if process.returncode and not stopped:
-    raise RuntimeError(f"training ended with exit code {process.returncode}; {log} tells why")
+    raise RuntimeError(f"training ended with exit code {process.returncode}; see {log}")
 
 # %% [markdown]
 # ## Let it write
@@ -219,6 +221,6 @@ if last.get("final"):
     print(f"complete: {saved_step} steps, validation loss {last['val_loss']:.3f}")
 else:
     print(
-        f"stopped, and saved, at step {saved_step} of {train.max_steps}. To go on: save this "
+        f"stopped, and saved, at step {saved_step} of {train.max_steps}. To resume: save this "
         "version, add its output as an input, and run all again"
     )

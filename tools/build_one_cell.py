@@ -18,7 +18,7 @@ INTRODUCTION = """\
 
 All of it is in the cell below: nothing to upload, nothing to fetch but your data. In Colab choose
 **Runtime > Change runtime type > T4 GPU**, then **Runtime > Run all**. The cell can also be copied
-into any notebook. Run it again to go on where it stopped. On a T4 the default is planned for about
+into any notebook. Run it again to resume where it stopped. On a T4 the default is planned for about
 an hour; without a GPU a small model is kept to about three minutes."""
 
 FORM = """\

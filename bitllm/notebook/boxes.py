@@ -1,4 +1,4 @@
-"""Boxes under a cell: a prompt with sliders, and a download."""
+"""Boxes under a cell: a prompt with sliders, and a download button."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bitllm_core import BitLM, SamplingConfig, generate, stream
 
 
 def prompt_box(model: BitLM, tokenizer: Any, prompt: str = "") -> None:
-    """A prompt with sliders that answers as it writes; without widgets one text is printed."""
+    """A prompt box with sliders that streams the answer; without widgets, prints one text."""
     widgets = kernel.widgets()
     if widgets is None:
         print(prompt + generate(model, tokenizer, prompt, SamplingConfig(seed=0)))
@@ -45,14 +45,14 @@ def prompt_box(model: BitLM, tokenizer: Any, prompt: str = "") -> None:
 
 
 def download_button(path: str | Path) -> None:
-    """Offer a file, or a folder as a zip: Colab's download, elsewhere a link, or its path."""
+    """Offer a file, or a folder as a zip: a button in Colab, a link in Jupyter, else its path."""
     path = Path(path)
     if path.is_dir():
         shutil.make_archive(str(path), "zip", path)
         path = path.with_name(path.name + ".zip")
     widgets = kernel.widgets()
     if widgets is None:
-        print(f"to take along: {path}")
+        print(f"saved as {path}")
         return
     from IPython.display import display
 

@@ -1,4 +1,4 @@
-"""The live display under a training cell, and its buttons."""
+"""The live display under a training cell: curves, a sample text and buttons."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ log = logging.getLogger("bitllm")
 
 
 class LiveDisplay(Callback):
-    """Curves, figures, a sample and buttons under the training cell; a progress bar elsewhere.
+    """Curves, numbers, a sample and buttons under the training cell; a progress bar elsewhere.
 
-    Buttons set flags that the loop reads between steps. Clicks arrive while the cell runs on
-    ipykernel 7 in JupyterLab 4.4 or newer (which sends them to a thread of their own), and on
-    ipykernel 6, Colab's, if jupyter_ui_poll is installed. Elsewhere they wait for the cell's end;
-    interrupting the cell (the ■ button) stops everywhere.
+    Buttons set flags that the training loop reads between steps. Clicks reach a running cell on
+    ipykernel 7 with JupyterLab 4.4 or newer (through a thread of their own), and on ipykernel 6,
+    which Colab has, if jupyter_ui_poll is installed. Elsewhere they wait until the cell ends.
+    Interrupting the cell (■) stops the training everywhere.
 
     Args:
         out: the run folder given to `train`, whose metrics.jsonl has the curve so far.
@@ -34,18 +34,18 @@ class LiveDisplay(Callback):
 
     def __init__(self, out: str | Path) -> None:
         self.out = Path(out)
-        self.text = None if kernel.in_notebook() and _has_matplotlib() else ProgressBar()
+        self.progress_bar = None if kernel.in_notebook() and _has_matplotlib() else ProgressBar()
         self.facts: dict[str, str] = {}
         self.sample = ""
-        self.draw_after = 0.0
-        self.answered: tuple[Any, ...] = ()
+        self.next_drawing = 0.0
+        self.drawn_state: tuple[Any, ...] = ()
         self.buttons: dict[str, Any] = {}
         self.handle: Any = None
-        self.began, self.ended = time.monotonic(), False
+        self.started, self.ended = time.monotonic(), False
 
     def on_start(self, state: TrainState) -> None:
-        if self.text:
-            return self.text.on_start(state)
+        if self.progress_bar:
+            return self.progress_bar.on_start(state)
         self.lines = MetricsLog.read(self.out / "metrics.jsonl")
         if state.step:
             self.facts["last save"] = f"step {state.step:,}"
@@ -60,26 +60,26 @@ class LiveDisplay(Callback):
         self._draw_if_due(state)
 
     def on_step(self, state: TrainState, metrics: dict[str, Any] | None) -> None:
-        if self.text:
-            return self.text.on_step(state, metrics)
+        if self.progress_bar:
+            return self.progress_bar.on_step(state, metrics)
         if metrics:
             self.lines.append(metrics)
         self.poll()
         self._draw_if_due(state)
 
     def on_pause(self, state: TrainState) -> None:
-        if not self.text:
+        if not self.progress_bar:
             self.poll()
             self._draw_if_due(state)
 
     def on_eval(self, state: TrainState, metrics: dict[str, Any]) -> None:
-        if self.text:
-            return self.text.on_eval(state, metrics)
+        if self.progress_bar:
+            return self.progress_bar.on_eval(state, metrics)
         self.lines.append(metrics)
 
     def on_sample(self, state: TrainState, text: str) -> None:
-        if self.text:
-            return self.text.on_sample(state, text)
+        if self.progress_bar:
+            return self.progress_bar.on_sample(state, text)
         self.sample = text
 
     def on_checkpoint(self, state: TrainState, path: Path) -> None:
@@ -90,11 +90,11 @@ class LiveDisplay(Callback):
         self.facts["mirror"] = status.removeprefix("mirror: ")
 
     def on_end(self, state: TrainState) -> None:
-        if self.text:
-            return self.text.on_end(state)
+        if self.progress_bar:
+            return self.progress_bar.on_end(state)
         for button in self.buttons.values():
             button.disabled = True
-        self.draw_after, self.ended = 0.0, True
+        self.next_drawing, self.ended = 0.0, True
         self._draw_if_due(state)
         self.resources.close()
 
@@ -108,38 +108,38 @@ class LiveDisplay(Callback):
             self.buttons[name] = widgets.Button(description=name)
             self.buttons[name].on_click(lambda _, name=name: _press(state, name))
             kernel.deliver_to_thread(self.buttons[name].comm)
-        note = widgets.HTML("to stop, or press the ■ button (interrupt): both save first")
+        note = widgets.HTML("to stop, or interrupt the cell (■): both save first")
         display(widgets.HBox([*self.buttons.values(), note]))
 
     def _draw_if_due(self, state: TrainState) -> None:
-        """At once after a click or save; else at most once a second, for a twentieth of the time.
+        """Draw at once after a click or save; otherwise at most once a second, 5% of the time.
 
-        Rarer as hours pass: what a closed tab missed comes all at once when it is opened again.
+        Drawings become rarer over the hours: a tab that is opened again gets all it missed at once.
         """
         start = time.monotonic()
-        answered = (state.paused, state.stop_signal, self.facts.get("last save"))
-        if start < self.draw_after and answered == self.answered:
+        shown = (state.paused, state.stop_signal, self.facts.get("last save"))
+        if start < self.next_drawing and shown == self.drawn_state:
             return
-        self.answered = answered
+        self.drawn_state = shown
         if self.buttons:
             self.buttons["Pause"].description = "Continue" if state.paused else "Pause"
         try:
             self.handle.update(self._card(state), raw=True)
-        except Exception as error:  # a drawing is not worth a training
+        except Exception as error:  # a failed drawing must not end the training
             log.warning(f"display: not drawn ({type(error).__name__}: {first_line(error)})")
         now = time.monotonic()
-        self.draw_after = now + max(1.0, 19 * (now - start), (now - self.began) / 600)
+        self.next_drawing = now + max(1.0, 19 * (now - start), (now - self.started) / 600)
 
     def _card(self, state: TrainState) -> dict[str, str]:
         facts = run_facts(self.lines, state.config.max_steps, state.config.batch_tokens)
         facts |= {"step": f"{state.step:,} of {state.config.max_steps:,}", **self.facts}
         if state.stop_signal:
-            facts["stopped"] = "saved; run this cell again to go on" if self.ended else "saving"
+            facts["stopped"] = "saved; run this cell again to resume" if self.ended else "saving"
         elif state.paused:
             facts["paused"] = "press Continue"
         figure = base64.b64encode(figure_png(run_figure(self.lines))).decode()
         cells = " · ".join(f"{k} <b>{html.escape(v)}</b>" for k, v in facts.items())
-        sample = html.escape(self.sample or "at the first evaluation")
+        sample = html.escape(self.sample or "(at the first evaluation)")
         alt = "loss, learning rate and speed by step; zeros and flipped trits by layer"
         text = ", ".join(f"{name} {value}" for name, value in facts.items())
         page = (
@@ -151,7 +151,7 @@ class LiveDisplay(Callback):
 
 
 def _press(state: TrainState, name: str) -> None:
-    """What a click does: a flag, for it may come on another thread in the middle of a step."""
+    """Only set a flag: the click may arrive on another thread, in the middle of a step."""
     if name == "Stop":
         state.stop_signal = signal.SIGINT
     elif name == "Pause":

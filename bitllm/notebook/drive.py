@@ -8,9 +8,9 @@ from bitllm_core import first_line
 
 
 def mount_drive(mount_point: str = "/content/drive", timeout_s: int = 120) -> Path | None:
-    """Mount Google Drive in Colab and return the folder for copies; None, and why, if not.
+    """Mount Google Drive in Colab and return the folder for copies; None, with a note, if it fails.
 
-    Drive is a convenience: refused, timed out or absent, training goes on without it.
+    Drive is optional: if access is refused or times out, training works without it.
     """
     try:
         from google.colab import drive  # type: ignore[import-not-found]
@@ -21,7 +21,7 @@ def mount_drive(mount_point: str = "/content/drive", timeout_s: int = 120) -> Pa
         drive.mount(mount_point, timeout_ms=1000 * timeout_s)
         folder = Path(mount_point) / "MyDrive" / "bitllm"
         folder.mkdir(parents=True, exist_ok=True)
-    except Exception as error:  # Colab raises its own kinds; none of them may end the notebook
+    except Exception as error:  # Colab raises classes of its own; none may stop the notebook
         print(
             f"Drive: not mounted ({type(error).__name__}: {first_line(error)}). Training works "
             "without it, but the run is lost when Colab takes the machine back. To try again, run "

@@ -8,29 +8,29 @@ from typing import Any
 import numpy as np
 
 INK, PAPER = "#1f2328", "#ffffff"
-"""Text and ground of the displays; their own, so that dark and light themes read alike."""
+"""Text and background of the displays: fixed, to be readable in dark and light themes."""
 CARD = f"background:{PAPER};color:{INK};padding:8px 12px;border-radius:6px"
 _BLUE, _ORANGE, _GREEN = "#0b5cad", "#b34700", "#1a7f37"
 
 
 def run_figure(lines: list[dict[str, Any]]) -> Any:
-    """The curves of a run from the lines of its metrics.jsonl, as a matplotlib Figure."""
+    """The curves of a run as a matplotlib Figure, from the lines of its metrics.jsonl."""
     from matplotlib.figure import Figure
 
     steps = [line for line in lines if "loss" in line]
-    tests = [line for line in lines if "val_loss" in line]
+    evals = [line for line in lines if "val_loss" in line]
     layered = [line for line in steps if line.get("zero_fraction")]
-    # places are fixed, for working them out anew takes as long as drawing
+    # fixed places: computing a layout takes as long as drawing
     figure = Figure(figsize=(9, 4.2), dpi=100, facecolor=PAPER)
     right = 0.5 if layered else 0.93
     loss = figure.add_axes((0.06, 0.46, right - 0.06, 0.47))
     rate = figure.add_axes((0.06, 0.11, right - 0.06, 0.24))
     speed = rate.twinx()
     _curve(loss, steps, "loss", _BLUE, "training")
-    _curve(loss, tests, "val_loss", _ORANGE, "validation", marker="o")
+    _curve(loss, evals, "val_loss", _ORANGE, "validation", marker="o")
     _curve(rate, steps, "learning_rate", _GREEN)
     _curve(speed, steps, "tokens_per_s", _BLUE)
-    if steps or tests:
+    if steps or evals:
         loss.legend(fontsize=8, frameon=False, labelcolor=INK)
     loss.set_title("loss, nats per token", fontsize=9, color=INK)
     rate.set_title("learning rate", fontsize=9, color=_GREEN, loc="left")
@@ -57,7 +57,7 @@ def _curve(
 
 
 def _heat_map(axes: Any, scale: Any, lines: list[dict[str, Any]], key: str) -> None:
-    """Layers upwards, steps to the right, at most 300 columns; the colours' scale beside it."""
+    """Layers upwards, steps to the right, at most 300 columns; `scale` gets the colour bar."""
     lines = lines[:: 1 + len(lines) // 300]
     values = np.array([line[key] for line in lines]).T  # (layers, lines)
     extent = (0, lines[-1]["step"], -0.5, len(values) - 0.5)
@@ -71,7 +71,7 @@ def _heat_map(axes: Any, scale: Any, lines: list[dict[str, Any]], key: str) -> N
 
 
 def figure_png(figure: Any) -> bytes:
-    """A matplotlib Figure as PNG, by Agg and without pyplot's global state."""
+    """A matplotlib Figure as PNG, drawn without pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     buffer = io.BytesIO()

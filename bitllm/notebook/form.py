@@ -14,9 +14,9 @@ from bitllm_core import PRESETS
 
 
 class SettingsPanel:
-    """`Settings` as a form of widgets that answers each change; plain text without widgets.
+    """`Settings` as a form that shows what each change means; plain text without widgets.
 
-    `settings` is what the form says now; like `Settings`, it raises ValueError for nonsense.
+    `settings` holds the form's current values; like `Settings`, it raises ValueError for nonsense.
     """
 
     def __init__(self, settings: Settings | None = None) -> None:
@@ -30,7 +30,7 @@ class SettingsPanel:
         return Settings(**{name: field.value for name, field in self._fields.items()})
 
     def show(self) -> None:
-        """Display the form, or print what the settings mean."""
+        """Display the form; without widgets, print what the settings mean."""
         widgets = kernel.widgets()
         if widgets is None:
             print(self._given.describe())
@@ -51,38 +51,40 @@ class SettingsPanel:
                 field = w.Text(continuous_update=False, **options)
             else:
                 field = (w.IntText if isinstance(value, int) else w.FloatText)(**options)
-            field.observe(self._tell, names="value")
+            field.observe(self._show_summary, names="value")
             self._fields[f.name] = field
         own = w.Textarea(description="own text", continuous_update=False, **wide)
-        own.observe(lambda change: self._take({"own_text.txt": change["new"].encode()}), "value")
+        own.observe(
+            lambda change: self._use_as_data({"own_text.txt": change["new"].encode()}), "value"
+        )
         upload = w.FileUpload(accept=".txt,.jsonl,.parquet", description="upload a text")
-        upload.observe(lambda change: self._take(_uploaded(change["new"])), "value")
-        self._message = w.HTML()
-        self._tell()
-        return w.VBox([*self._fields.values(), own, upload, self._message])
+        upload.observe(lambda change: self._use_as_data(_uploaded(change["new"])), "value")
+        self._summary = w.HTML()
+        self._show_summary()
+        return w.VBox([*self._fields.values(), own, upload, self._summary])
 
-    def _take(self, files: dict[str, bytes]) -> None:
-        """Keep texts given in the form as files, and name the last as the data."""
+    def _use_as_data(self, files: dict[str, bytes]) -> None:
+        """Save texts given in the form as files, and make the last one the data."""
         for name, content in files.items():
             if content:
                 path = Path("texts") / Path(name).name
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(content)
                 self._fields["data"].value = path.as_posix()
-        self._tell()
+        self._show_summary()
 
-    def _tell(self, change: Any = None) -> None:
+    def _show_summary(self, change: Any = None) -> None:
         try:
             text, color = self.settings.describe(), INK
         except ValueError as error:
-            text, color = f"cannot be: {error}", "#b00020"
-        self._message.value = (
+            text, color = f"not possible: {error}", "#b00020"
+        self._summary.value = (
             f'<pre style="{CARD};color:{color};white-space:pre-wrap">{html.escape(text)}</pre>'
         )
 
 
 def _uploaded(value: Any) -> dict[str, bytes]:
-    """Name and content of the files in a FileUpload; ipywidgets 7 has a dict, 8 a tuple."""
+    """Names and contents of a FileUpload's files; ipywidgets 7 has a dict, 8 a tuple."""
     if isinstance(value, dict):
         return {name: bytes(item["content"]) for name, item in value.items()}
     return {item["name"]: bytes(item["content"]) for item in value}

@@ -1,4 +1,4 @@
-"""The kernel under a notebook: whether there is one, its widgets, and clicks while a cell runs."""
+"""The notebook's kernel: is there one, has it widgets, and how clicks reach a running cell."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def widgets() -> Any:
 
 
 def deliver_to_thread(comm: Any) -> None:
-    """Let clicks keep the thread that the front end chose for them.
+    """Keep clicks on the thread that the front end chose for them.
 
-    ipykernel 7.4 sends them after the widget's last update instead, which the training's own
-    thread made: they would wait for the end of the cell.
+    ipykernel 7.4 sends them to the thread of the widget's last update instead. That is the
+    training's own thread, where they would wait for the cell to end.
     """
     if hasattr(comm, "_reply_subshell_for"):
         comm._reply_subshell_for = lambda data, default: default
@@ -38,7 +38,7 @@ def deliver_to_thread(comm: Any) -> None:
 
 @contextlib.contextmanager
 def clicks_between_steps() -> Iterator[Callable[[], None]]:
-    """A function that lets ipykernel 6 answer waiting clicks; cells sent meanwhile run later."""
+    """Yields a function that handles waiting clicks on ipykernel 6; queued cells stay queued."""
     generation = int(importlib.metadata.version("ipykernel").split(".")[0])
     poll, last = None, 0.0
     with contextlib.ExitStack() as stack:

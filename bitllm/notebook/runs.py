@@ -1,4 +1,4 @@
-"""A run on disk: its newest figures, its whole curve, and which run is the newest."""
+"""Runs on disk: the latest numbers of one, its whole curve, and which one is the newest."""
 
 from __future__ import annotations
 
@@ -11,27 +11,30 @@ from bitllm_core import MetricsLog, read_json
 
 
 def run_facts(lines: list[dict[str, Any]], max_steps: int, batch_tokens: int) -> dict[str, str]:
-    """The newest figures of a run, by name, in words."""
+    """The latest numbers of a run as text, by name."""
     step = max((line["step"] for line in lines), default=0)
     facts = {"step": f"{step:,} of {max_steps:,}"}
     last = next((line for line in reversed(lines) if "loss" in line), None)
-    test = next((line for line in reversed(lines) if "val_loss" in line), None)
+    evaluation = next((line for line in reversed(lines) if "val_loss" in line), None)
     if last:
         left = (max_steps - step) * batch_tokens / max(last["tokens_per_s"], 1)
         facts["loss"] = f"{last['loss']:.3f}"
         facts["tokens/s"] = f"{last['tokens_per_s']:,.0f}"
         facts["memory"] = f"{last['memory_bytes'] / 2**30:.2f} GiB"
         facts["time left"] = f"{left // 60:.0f} min {left % 60:02.0f} s"
-    if test:
-        facts["validation loss"] = f"{test['val_loss']:.3f} at step {test['step']:,}"
+    if evaluation:
+        facts["validation loss"] = f"{evaluation['val_loss']:.3f} at step {evaluation['step']:,}"
     return facts
 
 
 def show_run(out: str | Path, handle: Any = None) -> None:
-    """Draw the whole curve of a run from its metrics.jsonl; one line of figures without notebook.
+    """Draw the whole curve of a run from its metrics.jsonl; outside a notebook, print one line.
 
-    With IPython's handle of an earlier display, draws there, which makes a live curve.
-    Raises FileNotFoundError for a folder without a run.
+    Args:
+        handle: IPython's handle of an earlier display, to draw there again.
+
+    Raises:
+        FileNotFoundError: there is no run in `out`.
     """
     out = Path(out)
     saved = read_json(out / "config.json")
@@ -50,6 +53,6 @@ def show_run(out: str | Path, handle: Any = None) -> None:
 
 
 def newest_run(folder: str | Path = "runs") -> Path | None:
-    """The run folder in `folder` that was trained last; None where there is none."""
+    """The run in `folder` that was trained last; None if there is none."""
     runs = [p.parent for p in Path(folder).glob("*/metrics.jsonl")]
     return max(runs, key=lambda p: (p / "metrics.jsonl").stat().st_mtime, default=None)

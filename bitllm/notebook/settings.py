@@ -1,4 +1,4 @@
-"""The settings of a training, as the notebooks ask for them."""
+"""The settings of a training, as the notebooks' form asks for them."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from bitllm_core import (
 
 @dataclass(frozen=True)
 class Settings:
-    """The form of the notebooks. Empty or 0: as the preset has it."""
+    """What the notebooks' form asks for. Empty or 0: the preset's value."""
 
     preset: str = "auto"
-    """a preset's name; auto: BITLLM_PRESET, else t4-1h with a CUDA GPU, else demo in 3 minutes"""
+    """a preset's name; auto: $BITLLM_PRESET, or t4-1h with a CUDA GPU, or demo in 3 minutes"""
     data: str = ""
     """a file, a folder, a known data set or hf:OWNER/NAME, as DataConfig.data"""
     hidden_size: int = 0
@@ -40,17 +40,17 @@ class Settings:
     num_hidden_layers: int = 0
     """depth"""
     minutes: float = 0.0
-    """time budget: as many steps as should fit in it"""
+    """time budget: sets the number of steps"""
     batch_tokens: int = 0
-    """tokens an optimizer step"""
+    """tokens per optimizer step"""
     learning_rate: float = 0.0
-    """peak rate of the matrices"""
+    """peak learning rate of the matrices"""
     resume: str = "auto"
-    """auto goes on where the folder's run stopped; never sets that run aside and begins anew"""
+    """auto resumes the run in the folder; never moves that run aside and starts a new one"""
     out: str = ""
-    """run folder; default: runs/PRESET, with the name of the data where that is another"""
+    """run folder; default: runs/PRESET, or runs/PRESET-DATA with other data than the preset's"""
     mirror: str = ""
-    """folder that receives copies, such as one on Drive"""
+    """folder for copies of the checkpoints, such as one on Drive"""
 
     def __post_init__(self) -> None:
         names = ("auto", *PRESETS)
@@ -69,7 +69,7 @@ class Settings:
 
     @property
     def is_fallback(self) -> bool:
-        """Whether nobody chose a preset and there is no GPU, so that it should not take long."""
+        """Whether there is no GPU and no preset was chosen: then the run is kept short."""
         chosen = self.preset != "auto" or os.environ.get("BITLLM_PRESET")
         return not chosen and not torch.cuda.is_available()
 
@@ -87,7 +87,7 @@ class Settings:
         return {"resume": self.resume, **({"mirror": self.mirror} if self.mirror else {})}
 
     def configs(self) -> tuple[ModelConfig, DataConfig, TrainConfig]:
-        """What `train` takes. ValueError names the field that cannot be, and a remedy."""
+        """The three configurations for `train`; ValueError names a wrong field and a remedy."""
         model, data, config = PRESETS[self.preset_name]
         if self.hidden_size and self.hidden_size != model.hidden_size:
             heads = max(1, self.hidden_size // model.head_dim)
@@ -111,27 +111,27 @@ class Settings:
         return model, data, config
 
     def _fitting_steps(self, model: ModelConfig, config: TrainConfig) -> int:
-        """Steps for the time budget, or no more than the preset's where nobody gave one.
+        """The number of steps that fits the time budget; at most the preset's without a budget.
 
-        A run that is there keeps its length if that is about as long: estimates differ from day to
-        day, and every other length moves the schedule.
+        A run that is in the folder keeps its length if that is within a factor of 1.5: estimates
+        differ from day to day, and another length changes the schedule.
         """
         one = dataclasses.replace(config, max_steps=1)
         rate = product_rate(choose_device(config.device, config.dtype))
         steps = max(1, round(60 * (self.minutes or 3) / estimate_seconds(model, one, rate)))
-        saved = self._run_there()[1].get("train", {})
+        saved = self._saved_run()[1].get("train", {})
         before = saved.get("max_steps", 0) if self.resume == "auto" else 0
         if not self.minutes:
             return before or min(steps, config.max_steps)
         return before if 2 / 3 < steps / max(before, 1) < 3 / 2 else steps
 
     def describe(self) -> str:
-        """Parameters, memory, time and what will happen, a line each."""
+        """Parameters, data, steps, memory, time and run folder, one line each."""
         model, data, config = self.configs()
         device = choose_device(config.device, config.dtype)
         minutes = estimate_seconds(model, config, product_rate(device)) / 60
         memory = estimate_memory(model, config) / 2**20
-        small = " (small and short, for there is no GPU here)" if self.is_fallback else ""
+        small = " (small and short: there is no GPU here)" if self.is_fallback else ""
         lines = {
             "preset": self.preset_name + small,
             "model": f"{model.num_parameters / 1e6:.2f}M parameters: {model.num_hidden_layers} "
@@ -139,29 +139,29 @@ class Settings:
             "data": data.data,
             "training": f"{config.max_steps:,} steps of {config.batch_tokens:,} tokens, peak "
             f"learning rate {peak_rates(model, config)[0]:g}",
-            "memory": f"{memory:,.0f} MB for weights, gradients and optimizer; activations besides",
-            "time": f"about {minutes:.1f} minutes on {device.device}, a guess before training",
-            "run folder": f"{self.run_folder.as_posix()}: {self._what_is_there(model, data)}",
+            "memory": f"{memory:,.0f} MB for weights, gradients and optimizer, plus activations",
+            "time": f"about {minutes:.1f} minutes on {device.device}: a guess before training",
+            "run folder": f"{self.run_folder.as_posix()}: {self._folder_status(model, data)}",
         }
         return "\n".join(f"{name + ':':12}{value}" for name, value in lines.items())
 
-    def _what_is_there(self, model: ModelConfig, data: DataConfig) -> str:
-        place, saved = self._run_there()
+    def _folder_status(self, model: ModelConfig, data: DataConfig) -> str:
+        place, saved = self._saved_run()
         if not saved:
             return "new"
         if self.resume == "never":
-            return "holds a run, which is set aside"
+            return "holds a run, which is moved aside"
         if (saved.get("model"), saved.get("data")) != (asdict(model), asdict(data)):
             return "HOLDS A RUN WITH OTHER SETTINGS; choose another folder, or resume = never"
         steps = saved["train"]["max_steps"]
         if place != self.run_folder:
-            return f"goes on with the run of {steps} steps that is in {place}"
+            return f"resumes the run of {steps} steps in {place}"
         lines = MetricsLog.read(self.run_folder / "metrics.jsonl")
         step = lines[-1]["step"] if lines else 0
-        return f"holds a run that has come to step {step} of {steps}; goes on"
+        return f"holds a run at step {step} of {steps}, which is resumed"
 
-    def _run_there(self) -> tuple[Path, dict[str, Any]]:
-        """The settings of the run to go on with, in the run folder or else in the mirror."""
+    def _saved_run(self) -> tuple[Path, dict[str, Any]]:
+        """Where the run to resume is, run folder or mirror, and its config.json."""
         for place in (self.run_folder, *([Path(self.mirror)] if self.mirror else [])):
             saved = read_json(place / "config.json")
             if saved:

@@ -67,14 +67,14 @@ def repository() -> str | None:
 
 
 def _session() -> str:
-    """What Colab's server says of the open notebook; an address where it came from GitHub."""
+    """Colab's list of sessions; it has the address of a notebook that came from GitHub."""
     address = "http://{COLAB_JUPYTER_IP}:{KMP_TARGET_PORT}/api/sessions".format(**os.environ)
     with urllib.request.urlopen(address, timeout=2) as answer:
         return urllib.parse.unquote(answer.read().decode())
 
 
 def _provenance() -> str:
-    """The files that a copy in Drive was made of, the last copied first."""
+    """The files that a copy in Drive descends from, one per line."""
     from google.colab import _message  # type: ignore[import-not-found]
 
     book = _message.blocking_request("get_ipynb", timeout_sec=2)["ipynb"]

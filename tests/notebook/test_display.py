@@ -43,12 +43,12 @@ def test_the_display_in_a_kernel_and_after_it_died(tmp_path):
     with kernel(sys.executable, tmp_path) as client:  # the first one was killed
         cell = Cell(client, TRAIN + "go(30)\nprint(len(display.lines), display.buttons)")
         cell.listen_until(lambda c: c.done)
-        assert "going on from step 20" in cell.text
+        assert "from step 20" in cell.text
         card = cell.displays[-1]
         page = card["text/html"]
         assert "step <b>30 of 40</b>" in page
         assert "mirror <b>&lt;failing&gt; since 14:02</b>" in page
-        assert "saved; run this cell again to go on" in page
+        assert "saved; run this cell again to resume" in page
         assert "last save <b>step 30 at " in page
         figure = base64.b64decode(page.split("base64,")[1].split('"')[0])
         assert figure.startswith(b"\x89PNG")

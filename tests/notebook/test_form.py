@@ -18,12 +18,12 @@ def form(monkeypatch):
 
 
 def test_the_form_answers_changes_and_rejects_nonsense(form):
-    assert "3.94M parameters" in form._message.value
+    assert "3.94M parameters" in form._summary.value
     form._fields["num_hidden_layers"].value = 2
-    assert "2 layers" in form._message.value
+    assert "2 layers" in form._summary.value
     assert form.settings == Settings("demo", num_hidden_layers=2)
     form._fields["batch_tokens"].value = 1000
-    assert "cannot be: batch_tokens=1000: expected a multiple" in form._message.value
+    assert "not possible: batch_tokens=1000: expected a multiple" in form._summary.value
     with pytest.raises(ValueError, match="batch_tokens=1000"):
         _ = form.settings
     form._fields["batch_tokens"].value = 2048
@@ -31,10 +31,10 @@ def test_the_form_answers_changes_and_rejects_nonsense(form):
 
 
 def test_texts_given_in_the_form_become_the_data(form, tmp_path):
-    form._take({"../../my book.txt": b"once"})
+    form._use_as_data({"../../my book.txt": b"once"})
     assert form.settings.data == "texts/my book.txt"
     assert (tmp_path / "texts" / "my book.txt").read_bytes() == b"once"
-    assert "runs/demo-my-book" in form._message.value
+    assert "runs/demo-my-book" in form._summary.value
 
 
 def test_uploads_of_both_generations():

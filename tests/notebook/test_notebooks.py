@@ -171,7 +171,7 @@ def kaggle_session(session, *changes):
     return run, newest["step"], told
 
 
-def test_on_kaggle_the_next_version_goes_on_from_the_output_of_the_last(tmp_path):
+def test_on_kaggle_the_next_version_resumes_from_the_output_of_the_last(tmp_path):
     """The time limit ends the first session, a click the second; the notebook runs to its end."""
     begun = "bit.MetricsLog.read(run / 'metrics.jsonl')"
     over = ("3600 * max_hours", f"(0 if {begun} else 1e9)")
@@ -183,7 +183,7 @@ def test_on_kaggle_the_next_version_goes_on_from_the_output_of_the_last(tmp_path
     (older / "step_00000001.safetensors").write_bytes(b"")
     (tmp_path / "one" / "working").rename(tmp_path / "two" / "input" / "my-notebook")
     again, further, told = kaggle_session(tmp_path / "two", ("picture, draw_at", INTERRUPT))
-    assert f"going on from step {step} of 5000" in told
+    assert f"from step {step} of 5000" in told
     assert further > step
     assert bit.MetricsLog.read(again / "metrics.jsonl")[: len(lines)] == lines
     assert (tmp_path / "two" / "working" / "exports" / "ci.safetensors").is_file()

@@ -99,6 +99,6 @@ def test_settings_are_described_with_what_the_folder_holds(tiny_corpus):
     assert "run: new" in text
     model, data, train = settings.configs()
     bit.train(model, data, dataclasses.replace(train, max_steps=2), "run", callbacks=[])
-    assert "has come to step 2 of 2; goes on" in settings.describe()
+    assert "a run at step 2 of 2, which is resumed" in settings.describe()
     assert "OTHER SETTINGS" in settings.replace(hidden_size=128).describe()
-    assert "set aside" in settings.replace(resume="never").describe()
+    assert "moved aside" in settings.replace(resume="never").describe()
