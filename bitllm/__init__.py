@@ -16,9 +16,12 @@ PLACES = {
         "SettingsPanel",
         "download_button",
         "environment_report",
+        "furthest_run",
         "mount_drive",
         "newest_run",
         "prompt_box",
+        "read_metrics",
+        "saved_step",
         "show_run",
     ),
 }
@@ -26,11 +29,11 @@ _MODULES = {name: module for module, names in PLACES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("__"):
-        raise AttributeError(name)
     if name in _MODULES:
         return getattr(importlib.import_module(_MODULES[name]), name)
-    return getattr(bitllm_core, name)
+    if name in bitllm_core.__all__:
+        return getattr(bitllm_core, name)
+    raise AttributeError(f"module 'bitllm' has no attribute {name!r}")
 
 
 def log_to(stream: TextIO | None = None) -> None:

@@ -145,7 +145,7 @@ bit.show_run(run)
 # all of them.
 
 # %%
-last = [line for line in bit.MetricsLog.read(run / "metrics.jsonl") if "val_loss" in line][-1]
+last = [line for line in bit.read_metrics(run) if "val_loss" in line][-1]
 print(f"validation loss {last['val_loss']:.3f} nats per token at step {last['step']}")
 print(f"perplexity {last['val_perplexity']:.1f}; a uniform guess: {model.vocab_size}")
 

@@ -53,6 +53,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import bitllm as bit
+from bitllm_core import encode, generate_tokens
 
 bit.log_to(sys.stdout)
 
@@ -129,7 +130,7 @@ plt.show()
 # the learning rate is high, and freeze as it falls.
 
 # %%
-lines = [x for x in bit.MetricsLog.read(Path("runs/inside-ternary/metrics.jsonl")) if "loss" in x]
+lines = [line for line in bit.read_metrics("runs/inside-ternary") if "loss" in line]
 steps = [line["step"] for line in lines]
 _, places = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
 for axes, key in zip(places, ("zero_fraction", "flip_rate"), strict=True):
@@ -152,7 +153,7 @@ outputs = []
 norm = net.model.layers[0].input_layernorm
 hook = norm.register_forward_hook(lambda layer, x, y: outputs.append(y))
 with torch.no_grad():
-    net(torch.tensor([bit.encode(tokenizer, "The with statement is used to wrap a block.")]))
+    net(torch.tensor([encode(tokenizer, "The with statement is used to wrap a block.")]))
 hook.remove()
 before = outputs[0][0]
 after = bit.activation_quant(before)
@@ -179,7 +180,7 @@ plt.show()
 _, axes = plt.subplots(figsize=(9, 3), layout="constrained")
 last = {}
 for linear, color in {"ternary": "#0b5cad", "dense": "#b34700"}.items():
-    lines = bit.MetricsLog.read(Path(f"runs/inside-{linear}/metrics.jsonl"))
+    lines = bit.read_metrics(f"runs/inside-{linear}")
     points = [(x["step"], x["val_loss"]) for x in lines if "val_loss" in x and "final" not in x]
     axes.plot(*zip(*points, strict=True), ".-", label=linear, color=color)
     last[linear] = points[-1][1]
@@ -204,7 +205,7 @@ sizes = {"ternary": packed.size, "dense": 2 * shape.num_parameters}
 for linear in states:
     net, _ = bit.load_model(f"runs/inside-{linear}")
     start = time.perf_counter()
-    tokens = list(bit.generate_tokens(net, [[0]], bit.SamplingConfig(max_new_tokens=60, seed=0)))
+    tokens = list(generate_tokens(net, [[0]], bit.SamplingConfig(max_new_tokens=60, seed=0)))
     speed = len(tokens) / (time.perf_counter() - start)
     print(f"{linear:8} {sizes[linear]:9,} bytes, {speed:4.0f} tokens/s")
 

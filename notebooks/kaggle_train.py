@@ -104,19 +104,12 @@ settings = settings.replace(out=str(run))
 
 # %%
 inputs = working.resolve().parent / "input"
-found_runs = {
-    bit.list_checkpoints(path)[-1].name: path.parent
-    for path in sorted(inputs.rglob("checkpoints"))
-    if path.parent.name == run.name and bit.list_checkpoints(path)
-}
-if found_runs and not run.exists():
-    step, earlier = max(found_runs.items())
+earlier = bit.furthest_run(inputs, run.name)
+if earlier and not run.exists():
     copy = run.with_name(run.name + ".part")
     shutil.copytree(earlier, copy, dirs_exist_ok=True)
     copy.rename(run)  # now that it is whole
-    print(
-        f"{step} of {earlier.relative_to(inputs).as_posix()} is the last; this session resumes it"
-    )
+    print(f"resumes {earlier.relative_to(inputs).as_posix()} at step {bit.saved_step(run)}")
 
 # %%
 model, source, train = settings.configs()
@@ -215,12 +208,11 @@ for exported in (
     print(f"{exported.path.as_posix()}: {exported.size:,} bytes\n{exported.usage}")
 
 # %%
-last = bit.MetricsLog.read(run / "metrics.jsonl")[-1]
-saved_step = bit.checkpoint_step(bit.list_checkpoints(run / "checkpoints")[-1])
+last = bit.read_metrics(run)[-1]
 if last.get("final"):
-    print(f"complete: {saved_step} steps, validation loss {last['val_loss']:.3f}")
+    print(f"complete: {bit.saved_step(run)} steps, validation loss {last['val_loss']:.3f}")
 else:
     print(
-        f"stopped, and saved, at step {saved_step} of {train.max_steps}. To resume: save this "
-        "version, add its output as an input, and run all again"
+        f"stopped, and saved, at step {bit.saved_step(run)} of {train.max_steps}. To resume: save "
+        "this version, add its output as an input, and run all again"
     )

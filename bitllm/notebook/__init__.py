@@ -8,7 +8,7 @@ from bitllm.notebook.boxes import download_button, prompt_box
 from bitllm.notebook.display import LiveDisplay
 from bitllm.notebook.drive import mount_drive
 from bitllm.notebook.form import SettingsPanel
-from bitllm.notebook.runs import newest_run, show_run
+from bitllm.notebook.runs import furthest_run, newest_run, read_metrics, saved_step, show_run
 from bitllm.notebook.settings import Settings
 from bitllm.notebook.setup import environment_report
 
@@ -18,8 +18,11 @@ __all__ = [
     "SettingsPanel",
     "download_button",
     "environment_report",
+    "furthest_run",
     "mount_drive",
     "newest_run",
     "prompt_box",
+    "read_metrics",
+    "saved_step",
     "show_run",
 ]

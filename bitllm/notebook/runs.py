@@ -7,7 +7,7 @@ from typing import Any
 
 import bitllm.notebook.kernel as kernel
 from bitllm.notebook.figures import figure_png, run_figure
-from bitllm_core import MetricsLog, read_json
+from bitllm_core import MetricsLog, checkpoint_step, list_checkpoints, read_json
 
 
 def run_facts(lines: list[dict[str, Any]], max_steps: int, batch_tokens: int) -> dict[str, str]:
@@ -27,6 +27,11 @@ def run_facts(lines: list[dict[str, Any]], max_steps: int, batch_tokens: int) ->
     return facts
 
 
+def read_metrics(out: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; those with "loss" are steps, with "val_loss" evals."""
+    return MetricsLog.read(Path(out) / "metrics.jsonl")
+
+
 def show_run(out: str | Path, handle: Any = None) -> None:
     """Draw the whole curve of a run from its metrics.jsonl; outside a notebook, print one line.
 
@@ -40,7 +45,7 @@ def show_run(out: str | Path, handle: Any = None) -> None:
     saved = read_json(out / "config.json")
     if saved is None:
         raise FileNotFoundError(f"{out}: not a run folder (no config.json in it)")
-    lines = MetricsLog.read(out / "metrics.jsonl")
+    lines = read_metrics(out)
     facts = run_facts(lines, saved["train"]["max_steps"], saved["train"]["batch_tokens"])
     text = ", ".join(f"{name} {value}" for name, value in facts.items())
     if not kernel.in_notebook():
@@ -50,6 +55,19 @@ def show_run(out: str | Path, handle: Any = None) -> None:
 
     show = handle.update if handle else display
     show({"image/png": figure_png(run_figure(lines)), "text/plain": text}, raw=True)
+
+
+def saved_step(out: str | Path) -> int:
+    """The step of a run's newest checkpoint; 0 without one."""
+    checkpoints = list_checkpoints(Path(out) / "checkpoints")
+    return checkpoint_step(checkpoints[-1]) if checkpoints else 0
+
+
+def furthest_run(folder: str | Path, name: str) -> Path | None:
+    """The run called `name` below `folder` that was saved at the highest step; None without one."""
+    runs = [path.parent for path in sorted(Path(folder).rglob("checkpoints"))]
+    saved = [path for path in runs if path.name == name and saved_step(path)]
+    return max(saved, key=saved_step, default=None)
 
 
 def newest_run(folder: str | Path = "runs") -> Path | None:

@@ -8,20 +8,11 @@ import pytest
 
 import bitllm_core as bit
 from bitllm.notebook.display import LiveDisplay
-from bitllm.notebook.runs import newest_run, run_facts, show_run
+from bitllm.notebook.runs import newest_run, show_run
 from bitllm.notebook.settings import Settings
 from tests.notebook.kernels import KERNELS, TRAIN, Cell, kernel, new_subshell, python_of
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
-
-LINE = {"learning_rate": 0.02, "tokens_per_s": 100.0, "memory_bytes": 1 << 30}
-
-
-def test_facts_say_how_long_it_will_take():
-    facts = run_facts([{"step": 10, "loss": 5.0, **LINE}], 100, 200)
-    assert facts["time left"] == "3 min 00 s"  # 90 steps of 200 tokens at 100 a second
-    assert facts["memory"] == "1.00 GiB"
-    assert run_facts([], 100, 200) == {"step": "0 of 100"}
 
 
 def test_without_a_notebook_the_display_is_a_progress_bar(tmp_path, tiny_corpus, capsys):
@@ -65,7 +56,7 @@ def test_buttons_work_while_the_cell_runs(tmp_path, name):
         subshell = new_subshell(client)
         assert (subshell is None) == (name == "colab")
         run = 'state = go(0, max_steps=5000, eval_every_steps=500, compile="off")\n'
-        end = 'print("came to", state.step, bit.list_checkpoints("run/checkpoints")[-1].stem)'
+        end = 'print("came to", state.step, "saved", bit.saved_step("run"))'
         cell = Cell(client, TRAIN.replace("else 0", "else state.stop_signal") + run + end)
         cell.listen_until(lambda c: len(c.displays) > 3)
         client.execute("print('the cell', 'below')")  # as run all sends it
@@ -80,7 +71,7 @@ def test_buttons_work_while_the_cell_runs(tmp_path, name):
         cell.listen_until(lambda c: c.done)
         came_to = int(cell.text.split("came to ")[1].split()[0])
         assert 0 < came_to < 5000
-        assert f"step_{came_to:08d}" in cell.text
+        assert f"came to {came_to} saved {came_to}" in cell.text
         cell.listen_until(lambda c: "the cell below" in c.text)
 
 

@@ -140,9 +140,9 @@ def test_the_check_sees_a_training_that_did_not_finish(tmp_path):
 
 INTERRUPT = """
 import signal, threading
-begun = len(bit.MetricsLog.read(run / "metrics.jsonl"))
+begun = len(bit.read_metrics(run))
 def press():
-    while len(bit.MetricsLog.read(run / "metrics.jsonl")) == begun:
+    while len(bit.read_metrics(run)) == begun:
         time.sleep(0.2)
     os.killpg(os.getpgid(0), signal.SIGINT)  # as Jupyter does it
 threading.Thread(target=press, daemon=True).start()
@@ -173,7 +173,7 @@ def kaggle_session(session, *changes):
 
 def test_on_kaggle_the_next_version_resumes_from_the_output_of_the_last(tmp_path):
     """The time limit ends the first session, a click the second; the notebook runs to its end."""
-    begun = "bit.MetricsLog.read(run / 'metrics.jsonl')"
+    begun = "bit.read_metrics(run)"
     over = ("3600 * max_hours", f"(0 if {begun} else 1e9)")
     run, step, _ = kaggle_session(tmp_path / "one", over)
     lines = bit.MetricsLog.read(run / "metrics.jsonl")
