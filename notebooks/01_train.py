@@ -26,59 +26,44 @@
 # wait. On a free Colab T4 the default is a 29M model, planned for about an hour; without a GPU it
 # is a 3.9M model, kept to about three minutes.
 #
-# Nothing below waits for a click. Stop whenever you like: running all again goes on from the
+# Nothing below waits for a click. Stop whenever you like: running all again resumes from the
 # last checkpoint.
 
 # %% [markdown]
 # ## Installation
 #
-# Everything is in one file, `bitllm_core.py`. This cell finds it or fetches it, and installs what
-# is missing. Colab has all but a small package that delivers clicks while a cell runs.
+# This cell finds the package `bitllm` beside the notebook, or installs it from the repository that
+# the notebook was opened from. In Colab everything else is there already, except a small package
+# that delivers clicks while a cell runs.
 
 # %%
 # @title Set up
-import contextlib
 import importlib.util
+import os
+import re
 import subprocess
 import sys
-import urllib.request
-from pathlib import Path
 
-REPOSITORY, BRANCH = "OWNER/bitllm", "main"
-FILE = "bitllm_core.py"
-found = next((folder for folder in (Path(), Path("..")) if (folder / FILE).is_file()), None)
-if found is None:
-    address = f"https://raw.githubusercontent.com/{REPOSITORY}/{BRANCH}/{FILE}"
-    try:
-        with urllib.request.urlopen(address, timeout=30) as answer:
-            source = answer.read()
-    except OSError as error:
-        raise FileNotFoundError(
-            f"{FILE} is not here and could not be fetched from {REPOSITORY} ({error}). Either "
-            "upload that one file (folder symbol at the left, then drag it in) and run this cell "
-            "again, or open bitllm_one_cell.ipynb, which needs nothing else"
-        ) from None
-    Path(FILE).write_bytes(source)
-    found = Path()
-sys.path.insert(0, str(found.resolve()))
-
-needed = ["datasets", "tokenizers", "safetensors", "tqdm", "matplotlib"]
-needed += ["ipywidgets", "jupyter_ui_poll"]
-missing = [name for name in needed if importlib.util.find_spec(name) is None]
-if missing:  # in Colab never what these depend on: numpy and torch are in use already
-    alone = ["--no-deps"] if "google.colab" in sys.modules else []
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *alone, *missing], check=False)
+sys.path[:0] = [".", ".."]  # in a checkout the package is beside this notebook or above it
+if not getattr(importlib.util.find_spec("bitllm"), "origin", None):  # elsewhere: install it
+    sessions = subprocess.getoutput("curl -sm 2 $COLAB_JUPYTER_IP:$KMP_TARGET_PORT/api/sessions")
+    match = re.search(r'github\.com/([^"]+?/blob/[^"]+?)/notebooks/', sessions.replace("%2F", "/"))
+    source = os.environ.get("BITLLM_REPOSITORY") or (match[1] if match else "OWNER/bitllm@main")
+    archive = f"https://github.com/{re.sub('/blob/|@', '/archive/', source)}.zip"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "jupyter_ui_poll"]
+    subprocess.run([*pip, archive], check=True)  # if this fails: open bitllm_one_cell.ipynb
 
 # %%
-import bitllm_core as bit
+import bitllm as bit
 
+bit.log_to(sys.stdout)
 print(bit.environment_report())
 
 # %% [markdown]
 # ## Google Drive (optional)
 #
 # Colab takes its machine back after some hours, with all files on it. With a tick here, Colab asks
-# for access to your Drive, and each checkpoint is copied there; the next day this notebook goes on
+# for access to your Drive, and each checkpoint is copied there; the next day this notebook resumes
 # from the copy.
 
 # %%
@@ -88,10 +73,10 @@ drive = bit.mount_drive() if use_drive else None
 # %% [markdown]
 # ## Settings
 #
-# Empty or 0 means: as the preset has it. `data` takes a text file or a folder, a known name
+# Empty or 0 means the preset's value. `data` takes a text file or a folder, a known name
 # (`wikitext-2`, `tinystories`, `fineweb-edu`, `wikipedia-es`, `pydocs`) or `hf:OWNER/NAME`.
-# `minutes` is a time budget: as many steps as should fit into it. `resume = never` sets a run that
-# is in the folder aside and begins anew.
+# `minutes` is a time budget, which sets the number of steps. `resume = never` moves the run in
+# the folder aside and starts a new one.
 
 # %%
 # @title Settings
@@ -122,7 +107,7 @@ if drive and not mirror:
     settings = settings.replace(mirror=str(drive / settings.run_folder.name))
 
 # %% [markdown]
-# The same as a form that answers every change with parameters, memory and an estimate of the time.
+# The same as a form that shows parameters, memory and the estimated time after every change.
 # Your own text can be pasted or uploaded here. Change what you like, then run the cells below.
 
 # %%
@@ -144,8 +129,7 @@ print(settings.describe())
 # %%
 run = settings.run_folder
 display = bit.LiveDisplay(run)
-with contextlib.redirect_stderr(sys.stdout):  # notes, not in the colour of errors
-    state = bit.train(model, data, train, run, callbacks=[display], **settings.options)
+state = bit.train(model, data, train, run, callbacks=[display], **settings.options)
 
 # %% [markdown]
 # The curve comes from `metrics.jsonl` in the run folder, so it is whole however often the training
@@ -161,7 +145,7 @@ bit.show_run(run)
 # all of them.
 
 # %%
-last = [line for line in bit.MetricsLog.read(run / "metrics.jsonl") if "val_loss" in line][-1]
+last = [line for line in bit.read_metrics(run) if "val_loss" in line][-1]
 print(f"validation loss {last['val_loss']:.3f} nats per token at step {last['step']}")
 print(f"perplexity {last['val_perplexity']:.1f}; a uniform guess: {model.vocab_size}")
 
@@ -184,6 +168,6 @@ for piece in bit.stream(net, tokenizer, "The ", sampling):
 # %%
 assert state.finished, (
     f"stopped at step {state.step} of {state.config.max_steps}, and saved: run the training cell "
-    "again to go on"
+    "again to resume"
 )
 print(f"complete: {state.step} steps, {state.tokens:,} tokens, in {run.as_posix()}")

@@ -28,42 +28,29 @@
 
 # %%
 # @title Set up
-import contextlib
 import importlib.util
+import os
+import re
 import subprocess
 import sys
-import urllib.request
-from pathlib import Path
 
-REPOSITORY, BRANCH = "OWNER/bitllm", "main"
-FILE = "bitllm_core.py"
-found = next((folder for folder in (Path(), Path("..")) if (folder / FILE).is_file()), None)
-if found is None:
-    address = f"https://raw.githubusercontent.com/{REPOSITORY}/{BRANCH}/{FILE}"
-    try:
-        with urllib.request.urlopen(address, timeout=30) as answer:
-            source = answer.read()
-    except OSError as error:
-        raise FileNotFoundError(
-            f"{FILE} is not here and could not be fetched from {REPOSITORY} ({error}). Either "
-            "upload that one file (folder symbol at the left, then drag it in) and run this cell "
-            "again, or open bitllm_one_cell.ipynb, which needs nothing else"
-        ) from None
-    Path(FILE).write_bytes(source)
-    found = Path()
-sys.path.insert(0, str(found.resolve()))
-
-needed = ["datasets", "tokenizers", "safetensors", "tqdm", "matplotlib"]
-needed += ["ipywidgets", "jupyter_ui_poll"]
-missing = [name for name in needed if importlib.util.find_spec(name) is None]
-if missing:  # in Colab never what these depend on: numpy and torch are in use already
-    alone = ["--no-deps"] if "google.colab" in sys.modules else []
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *alone, *missing], check=False)
+sys.path[:0] = [".", ".."]  # in a checkout the package is beside this notebook or above it
+if not getattr(importlib.util.find_spec("bitllm"), "origin", None):  # elsewhere: install it
+    sessions = subprocess.getoutput("curl -sm 2 $COLAB_JUPYTER_IP:$KMP_TARGET_PORT/api/sessions")
+    match = re.search(r'github\.com/([^"]+?/blob/[^"]+?)/notebooks/', sessions.replace("%2F", "/"))
+    source = os.environ.get("BITLLM_REPOSITORY") or (match[1] if match else "OWNER/bitllm@main")
+    archive = f"https://github.com/{re.sub('/blob/|@', '/archive/', source)}.zip"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "jupyter_ui_poll"]
+    subprocess.run([*pip, archive], check=True)  # if this fails: open bitllm_one_cell.ipynb
 
 # %%
+from pathlib import Path
+
 import torch
 
-import bitllm_core as bit
+import bitllm as bit
+
+bit.log_to(sys.stdout)
 
 # %% [markdown]
 # ## The model
@@ -80,8 +67,7 @@ if run is None:
     settings = bit.Settings()
     print(f"no run in runs/ yet, so this trains one\n{settings.describe()}")
     run = settings.run_folder
-    with contextlib.redirect_stderr(sys.stdout):  # notes, not in the colour of errors
-        bit.train(*settings.configs(), run, callbacks=[bit.LiveDisplay(run)])
+    bit.train(*settings.configs(), run, callbacks=[bit.LiveDisplay(run)])
 net, tokenizer = bit.load_model(run)
 print(f"{run.as_posix()}: {net.config.num_parameters / 1e6:.2f}M parameters")
 
@@ -142,7 +128,7 @@ assert torch.equal(unpacked, digits)
 # ## Take it along
 #
 # One packed file for this program, a folder for transformers, and a GGUF file for llama.cpp and
-# what is built on it. `docs/export.md` tells how closely they agree.
+# what is built on it. `docs/export.md` shows how closely they agree.
 
 # %%
 # @title Export
@@ -159,7 +145,10 @@ if not limits:
         subprocess.run(command, check=True)
     exports.append(bit.export_gguf(run, folder / f"{run.name}.gguf", overwrite=True))
 for exported in exports:
-    size, bits = f"{exported.size:,} bytes", f"{exported.bits_per_weight:.2f} bits a ternary weight"
+    size, bits = (
+        f"{exported.size:,} bytes",
+        f"{exported.bits_per_weight:.2f} bits per ternary weight",
+    )
     print(f"{exported.path.as_posix()}: {size}, {bits}\n{exported.usage}")
 if limits:
     print(f"no GGUF file: {'; '.join(limits)}")
@@ -173,20 +162,14 @@ for exported in exports:
 #
 # One web page with the model inside: it opens in any browser, on a phone too, and writes there. It
 # needs no server and sends nothing anywhere. The first time, llama.cpp for browsers (17 MB) is
-# fetched for it. `docs/demo.md` tells how to put the page on the web.
+# fetched for it. `docs/demo.md` explains how to put the page on the web.
 
 # %%
 # @title Web page
-template = Path(bit.__file__).parent / bit.PAGE_TEMPLATE
 try:
     if limits:
         raise OSError("; ".join(limits))
-    if not template.is_file():  # only bitllm_core.py was fetched
-        address = f"https://raw.githubusercontent.com/{REPOSITORY}/{BRANCH}/{bit.PAGE_TEMPLATE}"
-        template.parent.mkdir(exist_ok=True)
-        urllib.request.urlretrieve(address, template)
-    with contextlib.redirect_stderr(sys.stdout):  # notes, not in the colour of errors
-        page = bit.export_html(run, folder / f"{run.name}.html", overwrite=True)
+    page = bit.export_html(run, folder / f"{run.name}.html", overwrite=True)
     print(f"{page.path.as_posix()}: {page.size:,} bytes\n{page.usage}")
     bit.download_button(page.path)
 except OSError as error:

@@ -29,46 +29,33 @@
 
 # %%
 # @title Set up
-import contextlib
 import importlib.util
+import os
+import re
 import subprocess
 import sys
-import urllib.request
-from pathlib import Path
 
-REPOSITORY, BRANCH = "OWNER/bitllm", "main"
-FILE = "bitllm_core.py"
-found = next((folder for folder in (Path(), Path("..")) if (folder / FILE).is_file()), None)
-if found is None:
-    address = f"https://raw.githubusercontent.com/{REPOSITORY}/{BRANCH}/{FILE}"
-    try:
-        with urllib.request.urlopen(address, timeout=30) as answer:
-            source = answer.read()
-    except OSError as error:
-        raise FileNotFoundError(
-            f"{FILE} is not here and could not be fetched from {REPOSITORY} ({error}). Either "
-            "upload that one file (folder symbol at the left, then drag it in) and run this cell "
-            "again, or open bitllm_one_cell.ipynb, which needs nothing else"
-        ) from None
-    Path(FILE).write_bytes(source)
-    found = Path()
-sys.path.insert(0, str(found.resolve()))
-
-needed = ["datasets", "tokenizers", "safetensors", "tqdm", "matplotlib"]
-needed += ["ipywidgets", "jupyter_ui_poll"]
-missing = [name for name in needed if importlib.util.find_spec(name) is None]
-if missing:  # in Colab never what these depend on: numpy and torch are in use already
-    alone = ["--no-deps"] if "google.colab" in sys.modules else []
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *alone, *missing], check=False)
+sys.path[:0] = [".", ".."]  # in a checkout the package is beside this notebook or above it
+if not getattr(importlib.util.find_spec("bitllm"), "origin", None):  # elsewhere: install it
+    sessions = subprocess.getoutput("curl -sm 2 $COLAB_JUPYTER_IP:$KMP_TARGET_PORT/api/sessions")
+    match = re.search(r'github\.com/([^"]+?/blob/[^"]+?)/notebooks/', sessions.replace("%2F", "/"))
+    source = os.environ.get("BITLLM_REPOSITORY") or (match[1] if match else "OWNER/bitllm@main")
+    archive = f"https://github.com/{re.sub('/blob/|@', '/archive/', source)}.zip"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "jupyter_ui_poll"]
+    subprocess.run([*pip, archive], check=True)  # if this fails: open bitllm_one_cell.ipynb
 
 # %%
 import dataclasses
 import time
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 
-import bitllm_core as bit
+import bitllm as bit
+from bitllm_core import encode, generate_tokens
+
+bit.log_to(sys.stdout)
 
 # %% [markdown]
 # ## Two small networks
@@ -84,8 +71,7 @@ states = {}
 for linear in ("ternary", "dense"):
     model = dataclasses.replace(shape, linear=linear)
     run = Path("runs") / f"inside-{linear}"
-    with contextlib.redirect_stderr(sys.stdout):  # notes, not in the colour of errors
-        states[linear] = bit.train(model, data, train, run, callbacks=[bit.LiveDisplay(run)])
+    states[linear] = bit.train(model, data, train, run, callbacks=[bit.LiveDisplay(run)])
 
 # %% [markdown]
 # ## Absmean: from a matrix to trits
@@ -144,7 +130,7 @@ plt.show()
 # the learning rate is high, and freeze as it falls.
 
 # %%
-lines = [x for x in bit.MetricsLog.read(Path("runs/inside-ternary/metrics.jsonl")) if "loss" in x]
+lines = [line for line in bit.read_metrics("runs/inside-ternary") if "loss" in line]
 steps = [line["step"] for line in lines]
 _, places = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
 for axes, key in zip(places, ("zero_fraction", "flip_rate"), strict=True):
@@ -167,7 +153,7 @@ outputs = []
 norm = net.model.layers[0].input_layernorm
 hook = norm.register_forward_hook(lambda layer, x, y: outputs.append(y))
 with torch.no_grad():
-    net(torch.tensor([bit.encode(tokenizer, "The with statement is used to wrap a block.")]))
+    net(torch.tensor([encode(tokenizer, "The with statement is used to wrap a block.")]))
 hook.remove()
 before = outputs[0][0]
 after = bit.activation_quant(before)
@@ -194,7 +180,7 @@ plt.show()
 _, axes = plt.subplots(figsize=(9, 3), layout="constrained")
 last = {}
 for linear, color in {"ternary": "#0b5cad", "dense": "#b34700"}.items():
-    lines = bit.MetricsLog.read(Path(f"runs/inside-{linear}/metrics.jsonl"))
+    lines = bit.read_metrics(f"runs/inside-{linear}")
     points = [(x["step"], x["val_loss"]) for x in lines if "val_loss" in x and "final" not in x]
     axes.plot(*zip(*points, strict=True), ".-", label=linear, color=color)
     last[linear] = points[-1][1]
@@ -209,7 +195,7 @@ print(f"ternary {last['ternary']:.3f}, dense {last['dense']:.3f}: {gap:+.3f} nat
 # %% [markdown]
 # ## What it saves
 #
-# The smallest file of each: five trits in a byte for the one, 16 bits a weight for the other. The
+# The smallest file of each: five trits in a byte for the one, 16 bits per weight for the other. The
 # embedding has 16 bits in both, and is a large part of a network this small. The time to write
 # text is that of this program; llama.cpp gains more from trits.
 
@@ -219,7 +205,7 @@ sizes = {"ternary": packed.size, "dense": 2 * shape.num_parameters}
 for linear in states:
     net, _ = bit.load_model(f"runs/inside-{linear}")
     start = time.perf_counter()
-    tokens = list(bit.generate_tokens(net, [[0]], bit.SamplingConfig(max_new_tokens=60, seed=0)))
+    tokens = list(generate_tokens(net, [[0]], bit.SamplingConfig(max_new_tokens=60, seed=0)))
     speed = len(tokens) / (time.perf_counter() - start)
     print(f"{linear:8} {sizes[linear]:9,} bytes, {speed:4.0f} tokens/s")
 

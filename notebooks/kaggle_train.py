@@ -27,7 +27,7 @@
 # [![Open In Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/OWNER/bitllm/blob/main/notebooks/kaggle_train.ipynb)
 #
 # At the end of this notebook you have a language model of your own, trained from nothing on both
-# GPUs, in a folder that a later version of this notebook goes on from. In the settings at the
+# GPUs, in a folder that a later version of this notebook resumes from. In the settings at the
 # right: **Accelerator: GPU T4 x2**, and **Internet: on** (Kaggle asks for a verified phone number
 # for both). Then **Save Version > Save & Run All**: it runs with the browser closed. Nothing below
 # waits for a click.
@@ -37,54 +37,38 @@
 # %% [markdown]
 # ## Installation
 #
-# Everything is in one file, `bitllm_core.py`. This cell finds it or fetches it, and installs what
-# is missing.
+# This cell finds the package `bitllm` beside the notebook, or installs it.
 
 # %%
 # @title Set up
-import contextlib
 import importlib.util
+import os
+import re
 import subprocess
 import sys
-import urllib.request
-from pathlib import Path
 
-REPOSITORY, BRANCH = "OWNER/bitllm", "main"
-FILE = "bitllm_core.py"
-found = next((folder for folder in (Path(), Path("..")) if (folder / FILE).is_file()), None)
-if found is None:
-    address = f"https://raw.githubusercontent.com/{REPOSITORY}/{BRANCH}/{FILE}"
-    try:
-        with urllib.request.urlopen(address, timeout=30) as answer:
-            source = answer.read()
-    except OSError as error:
-        raise FileNotFoundError(
-            f"{FILE} is not here and could not be fetched from {REPOSITORY} ({error}). Either "
-            "upload that one file (folder symbol at the left, then drag it in) and run this cell "
-            "again, or open bitllm_one_cell.ipynb, which needs nothing else"
-        ) from None
-    Path(FILE).write_bytes(source)
-    found = Path()
-sys.path.insert(0, str(found.resolve()))
-
-needed = ["datasets", "tokenizers", "safetensors", "tqdm", "matplotlib"]
-needed += ["ipywidgets", "jupyter_ui_poll"]
-missing = [name for name in needed if importlib.util.find_spec(name) is None]
-if missing:  # in Colab never what these depend on: numpy and torch are in use already
-    alone = ["--no-deps"] if "google.colab" in sys.modules else []
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *alone, *missing], check=False)
+sys.path[:0] = [".", ".."]  # in a checkout the package is beside this notebook or above it
+if not getattr(importlib.util.find_spec("bitllm"), "origin", None):  # elsewhere: install it
+    sessions = subprocess.getoutput("curl -sm 2 $COLAB_JUPYTER_IP:$KMP_TARGET_PORT/api/sessions")
+    match = re.search(r'github\.com/([^"]+?/blob/[^"]+?)/notebooks/', sessions.replace("%2F", "/"))
+    source = os.environ.get("BITLLM_REPOSITORY") or (match[1] if match else "OWNER/bitllm@main")
+    archive = f"https://github.com/{re.sub('/blob/|@', '/archive/', source)}.zip"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "jupyter_ui_poll"]
+    subprocess.run([*pip, archive], check=True)  # if this fails: open bitllm_one_cell.ipynb
 
 # %%
+import contextlib
 import dataclasses
-import os
 import shutil
 import time
+from pathlib import Path
 
 import torch
 from IPython.display import display
 
-import bitllm_core as bit
+import bitllm as bit
 
+bit.log_to(sys.stdout)
 print(bit.environment_report())
 
 # %% [markdown]
@@ -111,26 +95,21 @@ run = working / settings.run_folder
 settings = settings.replace(out=str(run))
 
 # %% [markdown]
-# ## Go on from an earlier version
+# ## Resume an earlier version
 #
-# `/kaggle/working` is kept as the output of a saved version and empty in the next. To go on, choose
-# **Add Input > Your Work**, and the output of that version: the run in it is found, copied and gone
-# on from, exactly. `/kaggle/input` cannot be written, so it is no place for a `--mirror`: the saved
-# output is the copy.
+# `/kaggle/working` is kept as the output of a saved version and empty in the next. To resume,
+# choose **Add Input > Your Work**, and the output of that version: the run in it is found, copied
+# and resumed exactly. `/kaggle/input` cannot be written, so it is no place for a `--mirror`: the
+# saved output is the copy.
 
 # %%
 inputs = working.resolve().parent / "input"
-found_runs = {
-    bit.list_checkpoints(path)[-1].name: path.parent
-    for path in sorted(inputs.rglob("checkpoints"))
-    if path.parent.name == run.name and bit.list_checkpoints(path)
-}
-if found_runs and not run.exists():
-    step, earlier = max(found_runs.items())
+earlier = bit.furthest_run(inputs, run.name)
+if earlier and not run.exists():
     copy = run.with_name(run.name + ".part")
     shutil.copytree(earlier, copy, dirs_exist_ok=True)
     copy.rename(run)  # now that it is whole
-    print(f"{step} of {earlier.relative_to(inputs).as_posix()} is the last; goes on from there")
+    print(f"resumes {earlier.relative_to(inputs).as_posix()} at step {bit.saved_step(run)}")
 
 # %%
 model, source, train = settings.configs()
@@ -154,7 +133,7 @@ flags = [
 ]
 gpus = gpus or max(1, torch.cuda.device_count())
 torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
-command = [*(torchrun if gpus > 1 else []), str(found / FILE), "train"]
+command = [*(torchrun if gpus > 1 else []), "-m", "bitllm", "train"]
 command += ["--preset", settings.preset_name, "--out", run.as_posix(), *flags]
 print("python", *command)
 
@@ -164,7 +143,11 @@ log.parent.mkdir(parents=True, exist_ok=True)
 with log.open("w") as sink:
     process = subprocess.Popen(
         [sys.executable, *command],
-        env={**os.environ, "TQDM_DISABLE": "1"},  # the curve is the progress bar
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),  # finds what this notebook finds
+            "TQDM_DISABLE": "1",  # the curve is the progress bar
+        },
         stdout=sink,
         stderr=subprocess.STDOUT,
         start_new_session=True,  # an interrupt comes to this notebook alone
@@ -172,7 +155,7 @@ with log.open("w") as sink:
 
 # %% [markdown]
 # Blue is the loss on the training text, orange on text held back; the heat maps show the share of
-# weights that are zero and of trits that changed. The text is what the processes say.
+# weights that are zero and of trits that changed. The text is the log of the processes.
 
 # %%
 picture, draw_at, stopped = display("no curve yet", display_id=True), 0.0, False
@@ -195,7 +178,7 @@ with log.open(errors="replace") as told:
     print(told.read().partition("Traceback")[0] if stopped else told.read())
 bit.show_run(run, picture)
 if process.returncode and not stopped:
-    raise RuntimeError(f"training ended with exit code {process.returncode}; {log} tells why")
+    raise RuntimeError(f"training ended with exit code {process.returncode}; see {log}")
 
 # %% [markdown]
 # ## Let it write
@@ -225,12 +208,11 @@ for exported in (
     print(f"{exported.path.as_posix()}: {exported.size:,} bytes\n{exported.usage}")
 
 # %%
-last = bit.MetricsLog.read(run / "metrics.jsonl")[-1]
-saved_step = bit.checkpoint_step(bit.list_checkpoints(run / "checkpoints")[-1])
+last = bit.read_metrics(run)[-1]
 if last.get("final"):
-    print(f"complete: {saved_step} steps, validation loss {last['val_loss']:.3f}")
+    print(f"complete: {bit.saved_step(run)} steps, validation loss {last['val_loss']:.3f}")
 else:
     print(
-        f"stopped, and saved, at step {saved_step} of {train.max_steps}. To go on: save this "
-        "version, add its output as an input, and run all again"
+        f"stopped, and saved, at step {bit.saved_step(run)} of {train.max_steps}. To resume: save "
+        "this version, add its output as an input, and run all again"
     )

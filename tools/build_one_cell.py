@@ -1,4 +1,4 @@
-"""Build notebooks/bitllm_one_cell.ipynb: bitllm_core.py and a launcher in one form cell.
+"""Build notebooks/bitllm_one_cell.ipynb: core, package and a launcher in one form cell.
 
 python tools/build_one_cell.py
 """
@@ -10,13 +10,15 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "notebooks" / "bitllm_one_cell.ipynb"
+LEFT_OUT = ("__main__.py", "bench.py", "cli.py", "distributed.py", "export", "loggers.py")
+"""Of the package: what a single training on one device and its prompt box never import"""
 
 INTRODUCTION = """\
 # Train a 1.58-bit language model with one cell
 
 All of it is in the cell below: nothing to upload, nothing to fetch but your data. In Colab choose
 **Runtime > Change runtime type > T4 GPU**, then **Runtime > Run all**. The cell can also be copied
-into any notebook. Run it again to go on where it stopped. On a T4 the default is planned for about
+into any notebook. Run it again to resume where it stopped. On a T4 the default is planned for about
 an hour; without a GPU a small model is kept to about three minutes."""
 
 FORM = """\
@@ -30,17 +32,19 @@ prompt = "The "  # @param {type: "string"}
 """
 
 LAUNCHER = """
-import contextlib
 import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 folder = Path("bitllm_one_cell")
-folder.mkdir(exist_ok=True)
-(folder / "bitllm_core.py").write_text(SOURCE, encoding="utf-8", newline="\\n")
+for name, text in SOURCES.items():
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text, encoding="utf-8", newline="\\n")
 sys.path.insert(0, str(folder.resolve()))
-sys.modules.pop("bitllm_core", None)  # of an earlier version of this cell
+for name in list(sys.modules):  # of an earlier version of this cell
+    if name.partition(".")[0] in ("bitllm", "bitllm_core"):
+        del sys.modules[name]
 needed = ["datasets", "tokenizers", "safetensors", "tqdm", "matplotlib"]
 needed += ["ipywidgets", "jupyter_ui_poll"]
 missing = [name for name in needed if importlib.util.find_spec(name) is None]
@@ -48,8 +52,9 @@ if missing:  # in Colab never what these depend on: numpy and torch are in use a
     alone = ["--no-deps"] if "google.colab" in sys.modules else []
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", *alone, *missing], check=False)
 
-import bitllm_core as bit
+import bitllm as bit
 
+bit.log_to(sys.stdout)
 print(bit.environment_report())
 drive = bit.mount_drive() if use_drive else None
 settings = bit.Settings(preset, data, minutes=minutes, resume=resume)
@@ -57,10 +62,7 @@ run = settings.run_folder
 if drive:
     settings = settings.replace(mirror=str(drive / run.name))
 print(settings.describe())
-with contextlib.redirect_stderr(sys.stdout):  # notes, not in the colour of errors
-    state = bit.train(
-        *settings.configs(), run, callbacks=[bit.LiveDisplay(run)], **settings.options
-    )
+state = bit.train(*settings.configs(), run, callbacks=[bit.LiveDisplay(run)], **settings.options)
 bit.show_run(run)
 net, tokenizer = bit.load_model(run)
 print(prompt + bit.generate(net, tokenizer, prompt, bit.SamplingConfig(seed=0)))
@@ -71,12 +73,25 @@ assert state.step == state.config.max_steps, (
 print(f"complete: {state.step} steps, {state.tokens:,} tokens, in {run.as_posix()}")"""
 
 
+def files() -> list[Path]:
+    """The core, and of the package what the cell can come to."""
+    parts = [p for p in sorted((ROOT / "bitllm").rglob("*")) if p.suffix in (".py", ".c")]
+    return [ROOT / "bitllm_core.py"] + [
+        path for path in parts if path.relative_to(ROOT / "bitllm").parts[0] not in LEFT_OUT
+    ]
+
+
+def quoted(path: Path) -> str:
+    """A file as a line of the cell that puts it into SOURCES."""
+    text, name = path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix()
+    assert "'''" not in text, f"{name} is quoted with three single quotes"
+    assert text.endswith("\n") or not text, f"{name} has no line end at its end"
+    return f"SOURCES[{name!r}] = r'''{text}'''\n"
+
+
 def build() -> str:
     """The notebook as text."""
-    source = (ROOT / "bitllm_core.py").read_text(encoding="utf-8")
-    assert "'''" not in source, "the file is quoted with three single quotes"
-    assert source.endswith("\n")
-    code = f"{FORM}\nSOURCE = r'''{source}'''\n{LAUNCHER}"
+    code = f"{FORM}\nSOURCES = {{}}\n{''.join(map(quoted, files()))}{LAUNCHER}"
     book = new_notebook(
         cells=[
             new_markdown_cell(INTRODUCTION, id="introduction"),

@@ -35,7 +35,7 @@ def pair(source: Path) -> None:
 
 
 def run(path: Path, folder: str) -> None:
-    """Execute in a folder, and keep what it said."""
+    """Execute in a folder, and keep the outputs."""
     book = nbformat.read(path, 4)
     where = {"metadata": {"path": folder}}
     NotebookClient(book, timeout=3600, resources=where, store_widget_state=False).execute()
@@ -68,7 +68,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         folder = flags.folder or stack.enter_context(tempfile.TemporaryDirectory())
         shutil.copy(ROOT / "bitllm_core.py", folder)
-        shutil.copytree(ROOT / "web", Path(folder) / "web", dirs_exist_ok=True)
+        shutil.copytree(ROOT / "bitllm", Path(folder) / "bitllm", dirs_exist_ok=True)
         for name in flags.names or [source.stem for source in sources]:  # 02 uses what 01 leaves
             run(FOLDER / f"{name}.ipynb", folder)
 

@@ -1,4 +1,4 @@
-"""Point the badges and set-up cells at a repository, as a fork needs it.
+"""Point the badges, and the repository that a set-up cell falls back to, at a repository.
 
 python tools/set_repository.py --repo OWNER/NAME [--branch main]
 """
@@ -15,9 +15,7 @@ PLACES = (
         rf"(?<=colab\.research\.google\.com/github/)({NAME})(/blob/)({BRANCH})(?=/notebooks/)"
     ),
     re.compile(rf"(?<=welcome\?src=https://github\.com/)({NAME})(/blob/)({BRANCH})(?=/notebooks/)"),
-    re.compile(
-        rf'(?<=REPOSITORY, BRANCH = )\\?"({NAME})(\\?", \\?")({BRANCH})(?=\\?"$|\\?"\\n)', re.M
-    ),
+    re.compile(rf'(?<=else )\\?"({NAME})(@)({BRANCH})(?=\\?"\))'),
 )
 
 

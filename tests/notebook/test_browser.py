@@ -1,4 +1,4 @@
-"""A real JupyterLab in a real browser: run all, stop, go on, and write text."""
+"""A real JupyterLab in a real browser: run all, stop, resume, and write text."""
 
 import contextlib
 import json
@@ -17,6 +17,7 @@ import pytest
 
 import bitllm_core as bit
 from tests.conftest import ROOT
+from tests.notebook.kernels import put_package
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SHOTS = ROOT / "artefacts"
@@ -138,13 +139,13 @@ def settings(theme):
 CARD = 'img[alt^="loss, learning rate"]'
 
 
-def test_run_all_stop_and_go_on(browser, tmp_path):
+def test_run_all_stop_and_resume(browser, tmp_path):
     text = (ROOT / "notebooks" / "01_train.ipynb").read_text(encoding="utf-8")
     for field, value in {"hidden_size": 128, "batch_tokens": 2048}.items():  # seconds, not minutes
         assert text.count(f'"{field} = 0 ') == 1
         text = text.replace(f'"{field} = 0 ', f'"{field} = {value} ')
     (tmp_path / "01_train.ipynb").write_text(text, encoding="utf-8")
-    shutil.copy(ROOT / "bitllm_core.py", tmp_path)
+    put_package(tmp_path)
     run = tmp_path / "runs" / "demo"
     light = settings("JupyterLab Light")
     with jupyterlab(tmp_path, light, BITLLM_PRESET="demo", OMP_NUM_THREADS="1") as address:
@@ -166,27 +167,27 @@ def test_run_all_stop_and_go_on(browser, tmp_path):
             width = lab.page.locator(".widget-text", has_text="hidden size").locator("input")
             width.fill("250")
             width.press("Enter")
-            _wait_for(lambda: "cannot be: num_attention_heads" in lab.output(), 30)
+            _wait_for(lambda: "not possible: num_attention_heads" in lab.output(), 30)
             lab.shot("01_form_light", ".widget-upload")
             lab.menu("File", "Save Notebook")
             lab.page.reload()
             lab.page.wait_for_selector(CARD)  # what was drawn survives
             lab.menu("Kernel", "Restart Kernel and Run All Cells…")
             lab.page.click('.jp-Dialog button:has-text("Restart")')
-            _wait_for(lambda: f"going on from step {stopped} of 400" in lab.output(), 120)
+            _wait_for(lambda: f"from step {stopped} of 400" in lab.output(), 120)
             _wait_for(lambda: lab.step() > stopped + 10, 120)
             lab.page.click('[data-command="notebook:interrupt-kernel"], [title^="Interrupt"]')
             _wait_for(lambda: "saved; run this cell again" in lab.output(), 60)
-            lab.shot("01_went_on_light", CARD)
-    went_on = bit.newest_checkpoint(run / "checkpoints")["step"]
-    assert went_on > stopped + 10
+            lab.shot("01_resumed_light", CARD)
+    resumed = bit.newest_checkpoint(run / "checkpoints")["step"]
+    assert resumed > stopped + 10
     steps = [x["step"] for x in bit.MetricsLog.read(run / "metrics.jsonl") if "loss" in x]
-    assert steps == list(range(10, went_on + 1, 10))  # the curve is whole
+    assert steps == list(range(10, resumed + 1, 10))  # the curve is whole
 
 
 def test_sliders_and_streaming_text_in_the_dark_theme(browser, tmp_path):
     shutil.copy(ROOT / "notebooks" / "02_use.ipynb", tmp_path)
-    shutil.copy(ROOT / "bitllm_core.py", tmp_path)
+    put_package(tmp_path)
     dark = settings("JupyterLab Dark")
     with (
         jupyterlab(tmp_path, dark, BITLLM_PRESET="ci", OMP_NUM_THREADS="1") as address,

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import time
@@ -10,6 +11,8 @@ import time
 import pytest
 from jupyter_client import BlockingKernelClient
 from jupyter_client.connect import write_connection_file
+
+from tests.conftest import ROOT
 
 KERNELS = {"newest": sys.executable, "colab": os.environ.get("BITLLM_COLAB_PYTHON")}
 """Name -> Python. Colab's pair of ipykernel and ipywidgets is made by tools/colab_environment.py"""
@@ -22,6 +25,13 @@ def python_of(name):
             pytest.fail("BITLLM_COLAB_PYTHON is not set, and BITLLM_NO_SKIPS forbids to skip")
         pytest.skip("BITLLM_COLAB_PYTHON is not set; tools/colab_environment.py tells how")
     return python
+
+
+def put_package(folder):
+    """The core and the package, beside a notebook in `folder`."""
+    shutil.copy(ROOT / "bitllm_core.py", folder)
+    without_caches = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "bitllm", folder / "bitllm", ignore=without_caches)
 
 
 @contextlib.contextmanager
@@ -98,3 +108,25 @@ def new_subshell(client):
         return None
     client.control_channel.send(client.session.msg("create_subshell_request"))
     return client.get_control_msg(timeout=30)["content"]["subshell_id"]
+
+
+TRAIN = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import bitllm as bit
+bit.log_to(sys.stdout)
+import dataclasses, signal, torch
+torch.set_num_threads(1)
+model, data, train = bit.PRESETS["ci"]
+class After(bit.Callback):
+    def on_step(self, state, metrics):
+        state.stop_signal = signal.SIGINT if state.step == stop else 0
+    def on_start(self, state):
+        if stop == 30:
+            display.on_mirror(state, "mirror: <failing> since 14:02")
+def go(until, **changes):
+    global stop, display
+    stop, display = until, bit.LiveDisplay("run")
+    changed = dataclasses.replace(train, **changes)
+    return bit.train(model, data, changed, "run", callbacks=[display, After()])
+"""

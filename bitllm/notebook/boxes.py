@@ -1,0 +1,68 @@
+"""Boxes under a cell: a prompt with sliders, and a download button."""
+
+from __future__ import annotations
+
+import html
+import shutil
+from pathlib import Path
+from typing import Any
+
+import bitllm.notebook.kernel as kernel
+from bitllm.notebook.figures import CARD
+from bitllm_core import BitLM, SamplingConfig, generate, stream
+
+
+def prompt_box(model: BitLM, tokenizer: Any, prompt: str = "") -> None:
+    """A prompt box with sliders that streams the answer; without widgets, prints one text."""
+    widgets = kernel.widgets()
+    if widgets is None:
+        print(prompt + generate(model, tokenizer, prompt, SamplingConfig(seed=0)))
+        return
+    from IPython.display import display
+
+    w = widgets
+    wide = {"layout": w.Layout(width="520px"), "style": {"description_width": "100px"}}
+    text = w.Textarea(value=prompt, description="prompt", **wide)
+    sliders = {
+        "temperature": w.FloatSlider(value=0.8, min=0, max=2, step=0.05, **wide),
+        "top_k": w.IntSlider(value=50, min=0, max=200, **wide),
+        "top_p": w.FloatSlider(value=1.0, min=0.05, max=1, step=0.05, **wide),
+        "max_new_tokens": w.IntSlider(value=100, min=1, max=500, **wide),
+    }
+    for name, slider in sliders.items():
+        slider.description = name.replace("_", " ").removesuffix(" new tokens")
+    button, answer = w.Button(description="Write"), w.HTML()
+
+    def write(_: Any) -> None:
+        written = text.value
+        sampling = SamplingConfig(**{name: slider.value for name, slider in sliders.items()})
+        for piece in stream(model, tokenizer, text.value, sampling):
+            written += piece
+            answer.value = f'<pre style="{CARD};white-space:pre-wrap">{html.escape(written)}</pre>'
+
+    button.on_click(write)
+    display(w.VBox([text, *sliders.values(), button, answer]))
+
+
+def download_button(path: str | Path) -> None:
+    """Offer a file, or a folder as a zip: a button in Colab, a link in Jupyter, else its path."""
+    path = Path(path)
+    if path.is_dir():
+        shutil.make_archive(str(path), "zip", path)
+        path = path.with_name(path.name + ".zip")
+    widgets = kernel.widgets()
+    if widgets is None:
+        print(f"saved as {path}")
+        return
+    from IPython.display import display
+
+    try:
+        from google.colab import files  # type: ignore[import-not-found]
+    except ImportError:
+        name = html.escape(path.as_posix(), quote=True)
+        link = f'<a href="{name}" download>{name}</a>'
+        display({"text/html": link, "text/plain": path.as_posix()}, raw=True)
+        return
+    button = widgets.Button(description=f"Download {path.name}", layout={"width": "auto"})
+    button.on_click(lambda _: files.download(str(path)))
+    display(button)

@@ -1,0 +1,102 @@
+"""The machine that a notebook runs on, and the repository that the notebook came from."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import sys
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import torch
+
+from bitllm_core import choose_device, versions, why_not_compile
+
+
+def environment_report(folder: str | Path = ".") -> str:
+    """GPU, memory, disk, precision, versions and where the package came from, one line each."""
+    device, disk = choose_device(), shutil.disk_usage(folder)
+    gpu = "none, so the CPU trains. In Colab: Runtime > Change runtime type > T4 GPU"
+    if torch.cuda.is_available():
+        gpu = f"{torch.cuda.get_device_name()}, {_free_of(*torch.cuda.mem_get_info())}"
+    memory = "unknown"
+    with contextlib.suppress(ImportError):  # every notebook kernel brings it
+        import psutil
+
+        memory = _free_of(psutil.virtual_memory().available, psutil.virtual_memory().total)
+    installed = versions()
+    for name in ("tokenizers", "datasets", "ipykernel", "ipywidgets", "matplotlib"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[name] = importlib.metadata.version(name)
+    report = {
+        "GPU": gpu,
+        "memory": f"{memory}, {os.cpu_count()} cores",
+        "disk": _free_of(disk.free, disk.total),
+        "precision": str(device),
+        "torch.compile": why_not_compile(device) or "available",
+        "versions": ", ".join(f"{name} {version}" for name, version in installed.items()),
+    }
+    if archive := _installed_from():
+        report["package"] = archive + _other_origin(archive)
+    return "\n".join(f"{name + ':':15}{value}" for name, value in report.items())
+
+
+def _free_of(free: int, total: int) -> str:
+    return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+
+
+def repository() -> str | None:
+    """The repository that this notebook was opened from, as OWNER/NAME@BRANCH; None if unknown.
+
+    The set-up cell of the notebooks tries the first two ways to find the package; a copy in Drive
+    can be traced with the package alone. Google documents neither of its two, so each of them gets
+    two seconds and may fail.
+    """
+    if given := os.environ.get("BITLLM_REPOSITORY"):
+        return given
+    for ask in (_session, _provenance):
+        with contextlib.suppress(Exception):
+            if match := re.search(r"github\.com/([^\"]+?)/blob/([^\"]+?)/notebooks/", ask()):
+                return f"{match[1]}@{match[2]}"
+    return None
+
+
+def _session() -> str:
+    """Colab's list of sessions; it has the address of a notebook that came from GitHub."""
+    address = "http://{COLAB_JUPYTER_IP}:{KMP_TARGET_PORT}/api/sessions".format(**os.environ)
+    with urllib.request.urlopen(address, timeout=2) as answer:
+        return urllib.parse.unquote(answer.read().decode())
+
+
+def _provenance() -> str:
+    """The files that a copy in Drive descends from, one per line."""
+    from google.colab import _message  # type: ignore[import-not-found]
+
+    book = _message.blocking_request("get_ipynb", timeout_sec=2)["ipynb"]
+    return "\n".join(item["file_id"] for item in book["metadata"]["colab"]["provenance"])
+
+
+def _installed_from() -> str:
+    """The archive that pip installed the package from; empty in a checkout."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        told = importlib.metadata.distribution("bitllm").read_text("direct_url.json")
+        return json.loads(told)["url"] if told else ""
+    return ""
+
+
+def _other_origin(archive: str) -> str:
+    """A note for a copy in Drive of a fork's notebook: the set-up cell cannot see the fork."""
+    origin = repository() if "google.colab" in sys.modules else None
+    path = f"{origin}".replace("@", "/archive/") + ".zip"
+    if not origin or archive.endswith(f"/{path}"):
+        return ""
+    return (
+        f"\nThis notebook is a copy of one in {origin}. For the package of that repository, run\n"
+        f"%pip install -q --no-deps --force-reinstall https://github.com/{path}\n"
+        "and restart the session."
+    )

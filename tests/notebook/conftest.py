@@ -1,0 +1,25 @@
+"""An empty folder to run in, and a stand-in for Colab's package."""
+
+import sys
+import types
+
+import pytest
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BITLLM_PRESET", raising=False)
+    measured = "bitllm.notebook.settings.product_rate"  # which takes a second
+    monkeypatch.setattr(measured, lambda device: 1e12)
+
+
+@pytest.fixture
+def colab(monkeypatch):
+    """A stand-in for google.colab; `colab.mount` is what drive.mount does."""
+    drive = types.SimpleNamespace(mount=None)
+    package = types.ModuleType("google.colab")
+    package.drive = drive
+    monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
+    monkeypatch.setitem(sys.modules, "google.colab", package)
+    return drive

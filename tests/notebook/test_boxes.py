@@ -1,0 +1,46 @@
+"""Prompt box and downloads."""
+
+import sys
+import types
+import zipfile
+
+import ipywidgets
+import pytest
+
+from bitllm.notebook.boxes import download_button
+from tests.notebook.kernels import KERNELS, TRAIN, Cell, kernel, new_subshell, python_of
+
+pytestmark = pytest.mark.usefixtures("empty_folder")
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_form_and_prompt_box_are_made_of_widgets_that_both_generations_have(tmp_path, name):
+    with kernel(python_of(name), tmp_path) as client:
+        code = 'state = go(0, max_steps=2)\nbit.SettingsPanel(bit.Settings("ci")).show()\n'
+        code += 'bit.prompt_box(*bit.load_model("run"), "The")\nprint("shown")'
+        cell = Cell(client, TRAIN + code).listen_until(lambda c: c.done)
+        assert "shown" in cell.text, cell.text
+        views = [x for x in cell.displays if "application/vnd.jupyter.widget-view+json" in x]
+        assert len(views) == 3 + 1  # form, prompt box, buttons, the bar of tokenizing
+        Cell(client, "").listen_until(lambda c: c.done)
+        cell.click("Write", new_subshell(client))
+        cell.listen_until(lambda c: "&#x27;" in str(c.states) or "<pre" in str(c.states))
+
+
+def test_downloads_are_offered_and_a_folder_as_a_zip(colab, tmp_path, monkeypatch, capsys):
+    (tmp_path / "model-hf").mkdir()
+    (tmp_path / "model-hf" / "config.json").write_text("{}")
+    download_button(tmp_path / "model-hf")  # no notebook: its path
+    assert str(tmp_path / "model-hf.zip") in capsys.readouterr().out
+    assert zipfile.ZipFile(tmp_path / "model-hf.zip").namelist() == ["config.json"]
+    asked, shown = [], []
+    sys.modules["google.colab"].files = types.SimpleNamespace(download=asked.append)
+    monkeypatch.setattr("bitllm.notebook.kernel.widgets", lambda: ipywidgets)
+    monkeypatch.setattr("IPython.display.display", lambda x, **options: shown.append(x))
+    download_button(tmp_path / "model-hf.zip")
+    assert not asked  # Run all downloads nothing by itself
+    shown[0].click()
+    assert asked == [str(tmp_path / "model-hf.zip")]
+    del sys.modules["google.colab"].files
+    download_button(tmp_path / "model-hf.zip")
+    assert 'model-hf.zip" download' in shown[1]["text/html"]

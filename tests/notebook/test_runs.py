@@ -1,0 +1,39 @@
+"""What is read from run folders on disk."""
+
+from bitllm.notebook.runs import furthest_run, read_metrics, run_facts, saved_step
+
+LINE = {"learning_rate": 0.02, "tokens_per_s": 100.0, "memory_bytes": 1 << 30}
+
+
+def test_facts_say_how_long_it_will_take():
+    facts = run_facts([{"step": 10, "loss": 5.0, **LINE}], 100, 200)
+    assert facts["time left"] == "3 min 00 s"  # 90 steps of 200 tokens at 100 a second
+    assert facts["memory"] == "1.00 GiB"
+    assert run_facts([], 100, 200) == {"step": "0 of 100"}
+
+
+def test_the_run_saved_furthest_is_found_below_a_folder(tmp_path):
+    for place, name in {
+        "a/runs/ci": "step_00000009.safetensors",
+        "b/c/ci": "step_00000010.safetensors",
+        "b/other": "step_00000099.safetensors",
+        "d/ci": "nothing",
+    }.items():
+        (tmp_path / place / "checkpoints").mkdir(parents=True)
+        (tmp_path / place / "checkpoints" / name).touch()
+    assert saved_step(tmp_path / "a" / "runs" / "ci") == 9
+    assert saved_step(tmp_path / "d" / "ci") == saved_step(tmp_path / "none") == 0
+    assert furthest_run(tmp_path, "ci") == tmp_path / "b" / "c" / "ci"
+    assert furthest_run(tmp_path, "demo") is None
+    assert furthest_run(tmp_path / "none", "ci") is None
+
+
+def test_metrics_are_read_line_by_line(tmp_path):
+    assert read_metrics(tmp_path) == []
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 5.0}\n{"step": 1, "val_loss": 4}\n'
+    )
+    assert [sorted(line) for line in read_metrics(tmp_path)] == [
+        ["loss", "step"],
+        ["step", "val_loss"],
+    ]

@@ -1,0 +1,104 @@
+"""What the settings make of a form's values."""
+
+import dataclasses
+import json
+
+import pytest
+
+import bitllm_core as bit
+from bitllm.machine import estimate_seconds
+from bitllm.notebook.settings import Settings
+
+pytestmark = pytest.mark.usefixtures("empty_folder")
+
+
+def test_without_changes_settings_are_the_preset():
+    for name, preset in bit.PRESETS.items():
+        assert Settings(name).configs() == preset
+
+
+def test_auto_takes_the_environment_then_what_fits_the_machine(monkeypatch):
+    monkeypatch.setattr(bit.torch.cuda, "is_available", lambda: False)
+    assert Settings().preset_name == "demo"
+    monkeypatch.setattr(bit.torch.cuda, "is_available", lambda: True)
+    assert Settings().preset_name == "t4-1h"
+    monkeypatch.setenv("BITLLM_PRESET", "ci")
+    assert Settings().preset_name == "ci"
+    assert Settings("laptop").preset_name == "laptop"
+    monkeypatch.setenv("BITLLM_PRESET", "huge")
+    with pytest.raises(ValueError, match=r"BITLLM_PRESET='huge': expected ci, demo"):
+        Settings()
+
+
+def test_width_takes_heads_and_feed_forward_with_it():
+    model, _, _ = Settings("t4-1h", hidden_size=256, num_hidden_layers=3).configs()
+    assert (model.num_attention_heads, model.num_kv_heads, model.head_dim) == (4, 2, 64)
+    assert (model.intermediate_size, model.num_hidden_layers) == (768, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"preset": "big"}, "preset='big': expected one of auto, ci"),
+        ({"hidden_size": 250}, "a divisor of hidden_size=250"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers=-1: expected at least 1"),
+        ({"batch_tokens": 1000}, "a multiple of max_position_embeddings=128, such as 896 or 1024"),
+        ({"learning_rate": -0.1}, "learning_rate=-0.1: expected a positive number"),
+        ({"minutes": -1}, "minutes=-1: expected 0"),
+        ({"resume": "maybe"}, "resume='maybe': expected auto or never"),
+    ],
+)
+def test_nonsense_is_rejected_at_once(change, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**{"preset": "demo", **change})
+
+
+def test_a_time_budget_sets_the_steps_and_a_run_keeps_its_length(tmp_path, monkeypatch):
+    settings = Settings("demo", minutes=10)
+    model, _, train = settings.configs()
+    assert estimate_seconds(model, train, 1e12) == pytest.approx(600, rel=0.01)
+    run = tmp_path / "runs" / "demo"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"train": {"max_steps": train.max_steps}}))
+    monkeypatch.setattr(
+        "bitllm.notebook.settings.product_rate", lambda device: 1.2e12
+    )  # another day's measurement
+    assert settings.configs()[2].max_steps == train.max_steps
+    assert settings.replace(minutes=20).configs()[2].max_steps > 2 * train.max_steps
+    assert settings.replace(resume="never").configs()[2].max_steps > train.max_steps
+
+
+def test_without_gpu_and_choice_a_run_is_short_and_keeps_its_length(tmp_path, monkeypatch):
+    monkeypatch.setattr(bit.torch.cuda, "is_available", lambda: False)
+    assert Settings().configs() == bit.PRESETS["demo"]
+    monkeypatch.setattr("bitllm.notebook.settings.product_rate", lambda device: 1e11)
+    steps = Settings().configs()[2].max_steps
+    assert 40 < steps < 200
+    assert "small and short" in Settings().describe()
+    assert Settings("demo").configs()[2].max_steps == 400
+    run = tmp_path / "runs" / "demo"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"train": {"max_steps": steps}}))
+    monkeypatch.setattr("bitllm.notebook.settings.product_rate", lambda device: 1e10)
+    assert Settings().configs()[2].max_steps == steps
+
+
+def test_other_data_has_another_folder_and_a_mirror_is_passed_on():
+    assert Settings("ci").run_folder.as_posix() == "runs/ci"
+    assert Settings("ci", data="a/My book.txt").run_folder.as_posix() == "runs/ci-My-book"
+    assert Settings("ci", data="a.txt", out="x").run_folder.as_posix() == "x"
+    assert Settings("ci").options == {"resume": "auto"}
+    assert Settings("ci", mirror="m").options == {"resume": "auto", "mirror": "m"}
+
+
+def test_settings_are_described_with_what_the_folder_holds(tiny_corpus):
+    settings = Settings("ci", data=str(tiny_corpus), out="run")
+    text = settings.describe()
+    assert "0.13M parameters: 2 layers of width 64" in text
+    assert "40 steps of 1,024 tokens, peak learning rate 0.04" in text
+    assert "run: new" in text
+    model, data, train = settings.configs()
+    bit.train(model, data, dataclasses.replace(train, max_steps=2), "run", callbacks=[])
+    assert "a run at step 2 of 2, which is resumed" in settings.describe()
+    assert "OTHER SETTINGS" in settings.replace(hidden_size=128).describe()
+    assert "moved aside" in settings.replace(resume="never").describe()
