@@ -81,36 +81,20 @@ __all__ = [
     "BitLinear",
     "Callback",
     "DataConfig",
-    "Exported",
-    "LiveDisplay",
     "ModelConfig",
     "SamplingConfig",
-    "Settings",
-    "SettingsPanel",
     "TokenData",
     "TrainConfig",
     "TrainState",
     "activation_quant",
-    "download_button",
-    "environment_report",
     "evaluate",
-    "export_gguf",
-    "export_hf",
-    "export_html",
-    "export_packed",
     "generate",
     "import_seed_checkpoint",
-    "llama_cpp_stream",
     "load_checkpoint",
     "load_model",
     "load_tokenizer",
-    "mount_drive",
-    "newest_run",
     "prepare_data",
-    "prompt_box",
-    "push_to_hub",
     "save_checkpoint",
-    "show_run",
     "stream",
     "train",
     "train_tokenizer",
@@ -203,23 +187,6 @@ def _check(config: Any, *checks: tuple[str, Callable[[Any], bool], str]) -> None
         for name in names.split():
             value = getattr(config, name)
             require((value is None and name in optional) or holds(value), name, value, expected)
-
-
-def extension(module: str, why: str) -> Any:
-    """The module `bitllm.<module>`; ImportError where this file is alone.
-
-    This is the only place where the core reaches for the package around it.
-    """
-    sys.modules.setdefault("bitllm_core", sys.modules[__name__])  # run as a script: no second copy
-    try:
-        return importlib.import_module(f"bitllm.{module}")
-    except ModuleNotFoundError as error:
-        if error.name not in ("bitllm", f"bitllm.{module}"):
-            raise
-        raise ImportError(
-            f"{why} needs the bitllm package around bitllm_core.py: "
-            "pip install it from its repository, or run in a checkout"
-        ) from error
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bitllm.machine import estimate_seconds, product_rate
+from bitllm.planner import estimate_memory
 from bitllm_core import (
     PRESETS,
     DataConfig,
@@ -20,7 +21,6 @@ from bitllm_core import (
     TrainConfig,
     check_configs,
     choose_device,
-    estimate_memory,
     peak_rates,
     read_json,
     require,

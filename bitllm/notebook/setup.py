@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from bitllm_core import choose_device, versions, why_not_compile
+from bitllm.compiling import why_not_compile
+from bitllm_core import choose_device, versions
 
 
 def environment_report(folder: str | Path = ".") -> str:
@@ -38,7 +39,7 @@ def environment_report(folder: str | Path = ".") -> str:
         "memory": f"{memory}, {os.cpu_count()} cores",
         "disk": _free_of(disk.free, disk.total),
         "precision": str(device),
-        "torch.compile": why_not_compile(device) or "available",
+        "torch.compile": why_not_compile(device.device) or "available",
         "versions": ", ".join(f"{name} {version}" for name, version in installed.items()),
     }
     if archive := _installed_from():
