@@ -3834,7 +3834,7 @@ def _telemetry(state: TrainState) -> dict[str, list[float]]:
     return {name: (counts / sizes).round(6).tolist() for name, counts in found.items()}
 
 
-def _evaluate(session: _Session, final: bool = False) -> float:
+def _evaluate(session: _Session, final: bool = False) -> None:
     """Validation loss: on a slice of the tokens, the same each time; at the end on all of them."""
     state, data = session.state, session.data
     tokens = data.validation if final else data.validation[: session.config.eval_tokens]
@@ -3851,7 +3851,6 @@ def _evaluate(session: _Session, final: bool = False) -> float:
     }
     session.log.write(metrics)
     session.notify("on_eval", metrics)
-    return loss
 
 
 def _sample(session: _Session) -> None:
@@ -3880,11 +3879,8 @@ class _Saver:
     def save_where_due(self, paused: bool = False) -> None:
         """Save what is due after this step, and report what has become safe since the last."""
         session, state, step = self.session, self.state, self.state.step
-        config, epoch = (
-            session.config,
-            session.data.steps_per_epoch(session.config, session.context),
-        )
-        due = state.save_requested
+        config, due = session.config, state.save_requested
+        epoch = session.data.steps_per_epoch(config, session.context)
         if not paused:
             if config.save_every_epoch and step // epoch > (step - 1) // epoch:
                 self.save("epoch")
