@@ -3246,7 +3246,9 @@ class _Session:
                 self.log.write(metrics)
             self.notify("on_step", metrics)
             if config.eval_every_steps and state.step % config.eval_every_steps == 0:
-                self.evaluate(saver)
+                _evaluate(self)
+                _sample(self)
+                saver.keep_best()
             saver.save_where_due()
             if metrics:
                 steps, since = 0, time.perf_counter()
@@ -3311,37 +3313,6 @@ class _Session:
             **_telemetry(self.state),
         }
 
-    def evaluate(self, saver: _Saver | None) -> None:
-        """Evaluate on a slice of the validation tokens, generate a text and keep the best model.
-
-        Without a saver: at the end, on all of them.
-        """
-        state, config, final = self.state, self.config, saver is None
-        tokens = self.data.validation if final else self.data.validation[: config.eval_tokens]
-        first = end_of_text_id(self.tokenizer) or 0
-        nats = total_loss(state.model, tokens, first, self.device, processes=self.processes)
-        state.val_loss = loss = nats / len(tokens)
-        metrics = {
-            "step": state.step,
-            "val_loss": loss,
-            "val_perplexity": safe_exp(loss),
-            "val_bits_per_byte": loss / math.log(2) / self.data.bytes_per_token,
-            "val_tokens": len(tokens),
-            **({"final": True} if final else {}),
-        }
-        self.log.write(metrics)
-        self.notify("on_eval", metrics)
-        if saver is None:
-            return
-        model = self.processes.whole_model(state.model)
-        if model and self.callbacks:
-            sampling, prompt = SamplingConfig(60, seed=0), config.sample_prompt
-            self.notify("on_sample", prompt + generate(model, self.tokenizer, prompt, sampling))
-        state.evals_since_best += 1
-        if loss < state.best_val_loss:
-            state.best_val_loss, state.best_step, state.evals_since_best = loss, state.step, 0
-            saver.save("best")
-
 
 def _settings(configs: tuple[Any, Any, Any]) -> dict[str, Any]:
     return dict(zip(("model", "data", "train"), map(asdict, configs), strict=True))
@@ -3364,6 +3335,33 @@ def _telemetry(state: TrainState) -> dict[str, list[float]]:
     return {name: (counts / sizes).round(6).tolist() for name, counts in found.items()}
 
 
+def _evaluate(session: _Session, final: bool = False) -> None:
+    """Validation loss: on a slice of the tokens, the same each time; at the end on all of them."""
+    state, data = session.state, session.data
+    tokens = data.validation if final else data.validation[: session.config.eval_tokens]
+    first = end_of_text_id(session.tokenizer) or 0
+    nats = total_loss(state.model, tokens, first, session.device, processes=state.processes)
+    state.val_loss = loss = nats / len(tokens)
+    metrics = {
+        "step": state.step,
+        "val_loss": loss,
+        "val_perplexity": safe_exp(loss),
+        "val_bits_per_byte": loss / math.log(2) / data.bytes_per_token,
+        "val_tokens": len(tokens),
+        **({"final": True} if final else {}),
+    }
+    session.log.write(metrics)
+    session.notify("on_eval", metrics)
+
+
+def _sample(session: _Session) -> None:
+    """Generate a text of fixed seed, to look at."""
+    model, prompt = session.processes.whole_model(session.state.model), session.config.sample_prompt
+    if model and session.callbacks:
+        text = generate(model, session.tokenizer, prompt, SamplingConfig(60, seed=0))
+        session.notify("on_sample", prompt + text)
+
+
 class _Saver:
     """Checkpoints of a session, written by a thread: training only waits for copies of tensors."""
 
@@ -3382,11 +3380,8 @@ class _Saver:
     def save_where_due(self, paused: bool = False) -> None:
         """Save what is due after this step, and report what has become safe since the last."""
         session, state, step = self.session, self.state, self.state.step
-        config, epoch = (
-            session.config,
-            session.data.steps_per_epoch(session.config, session.context),
-        )
-        due = state.save_requested
+        config, due = session.config, state.save_requested
+        epoch = session.data.steps_per_epoch(config, session.context)
         if not paused:
             if config.save_every_epoch and step // epoch > (step - 1) // epoch:
                 self.save("epoch")
@@ -3402,6 +3397,15 @@ class _Saver:
         if self.mirror and self.mirror.status() != self.mirror_status:
             self.mirror_status = self.mirror.status()
             session.notify("on_mirror", self.mirror_status)
+
+    def keep_best(self) -> None:
+        """Save the model where the last evaluation was the best."""
+        state = self.state
+        state.evals_since_best += 1
+        if state.val_loss < state.best_val_loss:
+            state.best_val_loss, state.best_step = state.val_loss, state.step
+            state.evals_since_best = 0
+            self.save("best")
 
     def save(self, kind: str = "step") -> None:
         """Begin a checkpoint; a disk that refuses does not end the training."""
@@ -3616,7 +3620,7 @@ def _train(session: _Session, saver: _Saver) -> None:
                 )
             saver.save_and_wait()
             if not stopped:
-                session.evaluate(None)
+                _evaluate(session, final=True)
         finally:
             saver.collect(wait=True)
             saver.worker.shutdown()
@@ -3845,8 +3849,8 @@ def train_command(flags: argparse.Namespace, callbacks: Sequence[Callback] = ())
 
 
 def generate_command(flags: argparse.Namespace) -> int:
-    model, tokenizer = load_model(flags.model, checkpoint_flag(flags))
     sampling = from_flags(SamplingConfig, flags)
+    model, tokenizer = load_model(flags.model, checkpoint_flag(flags))
     print_text(flags.prompt, stream(model, tokenizer, flags.prompt, sampling))
     return 0
 
@@ -3876,12 +3880,9 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
     except KeyboardInterrupt:
         log.error("stopped at once; nothing after the last checkpoint was saved")
         return 130
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         log.error(f"error: {error}")
-        return 2
-    except (OSError, ImportError, FloatingPointError) as error:
-        log.error(f"error: {error}")
-        return 1
+        return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -179,6 +179,31 @@ def test_metrics_of_strangers_do_no_harm(tmp_path):
     assert bit.MetricsLog.read(path) == [{"step": 2, "loss": 1}]
 
 
+CLOSED = """
+import os, signal, sys
+import bitllm_core as bit
+from tests import tiny
+
+class Terminal(bit.Callback):
+    def on_step(self, state, metrics):
+        if state.step == 5:
+            os.kill(os.getpid(), signal.SIGHUP)
+
+data = bit.DataConfig(data=sys.argv[1])
+state = bit.train(tiny.MODEL, data, tiny.TRAIN, sys.argv[2], callbacks=[Terminal()])
+print(state.step, state.last_saved_step, state.stop_signal)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")
+@pytest.mark.parametrize(("ignored", "says"), [(False, "5 5 1"), (True, "12 12 0")])
+def test_a_closed_terminal_saves_first_unless_nohup_is_there(tmp_path, tiny_corpus, ignored, says):
+    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" * ignored + CLOSED
+    command = [sys.executable, "-c", code, str(tiny_corpus), str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == says
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")
 def test_a_second_process_on_the_same_run_is_refused(tmp_path):
     command = [sys.executable, str(ROOT / "bitllm_core.py"), "train", "--preset", "ci"]

@@ -1,10 +1,13 @@
 """The loop: it learns, it stops anywhere, and goes on as if it had not."""
 
 import dataclasses
+import io
 import math
 import signal
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -410,3 +413,24 @@ def test_a_loaded_model_has_the_trained_ones_logits(run, tmp_path):
     assert all(layer.frozen for layer in model.bit_linears().values())
     x = torch.arange(32).view(2, 16)
     torch.testing.assert_close(model(x), state.model(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the memory of a process")
+def test_memory_is_the_process_own_peak():
+    """And not what a large process that started it had used."""
+    cpu = bit.choose_device("cpu")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = bit.memory_in_use(cpu)
+    tensor = torch.ones(16 << 20)
+    del tensor
+    grown = bit.memory_in_use(cpu) - before
+    assert 50 << 20 < grown < 100 << 20
+
+
+def test_messages_go_to_one_stream(capsys):
+    streams = [io.StringIO(), io.StringIO()]
+    for stream in streams:
+        bit.log_to(stream)
+        bit.log.info("hello")
+    assert [stream.getvalue() for stream in streams] == ["hello\n", "hello\n"]
+    assert capsys.readouterr() == ("", "")
