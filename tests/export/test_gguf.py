@@ -71,6 +71,32 @@ def test_the_metadata_state_where_the_model_comes_from(exports):
     assert len(scales) == 14
 
 
+@pytest.mark.parametrize("kind", ["TQ2_0", "TQ1_0", "F16"])
+def test_every_tensor_is_there_and_exact(run, exports, kind):
+    from gguf import GGUFReader, dequantize
+
+    model, _ = bit.load_model(run)
+    expected = {"token_embd.weight": model.model.embed_tokens.weight.half()}
+    matrices = {f"{x}_proj": f"attn_{x}" for x in "qkv"} | {"o_proj": "attn_output"}
+    matrices |= {f"{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")}
+    for name, linear in model.bit_linears().items():
+        _, _, layer, _, matrix = name.split(".")
+        expected[f"blk.{layer}.{matrices[matrix]}.weight"] = linear.trits
+        expected[f"blk.{layer}.{matrices[matrix]}.scale"] = linear.weight_scale.view(1)
+    norms = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    for name, value in model.named_parameters():
+        if "norm" in name and "layers" in name:
+            place = name.split(".")
+            expected[f"blk.{place[2]}.{norms.get(place[-2], place[-2])}.weight"] = value
+    expected["output_norm.weight"] = model.model.norm.weight
+    found = {
+        t.name: dequantize(t.data, t.tensor_type) for t in GGUFReader(exports[kind].path).tensors
+    }
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(torch.tensor(found[name]), value.detach().float()), name
+
+
 # Generating with llama.cpp in this process
 
 
