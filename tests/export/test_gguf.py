@@ -89,7 +89,9 @@ def test_every_tensor_is_there_and_exact(run, exports, kind):
             place = name.split(".")
             expected[f"blk.{place[2]}.{norms.get(place[-2], place[-2])}.weight"] = value
     expected["output_norm.weight"] = model.model.norm.weight
-    found = {t.name: dequantize(t.data, t.tensor_type) for t in GGUFReader(exports[kind]).tensors}
+    found = {
+        t.name: dequantize(t.data, t.tensor_type) for t in GGUFReader(exports[kind].path).tensors
+    }
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(torch.tensor(found[name]), value.detach().float()), name
