@@ -1295,7 +1295,7 @@ Piece = tuple[str, bool]  # text, and whether a document ends with it
 SplitPiece = tuple[str, str, bool]  # the same after "train" or "validation"
 
 
-def text_column(row: dict[str, Any], wanted: str | None, source: object) -> str:
+def choose_column(row: dict[str, Any], wanted: str | None, source: object) -> str:
     """The column that holds the text, chosen by a source's first row.
 
     ValueError names the columns where `wanted` is not among them or nothing decides.
@@ -1339,7 +1339,7 @@ def _jsonl_rows(path: Path, wanted: str | None) -> Iterator[str]:
             raise ValueError(f"{where}: cannot be read as JSON ({first_line(error)})") from error
         if not isinstance(row, dict):
             raise ValueError(f'{where}: expected an object such as {{"text": "..."}}')
-        column = column or text_column(row, wanted, path)
+        column = column or choose_column(row, wanted, path)
         yield valid_unicode(_text_in(row, column, where))
 
 
@@ -1350,7 +1350,7 @@ def _parquet_rows(path: Path, wanted: str | None) -> Iterator[str]:
         with parquet.ParquetFile(path) as file:
             if file.metadata.num_rows == 0:
                 return
-            column = text_column(next(file.iter_batches(1)).to_pylist()[0], wanted, path)
+            column = choose_column(next(file.iter_batches(1)).to_pylist()[0], wanted, path)
             for batch in file.iter_batches(1000, columns=[column]):
                 for row in batch.to_pylist():
                     yield _text_in(row, column, path)
@@ -1474,7 +1474,7 @@ def _file_pieces(path: Path, column: str | None) -> Iterator[Piece]:
 
 def _hub_pieces(hub: HubSource, split: str, config: DataConfig) -> Iterator[Piece]:
     rows = hub_rows(hub, split, streaming=config.max_train_tokens is not None)
-    column = text_column(next(iter(rows), {}), hub.column or config.text_column, hub.name)
+    column = choose_column(next(iter(rows), {}), hub.column or config.text_column, hub.name)
     texts = (text for batch in rows.iter(batch_size=1000) for text in batch[column] if text)
     return ((text, not hub.lines) for text in (join_lines(texts) if hub.lines else texts))
 
@@ -1802,7 +1802,6 @@ def prepare_data(
     found = _prepared_data(out, config, vocab_size)
     if found:
         return found
-    folder.mkdir(parents=True, exist_ok=True)
     if is_streamed(config):
         streaming = extension("streaming", _STREAMING)
         fingerprint, texts = None, streaming.tokenizer_texts(config)
@@ -1815,6 +1814,7 @@ def prepare_data(
         def write(tokenizer: Any, folder: Path) -> dict[str, Any]:
             return tokenize(tokenizer, read(), folder, config.max_train_tokens)
 
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _run_tokenizer(path, texts, config, vocab_size)
     manifest = {
         "format_version": 1,
