@@ -3499,7 +3499,7 @@ def _restore(session: _Session, checkpoint: dict[str, Any]) -> None:
         for name in ("tokenizer_sha256", "data_sha256"):
             if checkpoint[name] != now[name]:
                 raise ValueError(f"{name} differs; put its tokenizer.json and data/ back")
-        before = {**checkpoint, **checkpoint["versions"], **checkpoint["config"]["train"]}
+        before = {**checkpoint["config"]["train"], **checkpoint, **checkpoint["versions"]}
         now |= {**versions(), "fsdp": session.config.fsdp}
         changed = [f"{k} {before[k]} -> {v}" for k, v in now.items() if before.get(k, v) != v]
         if changed:
