@@ -241,6 +241,15 @@ def test_an_interrupted_export_leaves_nothing_and_harms_nothing(
     assert contents() != kept
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not replace a file that is open")
+def test_a_program_that_reads_the_old_file_reads_it_to_the_end(tiny_run, tmp_path):
+    path = export_packed(tiny_run, tmp_path / "m.safetensors").path
+    before = path.read_bytes()
+    with path.open("rb") as old:
+        export_packed(tiny_run, path, embedding="int8", overwrite=True)
+        assert old.read() == before != path.read_bytes()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="permissions are POSIX's")
 def test_others_may_read_what_is_written(tiny_run, tmp_path):
     """safetensors' save_file makes files for their owner only, which no web server may serve."""
