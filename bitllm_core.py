@@ -1293,7 +1293,7 @@ Piece = tuple[str, bool]  # text, and whether a document ends with it
 SplitPiece = tuple[str, str, bool]  # the same after "train" or "validation"
 
 
-def text_column(row: dict[str, Any], wanted: str | None, source: object) -> str:
+def choose_column(row: dict[str, Any], wanted: str | None, source: object) -> str:
     """The column that holds the text, chosen by a source's first row.
 
     ValueError names the columns where `wanted` is not among them or nothing decides.
@@ -1337,7 +1337,7 @@ def _jsonl_rows(path: Path, wanted: str | None) -> Iterator[str]:
             raise ValueError(f"{where}: cannot be read as JSON ({first_line(error)})") from error
         if not isinstance(row, dict):
             raise ValueError(f'{where}: expected an object such as {{"text": "..."}}')
-        column = column or text_column(row, wanted, path)
+        column = column or choose_column(row, wanted, path)
         yield valid_unicode(_text_in(row, column, where))
 
 
@@ -1348,7 +1348,7 @@ def _parquet_rows(path: Path, wanted: str | None) -> Iterator[str]:
         with parquet.ParquetFile(path) as file:
             if file.metadata.num_rows == 0:
                 return
-            column = text_column(next(file.iter_batches(1)).to_pylist()[0], wanted, path)
+            column = choose_column(next(file.iter_batches(1)).to_pylist()[0], wanted, path)
             for batch in file.iter_batches(1000, columns=[column]):
                 for row in batch.to_pylist():
                     yield _text_in(row, column, path)
@@ -1472,7 +1472,7 @@ def _file_pieces(path: Path, column: str | None) -> Iterator[Piece]:
 
 def _hub_pieces(hub: HubSource, split: str, config: DataConfig) -> Iterator[Piece]:
     rows = hub_rows(hub, split, streaming=config.max_train_tokens is not None)
-    column = text_column(next(iter(rows), {}), hub.column or config.text_column, hub.name)
+    column = choose_column(next(iter(rows), {}), hub.column or config.text_column, hub.name)
     texts = (text for batch in rows.iter(batch_size=1000) for text in batch[column] if text)
     return ((text, not hub.lines) for text in (join_lines(texts) if hub.lines else texts))
 
@@ -1800,7 +1800,6 @@ def prepare_data(
     found = _prepared_data(out, config, vocab_size)
     if found:
         return found
-    folder.mkdir(parents=True, exist_ok=True)
     if is_streamed(config):
         streaming = extension("streaming", _STREAMING)
         fingerprint, texts = None, streaming.tokenizer_texts(config)
@@ -1813,6 +1812,7 @@ def prepare_data(
         def write(tokenizer: Any, folder: Path) -> dict[str, Any]:
             return tokenize(tokenizer, read(), folder, config.max_train_tokens)
 
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _run_tokenizer(path, texts, config, vocab_size)
     manifest = {
         "format_version": 1,
@@ -1832,10 +1832,6 @@ def prepare_data(
     tokens = _read_tokens(folder, manifest)
     assert tokens is not None, "token files differ from what was just written"
     return tokens, tokenizer
-
-
-def say(line: str) -> None:
-    log.info(line)
 
 
 # -----------------------------------------------------------------------------
@@ -3457,10 +3453,9 @@ def _restore(session: _Session, checkpoint: dict[str, Any]) -> None:
         for name in ("tokenizer_sha256", "data_sha256"):
             if checkpoint[name] != now[name]:
                 raise ValueError(f"{name} differs; put its tokenizer.json and data/ back")
-        fsdp = checkpoint["config"]["train"].get("fsdp", False)
-        before = {"processes": 1, **checkpoint, **checkpoint["versions"], "fsdp": fsdp}
+        before = {**checkpoint["config"]["train"], **checkpoint, **checkpoint["versions"]}
         now |= {**now.pop("versions"), "fsdp": session.config.fsdp}
-        changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
+        changed = [f"{k} {before[k]} -> {v}" for k, v in now.items() if before.get(k, v) != v]
         if changed:
             log.info(f"note: not bit for bit as before, for these changed: {', '.join(changed)}")
         elif not session.config.micro_batch_size:
@@ -3821,14 +3816,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(command_parser()[0], arguments)
 
 
-def exit_with(status: int) -> None:
-    """End the process; at once after an error among several."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # gloo's threads abort a process that ends in order, and NCCL's may wait for the dead
-        sys.stdout.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
 if __name__ == "__main__":
-    exit_with(main())
+    sys.exit(main())

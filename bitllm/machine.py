@@ -1,4 +1,4 @@
-"""How fast this machine is, and how long a training will take on it."""
+"""What the machine can do: the rate of its matrix products, and what follows for a training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bitllm_core import Device, ModelConfig, TrainConfig
 
 @lru_cache(maxsize=4)
 def product_rate(device: Device) -> float:
-    """Measured FLOP/s of 2048³ matrix products in the device's dtype: the best of six."""
+    """FLOP a second of 2048³ matrix products in the training's dtype, the best of five."""
     a = torch.randn(2048, 2048, device=device.device, dtype=device.dtype)
     best = math.inf
     for _ in range(6):
@@ -24,5 +24,5 @@ def product_rate(device: Device) -> float:
 
 
 def estimate_seconds(model: ModelConfig, config: TrainConfig, rate: float) -> float:
-    """Estimated training time at a quarter of `rate`, FLOP/s; right within a factor of two."""
+    """Training time at a quarter of the rate of large products; a guess within a factor of two."""
     return 6 * model.num_parameters * config.batch_tokens * config.max_steps / (rate / 4)

@@ -27,6 +27,7 @@ from bitllm_core import (
     SplitPiece,
     TokenData,
     TrainConfig,
+    choose_column,
     cut_long,
     end_of_text_id,
     file_rows,
@@ -39,7 +40,6 @@ from bitllm_core import (
     local_files,
     read_json,
     read_pieces,
-    text_column,
     tokenize,
     write_atomically,
 )
@@ -71,7 +71,7 @@ def _hub_rows(hub: HubSource, wanted: str | None, state: State) -> Iterator[Rows
     """The rows of a data set on the hub from a state of `datasets`, `ROWS` at a time."""
     rows, column = hub_rows(hub, "train", streaming=True), state.get("column")
     if not column:  # choosing it reads the first rows: once is enough
-        column = text_column(next(iter(rows), {}), hub.column or wanted, hub.name)
+        column = choose_column(next(iter(rows), {}), hub.column or wanted, hub.name)
     if state.get("rows"):
         rows.load_state_dict(state["rows"])
     for batch in rows.iter(batch_size=ROWS):

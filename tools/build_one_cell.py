@@ -10,8 +10,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "notebooks" / "bitllm_one_cell.ipynb"
-LEFT_OUT = ("__main__.py", "bench.py", "cli.py", "distributed.py", "export", "loggers.py")
-"""Of the package: what a single training on one device and its prompt box never import"""
+LEFT_OUT = ("__main__.py", "bench.py", "cli.py", "export", "loggers.py")
+"""Of the package: what training and the prompt box never import"""
 
 INTRODUCTION = """\
 # Train a 1.58-bit language model with one cell
