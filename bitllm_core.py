@@ -39,7 +39,6 @@ References
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import dataclasses
 import errno
@@ -47,7 +46,6 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
-import inspect
 import itertools
 import json
 import logging
@@ -1836,10 +1834,6 @@ def prepare_data(
     return tokens, tokenizer
 
 
-def say(line: str) -> None:
-    log.info(line)
-
-
 # -----------------------------------------------------------------------------
 # 6 Generation
 
@@ -2626,10 +2620,6 @@ class Device:
         reduced = self.dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=reduced)
 
-    def scaler(self) -> torch.amp.GradScaler:
-        """Loss scaling, which only float16's narrow range needs."""
-        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-
     def __str__(self) -> str:
         return f"{self.device}, {str(self.dtype).removeprefix('torch.')} ({self.why})"
 
@@ -2639,12 +2629,8 @@ def choose_device(device: str = "auto", dtype: str = "auto") -> Device:
 
     Raises ValueError for a device that this machine does not have.
     """
-    present = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    there = [name for name, ok in present.items() if ok]
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    there.append("cpu")
     device = there[0] if device == "auto" else device
     require(device in there, "device", device, f"one that this machine has: {', '.join(there)}")
     found = torch.device(device)
@@ -2697,7 +2683,7 @@ def total_loss(
     with model.hold_weights(device.dtype), device.autocast():
         for part, _ in processes.micro_batches(windows, windows, batch_size):
             x = torch.zeros(len(part), min(context, len(tokens)), dtype=torch.int64)
-            y = torch.full_like(x, -100)  # which the loss ignores
+            y = torch.full_like(x, IGNORE_INDEX)
             for row, (start, counted, end) in enumerate(part.tolist()):
                 text = torch.from_numpy(tokens[max(start - 1, 0) : end].astype(np.int64))
                 text = text if start else F.pad(text, (1, 0), value=first)
@@ -2808,12 +2794,12 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """All that an exact resume needs; complete in the main process, but all call it."""
-        gather, names = self.processes.gather, self._parameter_names()
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
         optimizers = []
         for optimizer in self.optimizers:
             tensors = {(names[p], k): t for p, s in optimizer.state.items() for k, t in s.items()}
             state: dict[str, dict[str, Tensor]] = {}
-            for (name, key), tensor in gather(tensors).items():
+            for (name, key), tensor in self.processes.gather(tensors).items():
                 state.setdefault(name, {})[key] = tensor
             optimizers.append({"state": state})
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -2838,7 +2824,7 @@ class TrainState:
             setattr(self, name, saved[name])
         scatter, own = self.processes.scatter, self.model.state_dict()
         self.model.load_state_dict({n: scatter(own[n], w) for n, w in saved["model"].items()})
-        names = self._parameter_names()
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             numbered = {}
             for number, parameter in enumerate(parameters_of([optimizer])):
@@ -2859,9 +2845,6 @@ class TrainState:
             if trits is not None and trits.shape != layer.weight.shape:
                 raise ValueError(f"trits of {name} have shape {tuple(trits.shape)}")
         self.trits = dict(saved["trits"]) if self.processes.is_main else {}
-
-    def _parameter_names(self) -> dict[Tensor, str]:
-        return {parameter: name for name, parameter in self.model.named_parameters()}
 
 
 class Callback:
@@ -2902,6 +2885,7 @@ class ProgressBar(Callback):
 
         total = state.config.max_steps
         self.bar = tqdm(total=total, initial=state.step, unit="step", dynamic_ncols=True)
+        self.print = partial(self.bar.write, file=sys.stderr)
 
     def on_step(self, state: TrainState, metrics: dict[str, Any] | None) -> None:
         if metrics:
@@ -2911,21 +2895,18 @@ class ProgressBar(Callback):
 
     def on_eval(self, state: TrainState, metrics: dict[str, Any]) -> None:
         loss, perplexity = metrics["val_loss"], metrics["val_perplexity"]
-        self._print(f"step {state.step}: validation loss {loss:.4f}, perplexity {perplexity:.1f}")
+        self.print(f"step {state.step}: validation loss {loss:.4f}, perplexity {perplexity:.1f}")
 
     def on_sample(self, state: TrainState, text: str) -> None:
-        self._print(f"  | {' '.join(text.split())[:160]}")
+        self.print(f"  | {' '.join(text.split())[:160]}")
 
     def on_mirror(self, state: TrainState, status: str) -> None:
         if (state.mirror.errors > 0) != self.mirror_failing:  # when it begins and when it ends
             self.mirror_failing = not self.mirror_failing
-            self._print(status)
+            self.print(status)
 
     def on_end(self, state: TrainState) -> None:
         self.bar.close()
-
-    def _print(self, line: str) -> None:
-        self.bar.write(line, file=sys.stderr)
 
 
 class MetricsLog:
@@ -2959,23 +2940,20 @@ class MetricsLog:
         return json.dumps({k: None if k in odd else v for k, v in line.items()}) + "\n"
 
     def write(self, line: dict[str, Any]) -> None:
-        if not self.path:
-            return
-        self.waiting.append(line)
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(map(self._text, self.waiting)))
-            self.waiting.clear()
-        except OSError as error:
-            if len(self.waiting) == 1:
-                log.warning(f"metrics.jsonl cannot be written ({error}); its lines wait")
+        if self.path:
+            self.waiting.append(line)
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write("".join(map(self._text, self.waiting)))
+                self.waiting.clear()
+            except OSError as error:
+                if len(self.waiting) == 1:
+                    log.warning(f"metrics.jsonl cannot be written ({error}); its lines wait")
 
 
 def log_to(stream: Any) -> None:
     """Show what "bitllm" logs on `stream`, a line per message, instead of where it went before."""
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log.handlers, log.propagate = [handler], False
+    log.handlers, log.propagate = [logging.StreamHandler(stream)], False
     log.setLevel(logging.INFO)
 
 
@@ -3007,10 +2985,9 @@ MAX_SKIPPED_STEPS = 25
 """Non-finite steps in a row that end a run. float16's first loss scale takes some to settle."""
 LOCK_NAME = ".lock"
 _SET_ASIDE = "set-aside-"
-_MAY_CHANGE = ("micro_batch_size", "device", "dtype", "compile", "deterministic", "max_steps")
-_MAY_CHANGE += ("patience", "fsdp", "sample_prompt", "keep_checkpoints", "log_every_steps")
-_MAY_CHANGE += ("eval_every_steps", "eval_tokens")
-_MAY_CHANGE += ("save_every_steps", "save_every_minutes", "save_every_epoch")
+_MAY_CHANGE = "micro_batch_size device dtype compile deterministic max_steps patience fsdp "
+_MAY_CHANGE += "sample_prompt keep_checkpoints log_every_steps eval_every_steps eval_tokens "
+_MAY_CHANGE += "save_every_steps save_every_minutes save_every_epoch"
 
 
 def check_same_settings(where: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -3019,7 +2996,7 @@ def check_same_settings(where: Path, saved: dict[str, Any], now: dict[str, Any])
         f"{name} (run: {saved[part][name]}, asked: {value})"
         for part in ("model", "data", "train")
         for name, value in now[part].items()
-        if saved[part][name] != value and not (part == "train" and name in _MAY_CHANGE)
+        if saved[part][name] != value and not (part == "train" and name in _MAY_CHANGE.split())
     ]
     if found:
         raise ValueError(
@@ -3032,16 +3009,13 @@ def check_run_folder(folder: Path) -> None:
     """ValueError for a file, or a folder of something else. Nothing is written."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: a file; expected a folder for the run, choose another")
-    names = [path.name for path in folder.iterdir()] if folder.exists() else []
-    if "config.json" in names or "checkpoints" in names:
-        return
-    ours = ("tokenizer.json", "metrics.jsonl", "data", "lock.json")
-    ignored = [n for n in names if n[0] == "." or ".tmp" in n or _SET_ASIDE in n]
-    strange = sorted(set(names) - {*ours, *ignored})
-    if strange:
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    ours = {"tokenizer.json", "metrics.jsonl", "data", "lock.json"}
+    strange = {n for n in names - ours if n[0] != "." and ".tmp" not in n and _SET_ASIDE not in n}
+    if strange and not {"config.json", "checkpoints"} & names:
         raise ValueError(
             f"{folder}: not a run folder (no config.json) and not empty "
-            f"({', '.join(strange[:3])}); choose another"
+            f"({', '.join(sorted(strange)[:3])}); choose another"
         )
 
 
@@ -3066,22 +3040,21 @@ def _lock(folder: Path) -> Any:
     path = folder / LOCK_NAME
     if path.is_symlink():
         path.unlink()
-    lock = filelock.FileLock(path, timeout=0, thread_local=False)
     try:
-        return lock.acquire()
+        return filelock.FileLock(path, timeout=0, thread_local=False).acquire()
     except filelock.Timeout:
         raise ValueError(
             f"{folder}: another process is training in it. Stop that one or choose another folder"
         ) from None
 
 
-def open_run(out: Path, settings: dict[str, Any], resume: str, mirror: Any) -> Any:
+def _open_run(out: Path, settings: dict[str, Any], resume: str, mirror: Any) -> Any:
     """The checkpoint to resume from; None to begin. Nothing is changed but what a mirror returns.
 
     Raises:
         ValueError: other settings, remains of which nothing is whole, or `resume` does not fit.
     """
-    folder = out / "checkpoints"
+    folder, path = out / "checkpoints", out / "tokenizer.json"
     try:
         checkpoint = mirror.newest_checkpoint(settings) if mirror else newest_checkpoint(folder)
         remains = list_checkpoints(folder) or (mirror and mirror.has_checkpoints())
@@ -3107,7 +3080,6 @@ def open_run(out: Path, settings: dict[str, Any], resume: str, mirror: Any) -> A
     require(now >= done, "max_steps", now, f"at least {done}, which this run has done already")
     if before != now:
         log.info(f"max_steps: {before} -> {now}; the schedule now ends there, and the rate with it")
-    path = out / "tokenizer.json"
     try:
         load_tokenizer(path)
     except (ValueError, FileNotFoundError) as error:
@@ -3118,19 +3090,18 @@ def open_run(out: Path, settings: dict[str, Any], resume: str, mirror: Any) -> A
 
 
 def memory_in_use(device: Device) -> int:
-    """Most bytes held so far: on the GPU, or by this process."""
+    """Most bytes held so far: on the GPU, or by this process; 0 where the system hides it."""
     if device.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(OSError):  # not ru_maxrss: it begins with that of the parent
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        if found:
-            return int(found[1]) << 10
-    try:
+    with contextlib.suppress(OSError):  # not ru_maxrss, which begins with that of the parent
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB|$", status)[1] or 0) << 10  # pyright: ignore
+    with contextlib.suppress(ImportError):
         import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return 0
 
 
 def versions() -> dict[str, str]:
@@ -3152,12 +3123,13 @@ class _Session:
         self.device = choose_device(self.config.device, self.config.dtype)
         prepare = partial(prepare_data, data_config, vocab_size, self.context, out)
         self.data, self.tokenizer = processes.run_on_main(prepare) or prepare()
-        size = processes.world_size
+        size, (device, dtype) = processes.world_size, (self.device.device, self.device.dtype)
         self.micro_batch = windows_at_once(self.model_config, self.config, self.device, size)
         torch.manual_seed(self.config.seed)  # nothing draws from it yet; a checkpoint holds it
-        model = processes.build_model(self.model_config, self.config.seed, self.device.device)
+        model = processes.build_model(self.model_config, self.config.seed, device)
         optimizers = processes.make_optimizers(model, self.config)
-        self.state = TrainState(model, optimizers, self.device.scaler(), self.config, processes)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.state = TrainState(model, optimizers, scaler, self.config, processes)
         self.loss: Callable[[Tensor, Tensor], Tensor] = model.loss
         self.unproven = False  # compiled, but no step has shown yet that it works
         self.log = MetricsLog(None, 0)
@@ -3168,16 +3140,15 @@ class _Session:
 
     def compile(self) -> None:
         """Compile the loss where asked to, or where it pays: it takes ten seconds and more."""
-        model, config = self.model_config, self.config
+        config = self.config
         worth = 1e15 if self.device.device.type == "cuda" else 5e12  # a minute's work, guessed
-        work = 6 * model.num_parameters * config.batch_tokens * config.max_steps
+        work = 6 * self.model_config.num_parameters * config.batch_tokens * config.max_steps
         if config.compile == "off" or (config.compile == "auto" and work <= worth):
             return
         try:
             compiling = extension("compiling", "torch.compile")
             require(not self.processes.sharded, "fsdp", True, "False to compile")
-            self.loss = compiling.compiled_loss(self.state.model)
-            self.unproven = True
+            self.loss, self.unproven = compiling.compiled_loss(self.state.model), True
             log.info("torch.compile: on; the first step takes some ten seconds longer")
         except Exception as error:  # of whatever kind: it also imports the compiler
             self.back_to_eager(error)
@@ -3238,34 +3209,27 @@ class _Session:
             state.loss, norm = apply_gradients(
                 state.optimizers, state.scaler, factor, config.max_grad_norm, loss, processes
             )
-            self.count_step(math.isfinite(norm), time.perf_counter() - start)
-            steps, metrics = steps + 1, None
+            state.step, steps, metrics = state.step + 1, steps + 1, None
+            state.train_seconds += time.perf_counter() - start
+            state.skipped += not math.isfinite(norm)
+            state.skipped_in_a_row = 0 if math.isfinite(norm) else state.skipped_in_a_row + 1
             if state.step % config.log_every_steps == 0 or state.step == config.max_steps:
                 speed = steps * config.batch_tokens / (time.perf_counter() - since)
-                metrics = self.step_metrics(norm, factor, speed)
-                self.log.write(metrics)
+                metrics = self.log_step(norm, factor, speed)
             self.notify("on_step", metrics)
+            if state.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+                raise FloatingPointError(
+                    f"{MAX_SKIPPED_STEPS} steps in a row had no finite gradient; stopped at step "
+                    f"{state.step}. The last checkpoint in {self.out} is from before. Try a lower "
+                    "learning_rate, or --dtype float32"
+                )
             if config.eval_every_steps and state.step % config.eval_every_steps == 0:
-                _evaluate(self)
-                _sample(self)
+                self.evaluate()
                 saver.keep_best()
             saver.save_where_due()
             if metrics:
                 steps, since = 0, time.perf_counter()
             since += self.wait_while_paused(saver)
-
-    def count_step(self, finite: bool, seconds: float) -> None:
-        state = self.state
-        state.step += 1
-        state.train_seconds += seconds
-        state.skipped += not finite
-        state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
-        if state.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-            raise FloatingPointError(
-                f"{MAX_SKIPPED_STEPS} steps in a row had no finite gradient; stopped at step "
-                f"{state.step}. The last checkpoint in {self.out} is from before. Try a lower "
-                "learning_rate, or --dtype float32"
-            )
 
     def stop_asked(self) -> bool:
         """Whether any process has been told to stop; the same answer in all."""
@@ -3300,8 +3264,8 @@ class _Session:
             time.sleep(0.1)
         return time.perf_counter() - start
 
-    def step_metrics(self, norm: float, factor: float, tokens_per_s: float) -> dict[str, Any]:
-        return {
+    def log_step(self, norm: float, factor: float, tokens_per_s: float) -> dict[str, Any]:
+        metrics = {
             "step": self.state.step,
             "loss": self.state.loss,
             "learning_rate": peak_rates(self.model_config, self.config)[0] * factor,
@@ -3312,6 +3276,30 @@ class _Session:
             "train_seconds": round(self.state.train_seconds, 3),
             **_telemetry(self.state),
         }
+        self.log.write(metrics)
+        return metrics
+
+    def evaluate(self, final: bool = False) -> None:
+        """Validation loss: on the same first tokens each time, with a text; at the end on all."""
+        state, data, prompt = self.state, self.data, self.config.sample_prompt
+        tokens = data.validation if final else data.validation[: self.config.eval_tokens]
+        first, processes = end_of_text_id(self.tokenizer) or 0, self.processes
+        nats = total_loss(state.model, tokens, first, self.device, processes=processes)
+        state.val_loss = nats / len(tokens)
+        metrics = {
+            "step": state.step,
+            "val_loss": state.val_loss,
+            "val_perplexity": safe_exp(state.val_loss),
+            "val_bits_per_byte": state.val_loss / math.log(2) / data.bytes_per_token,
+            "val_tokens": len(tokens),
+            **({"final": True} if final else {}),
+        }
+        self.log.write(metrics)
+        self.notify("on_eval", metrics)
+        model = None if final else processes.whole_model(state.model)
+        if model and self.callbacks:
+            text = generate(model, self.tokenizer, prompt, SamplingConfig(60, seed=0))
+            self.notify("on_sample", prompt + text)
 
 
 def _settings(configs: tuple[Any, Any, Any]) -> dict[str, Any]:
@@ -3335,40 +3323,12 @@ def _telemetry(state: TrainState) -> dict[str, list[float]]:
     return {name: (counts / sizes).round(6).tolist() for name, counts in found.items()}
 
 
-def _evaluate(session: _Session, final: bool = False) -> None:
-    """Validation loss: on a slice of the tokens, the same each time; at the end on all of them."""
-    state, data = session.state, session.data
-    tokens = data.validation if final else data.validation[: session.config.eval_tokens]
-    first = end_of_text_id(session.tokenizer) or 0
-    nats = total_loss(state.model, tokens, first, session.device, processes=state.processes)
-    state.val_loss = loss = nats / len(tokens)
-    metrics = {
-        "step": state.step,
-        "val_loss": loss,
-        "val_perplexity": safe_exp(loss),
-        "val_bits_per_byte": loss / math.log(2) / data.bytes_per_token,
-        "val_tokens": len(tokens),
-        **({"final": True} if final else {}),
-    }
-    session.log.write(metrics)
-    session.notify("on_eval", metrics)
-
-
-def _sample(session: _Session) -> None:
-    """Generate a text of fixed seed, to look at."""
-    model, prompt = session.processes.whole_model(session.state.model), session.config.sample_prompt
-    if model and session.callbacks:
-        text = generate(model, session.tokenizer, prompt, SamplingConfig(60, seed=0))
-        session.notify("on_sample", prompt + text)
-
-
 class _Saver:
     """Checkpoints of a session, written by a thread: training only waits for copies of tensors."""
 
     def __init__(self, session: _Session) -> None:
         self.session, self.state, self.mirror = session, session.state, session.state.mirror
-        self.folder = Folder(session.out / "checkpoints")
-        self.keep = keep_of(session.config)
+        self.folder, self.keep = Folder(session.out / "checkpoints"), keep_of(session.config)
         self.worker = ThreadPoolExecutor(1, "checkpoints")
         self.running: tuple[str, Future[Path]] | None = None
         self.begun_step = self.state.step or -1  # of the newest checkpoint begun
@@ -3409,31 +3369,25 @@ class _Saver:
 
     def save(self, kind: str = "step") -> None:
         """Begin a checkpoint; a disk that refuses does not end the training."""
-        start, step = time.perf_counter(), self.state.step
+        start, state, session = time.perf_counter(), self.state, self.session
         if kind == "step":
-            self.state.save_requested = False
-            if not any(self.state.processes.all_reduce_max([self.begun_step != step])):
+            state.save_requested = False
+            if not any(state.processes.all_reduce_max([self.begun_step != state.step])):
                 return
-            self.last_save, self.begun_step = time.monotonic(), step
-        contents = self.contents(kind)  # every process gives its part
-        if self.state.processes.is_main:
-            self.collect(wait=True)  # one copy at a time
-            name = f"{kind}_{step:08d}.safetensors"
-            write = partial(write_snapshot, self.folder, name, *snapshot(contents))
-            self.running = name, self.worker.submit(write)
-        self.state.save_seconds += time.perf_counter() - start
-
-    def contents(self, kind: str) -> dict[str, Any]:
-        """All of a run but its tokens; of the best, what generating needs."""
-        session, state = self.session, self.state
-        if kind == "best":
+            self.last_save, self.begun_step = time.monotonic(), state.step
+        if kind == "best":  # what generating needs
             weights = state.processes.whole(state.model.state_dict())
             contents = {"step": state.step, "val_loss": state.val_loss, "model": weights}
-        else:
+        else:  # all of a run but its tokens; every process gives its part
             contents = {**state.state_dict(), **_circumstances(session)}
             contents["micro_batch"] = session.micro_batch
-        text = session.tokenizer.to_str()
-        return {**contents, "config": session.settings, "tokenizer": text, "versions": versions()}
+        if state.processes.is_main:
+            self.collect(wait=True)  # one copy at a time
+            contents |= {"config": session.settings, "tokenizer": session.tokenizer.to_str()}
+            name = f"{kind}_{state.step:08d}.safetensors"
+            write = partial(write_snapshot, self.folder, name, *snapshot(contents))
+            self.running = name, self.worker.submit(write)
+        state.save_seconds += time.perf_counter() - start
 
     def collect(self, wait: bool = False) -> None:
         """Report the checkpoint on its way, once it is safe or could not be saved."""
@@ -3488,7 +3442,7 @@ def _circumstances(session: _Session) -> dict[str, Any]:
         "data_sha256": session.data.sha256,
         "device": str(session.device),
         "processes": session.processes.world_size,
-        "threads": torch.get_num_threads() if session.device.device.type == "cpu" else 0,
+        "versions": versions(),
     }
 
 
@@ -3500,7 +3454,7 @@ def _restore(session: _Session, checkpoint: dict[str, Any]) -> None:
             if checkpoint[name] != now[name]:
                 raise ValueError(f"{name} differs; put its tokenizer.json and data/ back")
         before = {**checkpoint["config"]["train"], **checkpoint, **checkpoint["versions"]}
-        now |= {**versions(), "fsdp": session.config.fsdp}
+        now |= {**now.pop("versions"), "fsdp": session.config.fsdp}
         changed = [f"{k} {before[k]} -> {v}" for k, v in now.items() if before.get(k, v) != v]
         if changed:
             log.info(f"note: not bit for bit as before, for these changed: {', '.join(changed)}")
@@ -3528,21 +3482,19 @@ def _write_settings(session: _Session) -> None:
 
 
 def _announce(session: _Session) -> None:
-    """What is going to happen, in a few lines."""
+    """Log what is going to happen."""
     model, config, counts = session.model_config, session.config, session.data.manifest
     epochs = config.max_steps / session.data.steps_per_epoch(config, session.context)
-    several = f" on each of {session.processes.world_size} processes"
-    for line in (
-        f"model: {model.num_parameters / 1e6:.2f}M parameters, {model.linear}, {session.device}",
+    size, step = session.processes.world_size, session.state.step
+    log.info(
+        f"model: {model.num_parameters / 1e6:.2f}M parameters, {model.linear}, {session.device}\n"
         f"data: {counts['train']['tokens']:,} training and {counts['validation']['tokens']:,} "
-        f"validation tokens; {epochs:.1f} epochs",
+        f"validation tokens; {epochs:.1f} epochs\n"
         f"steps: {config.max_steps} of {config.batch_tokens:,} tokens, {session.micro_batch} "
-        f"windows of {session.context} at once{several * (session.processes.world_size > 1)}",
-        *(f"note: not every client will load this model: {limit}" for limit in model.export_limits),
-    ):
-        log.info(line)
-    if session.state.step:
-        log.info(f"resuming from step {session.state.step} of {config.max_steps}")
+        f"windows of {session.context} at once" + f" on each of {size} processes" * (size > 1)
+    )
+    if step:
+        log.info(f"resuming from step {step} of {config.max_steps}")
 
 
 def _join_processes(model: ModelConfig, config: TrainConfig) -> Processes:
@@ -3581,15 +3533,17 @@ def _open(
     if resume == "never":
         for folder in {out, place}:
             set_aside(folder, same_data(folder, configs[1], configs[0].vocab_size))
-    return copier, open_run(out, _settings(configs), resume, copier)
+    return copier, _open_run(out, _settings(configs), resume, copier)
 
 
 def _finish(session: _Session) -> None:
-    """Train what is left of a run, if anything."""
-    state, out = session.state, session.out
-    if session.processes.is_main:
+    """Train what is left of a run, if anything, and leave everything safe."""
+    state, out, config = session.state, session.out, session.config
+    main, coming = session.processes.is_main, contextlib.nullcontext()
+    if main:
         _write_settings(session)
         session.log = MetricsLog(out / "metrics.jsonl", state.step)
+        coming = session.data.coming(session.tokenizer)
     if state.mirror:
         state.mirror.offer_newest()
     final = [x for x in session.log.lines if x.get("final") and x["step"] == state.step]
@@ -3599,13 +3553,7 @@ def _finish(session: _Session) -> None:
     _announce(session)
     if not state.finished:
         session.compile()
-    _train(session, _Saver(session))
-
-
-def _train(session: _Session, saver: _Saver) -> None:
-    """Train to the end or to a stop, and leave everything safe."""
-    main, state, config = session.processes.is_main, session.state, session.config
-    coming = session.data.coming(session.tokenizer) if main else contextlib.nullcontext()
+    saver = _Saver(session)
     with _stop_on_signals(state), coming:
         session.notify("on_start")
         try:
@@ -3620,7 +3568,7 @@ def _train(session: _Session, saver: _Saver) -> None:
                 )
             saver.save_and_wait()
             if not stopped:
-                _evaluate(session, final=True)
+                session.evaluate(final=True)
         finally:
             saver.collect(wait=True)
             saver.worker.shutdown()
@@ -3695,46 +3643,25 @@ def train(
 
 
 # -----------------------------------------------------------------------------
-# -----------------------------------------------------------------------------
 # 10 Command line
-# Every field of a configuration is a flag. Where the package is there, bitllm/cli.py adds commands.
-
-
-def _field_help(config: type) -> dict[str, str]:
-    """The string under each field, which Python itself forgets."""
-    try:
-        body = ast.parse(inspect.getsource(config)).body[0]
-    except OSError:  # no source file, as in a notebook cell
-        return {}
-    assert isinstance(body, ast.ClassDef)
-    found = {}
-    for item, after in itertools.pairwise(body.body):
-        if isinstance(item, ast.AnnAssign) and isinstance(after, ast.Expr):
-            assert isinstance(item.target, ast.Name)
-            assert isinstance(after.value, ast.Constant)
-            found[item.target.id] = str(after.value.value).replace("%", "%%")
-    return found
+# Every field of a configuration is a flag. The package's bitllm/cli.py adds commands and help.
 
 
 def _parse_bool(text: str) -> bool:
-    if text.lower() in ("true", "1", "yes", "on"):
-        return True
-    if text.lower() in ("false", "0", "no", "off"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r}: expected true or false")
+    yes, no = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+    if text.lower() not in yes + no:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected true or false")
+    return text.lower() in yes
 
 
-def add_fields(parser: argparse.ArgumentParser, config: type, defaults: bool) -> None:
-    """One flag per field, with its default where no preset gives it."""
-    group, texts = parser.add_argument_group(config.__name__), _field_help(config)
+def add_fields(parser: argparse.ArgumentParser, config: type) -> None:
+    """One flag per field, without a default: what is not given is not in the namespace."""
+    group = parser.add_argument_group(config.__name__)
     for item in fields(config):
         kind = str(item.type).split(" | ")[0]
         options: dict[str, Any] = {"type": {"int": int, "float": float}.get(kind, str)}
         if kind == "bool":
             options = {"type": _parse_bool, "nargs": "?", "const": True}
-        options["help"] = texts.get(item.name, "") + (
-            f" (default: {item.default})" if defaults else ""
-        )
         flag = "--" + item.name.replace("_", "-")
         group.add_argument(flag, default=argparse.SUPPRESS, metavar=kind.upper(), **options)
 
@@ -3762,13 +3689,13 @@ def command_parser(prog: str = "bitllm_core.py") -> tuple[argparse.ArgumentParse
     command.add_argument("--resume", default="auto", help="auto, never or must")
     command.add_argument("--mirror", metavar="DIR", help="second folder for the checkpoints")
     for config in (ModelConfig, DataConfig, TrainConfig):
-        add_fields(command, config, defaults=False)
+        add_fields(command, config)
     command.set_defaults(run=train_command)
 
     command = commands.add_parser("generate", help="write text")
     add_model_flags(command)
     command.add_argument("--prompt", default="", help="beginning of the text")
-    add_fields(command, SamplingConfig, defaults=True)
+    add_fields(command, SamplingConfig)
     command.set_defaults(run=generate_command)
 
     command = commands.add_parser("evaluate", help="loss on a text, as one JSON object")
@@ -3795,54 +3722,47 @@ def preset(name: str) -> tuple[ModelConfig, DataConfig, TrainConfig]:
     return PRESETS[name]
 
 
-def _settings_of_run(out: Path, mirror: str | None) -> dict[str, Any] | None:
-    """What the run in `out`, or in its mirror, was made with; None: there is none."""
-    for place in (out, Path(mirror)) if mirror else (out,):
-        if (place / "config.json").is_file():
-            with contextlib.suppress(ValueError):  # train reports it
-                return read_run_config(place)
-        found = newest_checkpoint(place / "checkpoints")
-        if found:
-            return checked_settings(found.get("config"), place / "checkpoints")
-    return None
-
-
-def _configs_from_flags(flags: argparse.Namespace) -> tuple[Any, Any, Any]:
+def _configs_from_flags(flags: argparse.Namespace) -> list[Any]:
     """The preset's, or the run's own where no preset is named, with the flags laid over."""
     kinds = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
-    saved = None if flags.preset else _settings_of_run(Path(flags.out), flags.mirror)
     bases = preset("demo" if flags.preset is None else flags.preset)
-    if saved:
-        bases = tuple(kind(**saved[part]) for part, kind in kinds.items())
-    model, data, config = map(from_flags, kinds.values(), [flags] * 3, bases)
-    return model, data, config
+    for place in map(Path, filter(None, [flags.out, flags.mirror])) if not flags.preset else ():
+        saved = None
+        if (place / "config.json").is_file():
+            with contextlib.suppress(ValueError):  # train reports it
+                saved = read_run_config(place)
+        elif found := newest_checkpoint(place / "checkpoints"):
+            saved = checked_settings(found.get("config"), place / "checkpoints")
+        if saved:
+            bases = [kind(**saved[part]) for part, kind in kinds.items()]
+            break
+    return [from_flags(kind, flags, base) for kind, base in zip(kinds.values(), bases, strict=True)]
 
 
 def train_command(flags: argparse.Namespace, callbacks: Sequence[Callback] = ()) -> int:
-    configs, out = _configs_from_flags(flags), Path(flags.out)
-    options = {"resume": flags.resume, "mirror": flags.mirror}
-    state = train(*configs, out, callbacks=[ProgressBar(), *callbacks], **options)
+    out, more = Path(flags.out), {"resume": flags.resume, "mirror": flags.mirror}
+    model, data, config = _configs_from_flags(flags)
+    state = train(model, data, config, out, callbacks=[ProgressBar(), *callbacks], **more)
     if state.stop_signal:
-        log.info(f"stopped at step {state.step} of {state.config.max_steps}; saved in {out}")
+        log.info(f"stopped at step {state.step} of {config.max_steps}; saved in {out}")
         return 128 + state.stop_signal
     if not state.processes.is_main:
         return 0
-    model, tokenizer = load_model(out, "best" if state.out_of_patience else "last")
-    prompt, size = state.config.sample_prompt, model.config.vocab_size
-    text = generate(model, tokenizer, prompt, SamplingConfig(120, seed=0))
+    net, tokenizer = load_model(out, "best" if state.out_of_patience else "last")
+    text = generate(net, tokenizer, config.sample_prompt, SamplingConfig(120, seed=0))
     speed = state.tokens / state.train_seconds if state.train_seconds else 0
-    print(f"\n{prompt}{text}\n")
-    print(f"complete: {state.step} steps, {state.tokens:,} tokens, {speed:,.0f} tokens/s")
-    print(f"last training loss {state.loss:.4f}, {state.skipped} steps skipped")
     print(
+        f"\n{config.sample_prompt}{text}\n\n"
+        f"complete: {state.step} steps, {state.tokens:,} tokens, {speed:,.0f} tokens/s\n"
+        f"last training loss {state.loss:.4f}, {state.skipped} steps skipped\n"
         f"validation loss {state.val_loss:.4f}, perplexity {safe_exp(state.val_loss):.1f} "
-        f"(a uniform guess: {math.log(size):.4f}, {size})"
+        f"(a uniform guess: {math.log(model.vocab_size):.4f}, {model.vocab_size})\n"
+        f"checkpoint: {list_checkpoints(out / 'checkpoints')[-1]}"
     )
-    print(f"checkpoint: {list_checkpoints(out / 'checkpoints')[-1]}")
     if state.out_of_patience:
         print(
-            f"ended early: {state.config.patience} evaluations without a better validation loss; "
-            f"the text above is from the best checkpoint, {state.best_val_loss:.4f} at step "
+            f"ended early: {config.patience} evaluations without a better validation loss; the "
+            f"text above is from the best checkpoint, {state.best_val_loss:.4f} at step "
             f"{state.best_step} (--checkpoint best)"
         )
     return 0
@@ -3862,8 +3782,7 @@ def print_text(prompt: str, pieces: Iterable[str]) -> None:
 
 
 def _evaluate_command(flags: argparse.Namespace) -> int:
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    require(flags.dtype in dtypes, "dtype", flags.dtype, f"one of {', '.join(dtypes)}")
+    TrainConfig(dtype=flags.dtype)  # checks it
     model, tokenizer = load_model(flags.model, checkpoint_flag(flags))
     device = choose_device("auto", flags.dtype)
     options = {"text_column": flags.text_column, "stride": flags.stride, "device": device}
@@ -3889,23 +3808,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: that of the package where it is there."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        cli = extension("cli", " ".join(arguments[:1]))
+        return extension("cli", " ".join(arguments[:1])).main(arguments)
     except ImportError as error:
         if arguments[:1] and arguments[0] in ("export", "plan", "bench", "info"):
             print(f"error: {error}", file=sys.stderr)
             return 2
-        return run_command(command_parser()[0], arguments)
-    return cli.main(arguments)
-
-
-def exit_with(status: int) -> None:
-    """End the process; at once after an error among several."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # gloo's threads abort a process that ends in order, and NCCL's may wait for the dead
-        sys.stdout.flush()
-        os._exit(status)
-    sys.exit(status)
+    return run_command(command_parser()[0], arguments)
 
 
 if __name__ == "__main__":
-    exit_with(main())
+    sys.exit(main())
