@@ -2620,6 +2620,10 @@ class Device:
         reduced = self.dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=reduced)
 
+    def scaler(self) -> torch.amp.GradScaler:
+        """Loss scaling, which only float16's narrow range needs."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
     def __str__(self) -> str:
         return f"{self.device}, {str(self.dtype).removeprefix('torch.')} ({self.why})"
 
@@ -2794,7 +2798,7 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """All that an exact resume needs; complete in the main process, but all call it."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        names: Any = {parameter: name for name, parameter in self.model.named_parameters()}
         optimizers = []
         for optimizer in self.optimizers:
             tensors = {(names[p], k): t for p, s in optimizer.state.items() for k, t in s.items()}
@@ -2824,7 +2828,7 @@ class TrainState:
             setattr(self, name, saved[name])
         scatter, own = self.processes.scatter, self.model.state_dict()
         self.model.load_state_dict({n: scatter(own[n], w) for n, w in saved["model"].items()})
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        names: Any = {parameter: name for name, parameter in self.model.named_parameters()}
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             numbered = {}
             for number, parameter in enumerate(parameters_of([optimizer])):
@@ -3110,7 +3114,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **libraries}
 
 
-class _Session:
+class Session:
     """One call of `train`: what it holds in memory, and its steps."""
 
     def __init__(
@@ -3123,76 +3127,47 @@ class _Session:
         self.device = choose_device(self.config.device, self.config.dtype)
         prepare = partial(prepare_data, data_config, vocab_size, self.context, out)
         self.data, self.tokenizer = processes.run_on_main(prepare) or prepare()
-        size, (device, dtype) = processes.world_size, (self.device.device, self.device.dtype)
+        size, device = processes.world_size, self.device.device
         self.micro_batch = windows_at_once(self.model_config, self.config, self.device, size)
         torch.manual_seed(self.config.seed)  # nothing draws from it yet; a checkpoint holds it
         model = processes.build_model(self.model_config, self.config.seed, device)
         optimizers = processes.make_optimizers(model, self.config)
-        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.state = TrainState(model, optimizers, scaler, self.config, processes)
-        self.loss: Callable[[Tensor, Tensor], Tensor] = model.loss
-        self.unproven = False  # compiled, but no step has shown yet that it works
+        self.state = TrainState(model, optimizers, self.device.scaler(), self.config, processes)
+        self.loss, self.hold = model.loss, model.hold_weights  # see bitllm/compiling.py
         self.log = MetricsLog(None, 0)
 
     def notify(self, event: str, *values: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(self.state, *values)
 
-    def compile(self) -> None:
-        """Compile the loss where asked to, or where it pays: it takes ten seconds and more."""
-        config = self.config
-        worth = 1e15 if self.device.device.type == "cuda" else 5e12  # a minute's work, guessed
-        work = 6 * self.model_config.num_parameters * config.batch_tokens * config.max_steps
-        if config.compile == "off" or (config.compile == "auto" and work <= worth):
-            return
-        try:
-            compiling = extension("compiling", "torch.compile")
-            require(not self.processes.sharded, "fsdp", True, "False to compile")
-            self.loss, self.unproven = compiling.compiled_loss(self.state.model), True
-            log.info("torch.compile: on; the first step takes some ten seconds longer")
-        except Exception as error:  # of whatever kind: it also imports the compiler
-            self.back_to_eager(error)
-
-    def back_to_eager(self, error: Exception) -> None:
-        log.warning(f"torch.compile: off ({type(error).__name__}: {first_line(error)})")
-        self.loss, self.unproven = self.state.model.loss, False
-
     def gradients(self, windows: Tensor) -> Tensor:
-        """Accumulate the gradients of this process' windows, (N, T + 1); return their loss.
+        """Add up the gradients of this process' windows, (N, T + 1); return their loss.
 
-        With half the micro-batch when a GPU runs out of memory, eager when compiling fails.
+        With half the micro-batch when a GPU runs out of memory.
         """
+        x, y, device = windows[:, :-1], windows[:, 1:], self.device.device  # (N, T)
         while True:
             try:
-                total = self._backward(windows)
-                self.unproven = False
+                total = torch.zeros((), device=device)
+                with self.hold(self.device.dtype):
+                    for pair in self.processes.micro_batches(x, y, self.micro_batch):
+                        parts = (part.to(device, non_blocking=True).contiguous() for part in pair)
+                        total += self.micro_step(*parts)
                 return total
             except torch.OutOfMemoryError:
                 if self.micro_batch == 1 or self.processes.sharded:
                     raise
-                self.micro_batch //= 2
-                log.warning(f"out of GPU memory: {self.micro_batch} windows at once from here on")
-            except Exception as error:
-                if not self.unproven:
-                    raise
-                if self.state.stop_signal:  # it reaches the compiler's helpers too
-                    raise KeyboardInterrupt from error
-                self.back_to_eager(error)
+            self.micro_batch //= 2
+            log.warning(f"out of GPU memory: {self.micro_batch} windows at once from here on")
             self.state.model.zero_grad()
-            if self.device.device.type == "cuda":
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
 
-    def _backward(self, windows: Tensor) -> Tensor:
-        device, total = self.device.device, torch.zeros((), device=self.device.device)
-        x, y = windows[:, :-1], windows[:, 1:]  # (N, T)
-        with self.state.model.hold_weights(self.device.dtype):
-            for pair in self.processes.micro_batches(x, y, self.micro_batch):
-                x, y = (part.to(device, non_blocking=True).contiguous() for part in pair)
-                with self.device.autocast():
-                    loss = self.loss(x, y) / self.config.batch_tokens
-                self.state.scaler.scale(loss).backward()
-                total += loss.detach()
-        return total
+    def micro_step(self, x: Tensor, y: Tensor) -> Tensor:
+        """The loss of windows x and targets y, (B, T) each; their gradients are added up."""
+        with self.device.autocast():
+            loss = self.loss(x, y) / self.config.batch_tokens
+        self.state.scaler.scale(loss).backward()
+        return loss.detach()
 
     def run(self, saver: _Saver) -> None:
         """Steps until all are done, a signal came, or the loss stays non-finite."""
@@ -3326,7 +3301,7 @@ def _telemetry(state: TrainState) -> dict[str, list[float]]:
 class _Saver:
     """Checkpoints of a session, written by a thread: training only waits for copies of tensors."""
 
-    def __init__(self, session: _Session) -> None:
+    def __init__(self, session: Session) -> None:
         self.session, self.state, self.mirror = session, session.state, session.state.mirror
         self.folder, self.keep = Folder(session.out / "checkpoints"), keep_of(session.config)
         self.worker = ThreadPoolExecutor(1, "checkpoints")
@@ -3435,7 +3410,7 @@ def keep_of(config: TrainConfig) -> dict[str, int]:
     return {"step": config.keep_checkpoints, "best": 1}
 
 
-def _circumstances(session: _Session) -> dict[str, Any]:
+def _circumstances(session: Session) -> dict[str, Any]:
     """What a checkpoint holds for a resume to compare."""
     return {
         "tokenizer_sha256": session.data.manifest["tokenizer_sha256"],
@@ -3446,7 +3421,7 @@ def _circumstances(session: _Session) -> dict[str, Any]:
     }
 
 
-def _restore(session: _Session, checkpoint: dict[str, Any]) -> None:
+def _restore(session: Session, checkpoint: dict[str, Any]) -> None:
     """Resume from a checkpoint; other versions or another device are logged, not refused."""
     now, state = _circumstances(session), session.state
     try:
@@ -3471,7 +3446,7 @@ def _restore(session: _Session, checkpoint: dict[str, Any]) -> None:
     state.last_saved_step = state.step
 
 
-def _write_settings(session: _Session) -> None:
+def _write_settings(session: Session) -> None:
     """What a run folder holds beside its checkpoints, where it is missing or has changed."""
     path, text = session.out / "config.json", session.tokenizer.to_str(pretty=True)
     config = {"format_version": FORMAT_VERSION, **session.settings}
@@ -3481,7 +3456,7 @@ def _write_settings(session: _Session) -> None:
         write_atomically(session.out / "tokenizer.json", text.encode())
 
 
-def _announce(session: _Session) -> None:
+def _announce(session: Session) -> None:
     """Log what is going to happen."""
     model, config, counts = session.model_config, session.config, session.data.manifest
     epochs = config.max_steps / session.data.steps_per_epoch(config, session.context)
@@ -3536,11 +3511,11 @@ def _open(
     return copier, _open_run(out, _settings(configs), resume, copier)
 
 
-def _finish(session: _Session) -> None:
+def _finish(session: Session) -> None:
     """Train what is left of a run, if anything, and leave everything safe."""
     state, out, config = session.state, session.out, session.config
-    main, coming = session.processes.is_main, contextlib.nullcontext()
-    if main:
+    coming = contextlib.nullcontext()
+    if session.processes.is_main:
         _write_settings(session)
         session.log = MetricsLog(out / "metrics.jsonl", state.step)
         coming = session.data.coming(session.tokenizer)
@@ -3552,7 +3527,8 @@ def _finish(session: _Session) -> None:
         return
     _announce(session)
     if not state.finished:
-        session.compile()
+        with contextlib.suppress(ImportError):
+            extension("compiling", "torch.compile").prepare(session)
     saver = _Saver(session)
     with _stop_on_signals(state), coming:
         session.notify("on_start")
@@ -3630,7 +3606,7 @@ def train(
         if step is not None and not checkpoint:
             path = out / "checkpoints" / f"step_{step:08d}.safetensors"
             checkpoint = load_checkpoint(path, mapped=train_config.fsdp)
-        session = _Session(configs, out, processes, callbacks if processes.is_main else ())
+        session = Session(configs, out, processes, callbacks if processes.is_main else ())
         state, state.mirror = session.state, copier
         if checkpoint:
             _restore(session, checkpoint)
