@@ -3133,7 +3133,8 @@ class Session:
         model = processes.build_model(self.model_config, self.config.seed, device)
         optimizers = processes.make_optimizers(model, self.config)
         self.state = TrainState(model, optimizers, self.device.scaler(), self.config, processes)
-        self.loss, self.hold = model.loss, model.hold_weights  # see bitllm/compiling.py
+        self.loss: Any = model.loss  # bitllm/compiling.py replaces these two and micro_step
+        self.hold: Any = model.hold_weights
         self.log = MetricsLog(None, 0)
 
     def notify(self, event: str, *values: Any) -> None:

@@ -82,7 +82,8 @@ class RecordedStep:
     def begin(self) -> None:
         """Zero the gradients and put them in their places."""
         self.gradients = self.gradients or [torch.zeros_like(p) for p in self.parameters]
-        torch._foreach_zero_(self.gradients)
+        for gradient in self.gradients:
+            gradient.zero_()
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
 
@@ -156,7 +157,7 @@ class GraphedDecoder:
         return self.model.head(hidden)[:, -1]
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits, (B, V), after `tokens`, (B, 1); they belong to this object until the next call."""
+        """Logits, (B, V), after `tokens`, (B, 1); the next call overwrites them."""
         self.tokens.copy_(tokens)
         self.position.fill_(self.cache.length)
         logits = self.recording.replay()
