@@ -836,18 +836,18 @@ class _ChunkedLoss(torch.autograd.Function):
     """Head and cross-entropy in one, a chunk of tokens at a time: all logits would be too large.
 
     A chunk's gradient is taken while its logits are there, and only the finished gradients of
-    hidden states and weight are kept, as in Liger Kernel [6], but in plain torch.
+    hidden states and weight are kept, as in Liger Kernel [6], but in plain torch. Without `softmax`
+    there is no gradient.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softmax: Any) -> Tensor:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        learning = any(ctx.needs_input_grad[:2])
         nats = torch.zeros((), device=hidden.device)
         with torch.autocast(kind, enabled=False):
             w = weight.to(dtype)
-            d_hidden, d_weight = (torch.zeros_like(t) if learning else t for t in (hidden, w))
+            d_hidden, d_weight = (torch.zeros_like(t) if softmax else t for t in (hidden, w))
             ctx.save_for_backward(d_hidden, d_weight)
             rows = max(1, (CHUNK_BYTES if kind == "cpu" else GPU_CHUNK_BYTES) // (4 * len(w)))
             for start in range(0, len(hidden), rows):
@@ -855,7 +855,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 ignored = (targets[part] == -100)[:, None]  # (rows, 1)
                 x = hidden[part].to(dtype).masked_fill(ignored, 0)  # adds 0 to the weight's
                 logits = x @ w.T  # (rows, V)
-                if not learning:
+                if softmax is None:
                     nats += F.cross_entropy(logits.float(), targets[part], reduction="sum")
                     continue
                 counted = targets[part].clamp(min=0)
@@ -988,7 +988,7 @@ class BitLM(nn.Module):
         if self.lm_head is not None:
             hidden = quantize_input(hidden, self.config.linear)
             weight = self.lm_head.effective_weight()
-        softmax = probabilities or token_probabilities
+        softmax = (probabilities or token_probabilities) if torch.is_grad_enabled() else None
         return _ChunkedLoss.apply(hidden, weight, targets.flatten(), softmax)
 
 
