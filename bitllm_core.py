@@ -718,38 +718,21 @@ class BitLinear(nn.Linear):
 # and, with the same classes, the seed guide's.
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Divide by the root mean square and multiply by a learned weight, in float32."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         kernels = kernels_for(x)
-        if kernels is not None:
-            return kernels.rms_norm(x, self.weight, self.eps)
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+        return kernels.rms_norm(x, self.weight, self.eps) if kernels else super().forward(x.float())
 
 
 def _norm(config: ModelConfig, size: int) -> nn.Module:
-    if config.block == "seed":
-        return nn.LayerNorm(size)
-    return RMSNorm(size, config.rms_norm_eps)
-
-
-def _rope_table(config: ModelConfig) -> Tensor:
-    """cos and sin of every position and feature pair, (2, T, K/2) [4]."""
-    K = config.head_dim
-    frequencies = config.rope_theta ** (-torch.arange(0, K, 2, dtype=torch.float64) / K)
-    angles = torch.outer(torch.arange(config.max_position_embeddings).double(), frequencies)
-    return torch.stack([angles.cos(), angles.sin()]).float()
+    return nn.LayerNorm(size) if config.block == "seed" else RMSNorm(size, config.rms_norm_eps)
 
 
 def _rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate the pairs (k, k + K/2) of x, (B, H, T, K), by rope, (2, B or 1, T, K/2)."""
-    cos, sin = rope.unsqueeze(2)  # (B or 1, 1, T, K/2) each
+    """Rotate the pairs (k, k + K/2) of x, (B, H, T, K), by rope, (2, B or 1, 1, T, K/2) [4]."""
+    cos, sin = rope
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
@@ -760,16 +743,14 @@ class KVCache:
     def __init__(self, config: ModelConfig, batch: int, device: torch.device) -> None:
         layers, G = config.num_hidden_layers, config.num_kv_heads
         shape = (layers, batch, G, config.max_position_embeddings, config.head_dim)
-        self.keys = torch.zeros(shape, device=device)
-        self.values = torch.zeros(shape, device=device)
+        self.keys, self.values = (torch.zeros(shape, device=device) for _ in range(2))
         self.length = 0
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append (B, G, T, K) and return all so far, (B, G, length + T, K)."""
-        end = self.length + keys.shape[2]
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        new = slice(self.length, self.length + keys.shape[2])
+        self.keys[layer, :, :, new], self.values[layer, :, :, new] = keys, values
+        return self.keys[layer, :, :, : new.stop], self.values[layer, :, :, : new.stop]
 
 
 class Attention(nn.Module):
@@ -777,7 +758,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.config, self.layer = config, layer
+        self.head_dim, self.layer = config.head_dim, layer
         D, kv = config.hidden_size, config.num_kv_heads * config.head_dim
         self.q_proj = BitLinear(D, D, config.linear)
         self.k_proj = BitLinear(D, kv, config.linear)
@@ -785,14 +766,10 @@ class Attention(nn.Module):
         self.o_proj = BitLinear(D, D, config.linear)
         self.attn_sub_norm = nn.Identity() if config.block == "seed" else _norm(config, D)
 
-    def forward(
-        self, x: Tensor, rope: Tensor | None, cache: KVCache | None, mask: Tensor | None
-    ) -> Tensor:
-        (B, T, D), K = x.shape, self.config.head_dim
-        q, k, v = (
-            y.view(B, T, -1, K).transpose(1, 2)  # (B, H or G, T, K)
-            for y in project(x, (self.q_proj, self.k_proj, self.v_proj))
-        )
+    def forward(self, x: Tensor, rope: Tensor | None, cache: Any, mask: Tensor | None) -> Tensor:
+        (B, T, D), K = x.shape, self.head_dim
+        projected = project(x, (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.view(B, T, -1, K).transpose(1, 2) for y in projected)  # (B, H or G, T, K)
         if rope is not None:
             q, k = _rotate(q, rope), _rotate(k, rope)
         if cache is not None:
@@ -813,7 +790,6 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
         D, M = config.hidden_size, config.intermediate_size
         self.gate_proj = None if config.block == "seed" else BitLinear(D, M, config.linear)
         self.up_proj = BitLinear(D, M, config.linear)
@@ -839,27 +815,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = _norm(config, config.hidden_size)
         self.mlp = FeedForward(config)
 
-    def forward(
-        self, x: Tensor, rope: Tensor | None, cache: KVCache | None, mask: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor | None, cache: Any, mask: Tensor | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, cache, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class _Trunk(nn.Module):
-    """Everything but the head, so that the parameters have Hugging Face's names."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        if config.block == "seed":
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = _norm(config, config.hidden_size)
-
-
-CHUNK_BYTES = 32 << 20  # of logits in float32 at once; smaller is slower: docs/log.md
-IGNORE_INDEX = -100  # the target of a position that does not count, as in F.cross_entropy
+CHUNK_BYTES = 32 << 20  # of float32 logits at once on a CPU; smaller is slower: docs/log.md
+GPU_CHUNK_BYTES = 256 << 20  # H200: within 7% of the fastest; 32 MB takes 4 to 5 times as long
 
 
 def token_probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -869,42 +831,33 @@ def token_probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Head and cross-entropy in one, a chunk of tokens at a time.
+    """Head and cross-entropy in one, a chunk of tokens at a time: all logits would be too large.
 
-    All logits of a step would be its largest tensor by far (half a gigabyte at a vocabulary of
-    30,000), written and read several times. Here a chunk's gradient is taken while its logits are
-    there, and what is kept for the backward pass is the finished gradient of hidden states and
-    weight. The idea is that of Liger Kernel's fused linear cross-entropy [6], in plain torch.
+    A chunk's gradient is taken while its logits are there, and only the finished gradients of
+    hidden states and weight are kept, as in Liger Kernel [6], but in plain torch. Without `softmax`
+    there is no gradient.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        probabilities: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softmax: Any) -> Tensor:
         kind = hidden.device.type
-        reduced = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if reduced else hidden.dtype
-        learning = any(ctx.needs_input_grad[:2])
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         nats = torch.zeros((), device=hidden.device)
         with torch.autocast(kind, enabled=False):
             w = weight.to(dtype)
-            d_hidden, d_weight = (torch.zeros_like(t) if learning else t for t in (hidden, w))
+            d_hidden, d_weight = (torch.zeros_like(t) if softmax else t for t in (hidden, w))
             ctx.save_for_backward(d_hidden, d_weight)
-            rows = max(1, CHUNK_BYTES // (4 * len(w)))
+            rows = max(1, (CHUNK_BYTES if kind == "cpu" else GPU_CHUNK_BYTES) // (4 * len(w)))
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
-                ignored = (targets[part] == IGNORE_INDEX)[:, None]  # (rows, 1)
+                ignored = (targets[part] == -100)[:, None]  # (rows, 1)
                 x = hidden[part].to(dtype).masked_fill(ignored, 0)  # adds 0 to the weight's
                 logits = x @ w.T  # (rows, V)
-                if not learning:
+                if softmax is None:
                     nats += F.cross_entropy(logits.float(), targets[part], reduction="sum")
                     continue
                 counted = targets[part].clamp(min=0)
-                log_p, d_logits = probabilities(logits, counted[:, None])
+                log_p, d_logits = softmax(logits, counted[:, None])
                 nats -= log_p.masked_fill(ignored, 0).sum()
                 # the gradient of the logits is p, less 1 at the target
                 at = torch.arange(len(x), device=x.device)  # scatter_ would copy all the logits
@@ -920,32 +873,32 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 class BitLM(nn.Module):
-    """The language model: token ids in, logits of each next token out.
-
-    Args:
-        config: the shape.
-        seed: of the initial weights (see `initialize`); None leaves them to the caller.
-    """
+    """The language model. `seed`: of the initial weights; None leaves them to the caller."""
 
     rope: Tensor
 
     def __init__(self, config: ModelConfig, seed: int | None = 0) -> None:
         super().__init__()
-        self.config = config
-        self.model = _Trunk(config)
-        self.lm_head: BitLinear | None = None
-        self.held_head: Tensor | None = None  # the tied head's weight, see hold_weights
-        if not config.tie_word_embeddings:
-            self.lm_head = BitLinear(config.hidden_size, config.vocab_size, config.linear)
+        self.config, V, D = config, config.vocab_size, config.hidden_size
+        trunk: Any = nn.Module()  # all but the head: so parameters have Hugging Face's names
+        trunk.embed_tokens = nn.Embedding(V, D)
+        if config.block == "seed":
+            trunk.embed_positions = nn.Embedding(config.max_position_embeddings, D)
+        trunk.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        trunk.norm = _norm(config, D)
+        self.model = trunk
+        self.lm_head = None if config.tie_word_embeddings else BitLinear(D, V, config.linear)
         self.fill_rope()
         if seed is not None:
             initialize(self, torch.Generator().manual_seed(seed))
 
     def fill_rope(self) -> None:
-        """Compute the rotary table, again where the model was built on the meta device."""
-        bitnet = self.config.block == "bitnet"
-        table = _rope_table(self.config) if bitnet else torch.zeros(0)
-        self.register_buffer("rope", table, persistent=False)
+        """Compute cos and sin of position and feature pair, (2, T, K/2) [4]; again after `meta`."""
+        config, K = self.config, self.config.head_dim
+        frequencies = config.rope_theta ** (-torch.arange(0, K, 2, dtype=torch.float64) / K)
+        angles = torch.outer(torch.arange(config.max_position_embeddings).double(), frequencies)
+        rope = torch.stack([angles.cos(), angles.sin()]).float()
+        self.register_buffer("rope", rope, persistent=False)
 
     def bit_linears(self) -> dict[str, BitLinear]:
         """Every BitLinear under its parameter name."""
@@ -959,161 +912,128 @@ class BitLM(nn.Module):
 
     @contextlib.contextmanager
     def hold_weights(self, dtype: torch.dtype = torch.float32) -> Iterator[None]:
-        """Quantize each weight once, to `dtype`, for an optimizer step, an evaluation or a text.
-
-        Gradients reach the parameters; changes of the parameters have no effect inside the block.
-        """
+        """Quantize each weight once, to `dtype`. Gradients reach it; updates only after this."""
         layers = self.bit_linears().values()
         try:
-            with torch.no_grad():
-                for layer in layers:
-                    layer.hold(dtype)
-                if self.lm_head is None:
-                    self.held_head = self.model.embed_tokens.weight.detach().to(dtype)
+            for layer in layers:
+                layer.hold(dtype)
             yield
         finally:
-            self.held_head = None
             for layer in layers:
                 layer.held = None
 
-    def hidden(
-        self,
-        input_ids: Tensor,
-        cache: KVCache | None = None,
-        left_pad: Tensor | None = None,
-        blocks: Sequence[Callable[..., Tensor]] | None = None,
+    def embed(self, input_ids: Tensor, at: Tensor) -> Tensor:
+        """What the first block reads, (B, T, D), of tokens at the positions `at`, (T) or (B, T)."""
+        x = self.model.embed_tokens(input_ids)
+        return x + self.model.embed_positions(at) if self.config.block == "seed" else x
+
+    def blocks(
+        self, x: Tensor, at: Tensor, cache: Any = None, mask: Any = None, blocks: Sequence[Any] = ()
     ) -> Tensor:
-        """The normed output of the last block, (B, T, D); arguments as in `forward` and `loss`."""
-        T, past = input_ids.shape[1], cache.length if cache else 0
-        limit = self.config.max_position_embeddings
-        if past + T > limit:
-            raise ValueError(f"{past + T} tokens, but max_position_embeddings={limit}")
-        keys = torch.arange(past + T, device=input_ids.device)
-        at, mask = keys[past:], None
-        if left_pad is not None:
-            seen = (keys <= at[:, None]) & (keys >= left_pad[:, None, None])  # (B, T, past + T)
-            own = keys == at[:, None]  # padding attends to itself: no keys at all would be NaN
-            mask = (seen | own)[:, None]  # (B, 1, T, past + T)
-            at = (at - left_pad[:, None]).clamp(min=0)  # (B, T)
-        elif past and T > 1:
-            mask = keys <= at[:, None]  # (T, past + T)
-        x, rope = self.model.embed_tokens(input_ids), None  # (B, T, D)
-        if self.config.block == "seed":
-            x = x + self.model.embed_positions(at)
-        else:
-            rope = self.rope[:, at].view(2, -1, T, self.config.head_dim // 2)
+        """The normed output of the last block, (B, T, D), of what `embed` returns.
+
+        `mask`, (..., T, keys), is True where a token attends to a key; None: to all up to itself.
+        `blocks` may be compiled versions of the model's own.
+        """
+        rope = None
+        if self.config.block == "bitnet":
+            rope = self.rope[:, at].view(2, -1, 1, x.shape[1], self.config.head_dim // 2)
         for block in blocks or self.model.layers:
             x = block(x, rope, cache, mask)
-        if cache:
-            cache.length += T
         return self.model.norm(x)
-
-    def head_weight(self) -> Tensor:
-        """The matrix that turns hidden states into logits, (V, D)."""
-        if self.lm_head is not None:
-            return self.lm_head.effective_weight()
-        weight = self.model.embed_tokens.weight
-        return weight if self.held_head is None else straight_through(weight, self.held_head)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states, (..., V)."""
         if self.lm_head is not None:
             return project(hidden, (self.lm_head,))[0]
-        return F.linear(hidden, self.head_weight())
+        return F.linear(hidden, self.model.embed_tokens.weight)
 
     def forward(
         self, input_ids: Tensor, cache: KVCache | None = None, left_pad: Tensor | None = None
     ) -> Tensor:
-        """Logits of the token after each given one.
+        """Logits of the token after each given one, (B, T, V); ValueError beyond the context.
 
-        Args:
-            input_ids: (B, T), int64; with `cache`, only the tokens that are not in it.
-            cache: keys and values of earlier calls; this call appends to it.
-            left_pad: (B,), how many tokens at the start of each row are padding.
-
-        Returns:
-            (B, T, V).
-
-        Raises:
-            ValueError: more tokens than `max_position_embeddings`.
+        `cache` has keys and values of the tokens before these; those of these are appended to it.
+        `left_pad`, (B,), says how many tokens at the start of each row are padding.
         """
-        return self.head(self.hidden(input_ids, cache, left_pad))
+        T, past = input_ids.shape[1], cache.length if cache else 0
+        limit = self.config.max_position_embeddings
+        require(past + T <= limit, "tokens", past + T, f"at most max_position_embeddings={limit}")
+        keys = torch.arange(past + T, device=input_ids.device)
+        at, mask = keys[past:], None
+        if left_pad is not None:
+            own = keys == at[:, None]  # padding attends to itself: no keys at all would be NaN
+            seen = (keys <= at[:, None]) & (keys >= left_pad[:, None, None]) | own
+            mask = seen[:, None]  # (B, 1, T, past + T)
+            at = (at - left_pad[:, None]).clamp(min=0)  # (B, T)
+        elif past and T > 1:
+            mask = keys <= at[:, None]  # (T, past + T)
+        hidden = self.blocks(self.embed(input_ids, at), at, cache, mask)
+        if cache:
+            cache.length += T
+        return self.head(hidden)
 
     def loss(
-        self,
-        input_ids: Tensor,
-        targets: Tensor,
-        blocks: Sequence[Callable[..., Tensor]] | None = None,
-        probabilities: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = token_probabilities,
+        self, input_ids: Tensor, targets: Tensor, blocks: Any = (), probabilities: Any = None
     ) -> Tensor:
         """Cross-entropy in nats, summed over the tokens of `targets`, (B, T), that are not -100.
 
         `blocks` and `probabilities` may be compiled versions of the model's own. Float32.
         """
-        hidden = self.hidden(input_ids, blocks=blocks).flatten(0, 1)  # (N, D)
+        at = torch.arange(input_ids.shape[1], device=input_ids.device)
+        hidden = self.blocks(self.embed(input_ids, at), at, blocks=blocks).flatten(0, 1)  # (N, D)
+        weight = self.model.embed_tokens.weight  # (V, D)
         if self.lm_head is not None:
             hidden = quantize_input(hidden, self.config.linear)
-        return _ChunkedLoss.apply(hidden, self.head_weight(), targets.flatten(), probabilities)
+            weight = self.lm_head.effective_weight()
+        softmax = (probabilities or token_probabilities) if torch.is_grad_enabled() else None
+        return _ChunkedLoss.apply(hidden, weight, targets.flatten(), softmax)
 
 
 @torch.no_grad()
-def initialize(
-    model: BitLM, generator: torch.Generator, keep: Callable[[Tensor, Tensor], Any] | None = None
-) -> None:
-    """Fill every parameter, in the order of their names, from one generator.
+def initialize(model: BitLM, generator: torch.Generator, keep: Any = Tensor.copy_) -> None:
+    """Make values on the CPU from one generator and call `keep(parameter, values)` for each.
 
-        parameter                            distribution
+        parameter, in the order of names     distribution
         embed_tokens, embed_positions        normal, std 0.02 (the tied head starts near uniform)
         q, k, v, gate, up, untied head       uniform, std 1/sqrt(in_features): unit gain
         o_proj, down_proj                    the same / sqrt(2 num_hidden_layers); bitnet: / 10 more
         norms                                weight 1, bias 0
 
-    A ternary layer's output is proportional to its weights' scale, so the last two rows of matrices
-    differ in gain exactly as dense ones would. Blocks that start by adding little learned a little
-    faster with five Newton-Schulz steps, and as fast with three (docs/results.md).
-
-    With `keep`, values are made on the CPU and `keep(parameter, values)` is called instead.
+    A ternary layer's output is proportional to its weights' scale: gains act as in a dense model.
     """
     depth = (2 * model.config.num_hidden_layers) ** -0.5
     depth *= 0.1 if model.config.block == "bitnet" else 1.0
     for name, parameter in sorted(model.named_parameters()):
-        values = torch.empty(parameter.shape) if keep else parameter
+        values = torch.empty(parameter.shape, device="cpu")
         if "norm" in name:
             values.fill_(0.0 if name.endswith("bias") else 1.0)
         elif "embed" in name:
             values.normal_(0.0, 0.02, generator=generator)
         else:
             bound = (3 / values.shape[1]) ** 0.5
-            gain = depth if "o_proj" in name or "down_proj" in name else 1.0
-            values.uniform_(-gain * bound, gain * bound, generator=generator)
-        if keep:
-            keep(parameter, values)
+            bound *= depth if "o_proj" in name or "down_proj" in name else 1.0
+            values.uniform_(-bound, bound, generator=generator)
+        keep(parameter, values)
 
 
 _SEED_NAMES = {
-    "token_embedding": "model.embed_tokens",
-    "position_embedding": "model.embed_positions",
-    "output_layer": "lm_head",
-    "layers.": "model.layers.",
-    ".norm1.": ".input_layernorm.",
-    ".norm2.": ".post_attention_layernorm.",
-    ".attn.out_proj.": ".self_attn.o_proj.",
-    ".attn.": ".self_attn.",
-    ".ff.w_1.": ".mlp.up_proj.",
-    ".ff.w_2.": ".mlp.down_proj.",
+    "model.output_layer": "lm_head",
+    "token_embedding": "embed_tokens",
+    "position_embedding": "embed_positions",
+    "norm1": "input_layernorm",
+    "norm2": "post_attention_layernorm",
+    "attn.out_proj": "attn.o_proj",
+    "attn": "self_attn",
+    "ff.w_1": "mlp.up_proj",
+    "ff.w_2": "mlp.down_proj",
 }
 
 
 def import_seed_checkpoint(path: str | Path, num_attention_heads: int = 8) -> BitLM:
-    """Turn a checkpoint of the seed guide's script into a `BitLM` with the same logits.
+    """Turn the seed script's `mi_llm_checkpoint.pth` or `mi_llm_epoch_N.pth` into a `BitLM`.
 
-    Args:
-        path: `mi_llm_checkpoint.pth` or `mi_llm_epoch_N.pth`.
-        num_attention_heads: the only size that is not in the file; the script's is 8.
-
-    Raises:
-        FileNotFoundError: nothing at `path`.
-        ValueError: not such a checkpoint. Nothing in the file is executed.
+    The file does not have the number of heads. Nothing in it is executed; ValueError if it differs.
     """
     path = Path(path)
     if not path.is_file():
@@ -1122,37 +1042,24 @@ def import_seed_checkpoint(path: str | Path, num_attention_heads: int = 8) -> Bi
         with zipfile.ZipFile(path) as archive:  # torch stores; a bomb would be compressed
             if sum(item.file_size for item in archive.infolist()) > path.stat().st_size:
                 raise ValueError("it is compressed")
-        weights = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
-        renamed = {_seed_name(name): tensor.float() for name, tensor in weights.items()}
-        model = BitLM(_seed_config(renamed, num_attention_heads), seed=None)
-        model.load_state_dict(renamed)
+        saved = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
+        weights = {}
+        for name, tensor in saved.items():
+            name = f"model.{name}"
+            for old, new in _SEED_NAMES.items():
+                name = name.replace(old, new)
+            weights[name] = tensor.float()
+        V, D = weights["model.embed_tokens.weight"].shape
+        T = len(weights["model.embed_positions.weight"])
+        ups = [tensor for name, tensor in weights.items() if "up_proj" in name]  # one per layer
+        shape = (V, D, len(ups[0]), len(ups), num_attention_heads, None, T)
+        config = ModelConfig(*shape, tie_word_embeddings=False, linear="weight_only", block="seed")
+        model = BitLM(config, seed=None)
+        model.load_state_dict(weights)
     except Exception as error:
-        raise ValueError(
-            f"{path}: not a checkpoint of the seed script "
-            f"({type(error).__name__}: {first_line(error)}); "
-            "expected a dictionary with 'model_state_dict' as its torch.save wrote it"
-        ) from error
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{path}: not a checkpoint of the seed script ({why})") from error
     return model
-
-
-def _seed_name(name: str) -> str:
-    for old, new in _SEED_NAMES.items():
-        name = name.replace(old, new)
-    return "model." + name if name.startswith("norm.") else name
-
-
-def _seed_config(weights: dict[str, Tensor], num_attention_heads: int) -> ModelConfig:
-    vocab_size, hidden_size = weights["model.embed_tokens.weight"].shape
-    layers = {int(name.split(".")[2]) for name in weights if name.startswith("model.layers.")}
-    return dataclasses.replace(
-        PRESETS["seed"][0],
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=weights["model.layers.0.mlp.up_proj.weight"].shape[0],
-        num_hidden_layers=len(layers),
-        num_attention_heads=num_attention_heads,
-        max_position_embeddings=weights["model.embed_positions.weight"].shape[0],
-    )
 
 
 # -----------------------------------------------------------------------------
@@ -1161,16 +1068,10 @@ def _seed_config(weights: dict[str, Tensor], num_attention_heads: int) -> ModelC
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: str = "bpe") -> Any:
-    """Train a tokenizer in one pass over `texts`.
+    """Train a tokenizers.Tokenizer of at most `vocab_size` tokens in one pass over `texts`.
 
-    Args:
-        texts: pieces of text; they need not fit into memory.
-        vocab_size: the most tokens, special ones included; a small text gives fewer.
-        kind: "bpe", byte-level with GPT-2's pre-tokenizer: decode(encode(x)) == x for every
-            string; or "wordpiece", the seed's, which loses white space and unknown characters.
-
-    Returns:
-        tokenizers.Tokenizer. Special tokens inside a text are encoded as text.
+    `kind` is "bpe", byte-level with GPT-2's pre-tokenizer: decode(encode(x)) == x for every string;
+    or "wordpiece", the seed's, which loses white space and unknown characters.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -1186,16 +1087,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: str = "bpe") ->
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, **options
-        )
+        options["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(special_tokens=[END_OF_TEXT], **options)
     tokenizer.train_from_iterator(texts, trainer=trainer)
-    tokenizer.encode_special_tokens = True
+    tokenizer.encode_special_tokens = True  # inside a text, they are text
     return tokenizer
-
-
-_TOKENIZER_BYTES = 64 << 20  # a tokenizer.json of 100,000 tokens has 7 MB
 
 
 def tokenizer_from(text: str, path: Path) -> Any:
@@ -1213,25 +1109,18 @@ def tokenizer_from(text: str, path: Path) -> Any:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """Read a `tokenizer.json`, ours or the seed script's.
-
-    Raises FileNotFoundError or ValueError naming the file.
-    """
+    """Read a tokenizer.json, ours or the seed script's; FileNotFoundError, ValueError name it."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a tokenizer.json")
-    if path.stat().st_size > _TOKENIZER_BYTES:
-        raise ValueError(f"{path}: not a tokenizer.json ({path.stat().st_size:,} bytes)")
     return tokenizer_from(path.read_text(encoding="utf-8", errors="replace"), path)
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int, path: Path) -> None:
     """Raise a ValueError naming the file if an id has no row in the embedding."""
-    ids = tokenizer.get_vocab(with_added_tokens=True).values()
-    if len(ids) > vocab_size or max(ids, default=0) >= vocab_size:
-        raise ValueError(
-            f"{path}: token ids up to {max(ids):,}, but the model has vocab_size={vocab_size:,}"
-        )
+    most = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    if most >= vocab_size:
+        raise ValueError(f"{path}: token ids up to {most:,}, but the model's {vocab_size=:,}")
 
 
 def end_of_text_id(tokenizer: Any) -> int | None:
@@ -1241,11 +1130,7 @@ def end_of_text_id(tokenizer: Any) -> int | None:
 
 def valid_unicode(text: str) -> str:
     """`text` with U+FFFD for every lone surrogate, which has no UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -1838,9 +1723,7 @@ def prepare_data(
 # 6 Generation
 
 
-def _choose(
-    logits: Tensor, seen: Tensor, config: SamplingConfig, generator: torch.Generator
-) -> Tensor:
+def _choose(logits: Tensor, seen: Tensor, config: SamplingConfig, rng: torch.Generator) -> Tensor:
     """The next token of each row, (B), from logits, (B, V), and the tokens so far, (B, T)."""
     if config.repetition_penalty != 1:
         old, penalty = logits.gather(1, seen), config.repetition_penalty
@@ -1856,16 +1739,7 @@ def _choose(
         probabilities = ordered.softmax(dim=-1)
         before = probabilities.cumsum(dim=-1) - probabilities
         logits = logits.masked_fill((before >= config.top_p).gather(1, index.argsort()), -math.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
-
-
-def _can_stay_packed(model: BitLM, rows: int) -> bool:
-    """Whether some kernels can generate from packed weights, a token of each row at a time."""
-    layers = model.bit_linears().values()
-    if not all(layer.frozen and layer.linear == "ternary" for layer in layers):
-        return False
-    device = next(model.buffers()).device
-    return kernels_for(torch.empty(rows, model.config.hidden_size, device=device)) is not None
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=rng).squeeze(1)
 
 
 @torch.inference_mode()
@@ -1878,103 +1752,70 @@ def generate_tokens(
 ) -> Iterator[list[int | None]]:
     """Yield one new token id for each prompt at a time; None for those that have ended.
 
-    Text may be longer than `max_position_embeddings`: when the context is full, its older half is
-    dropped and the newer half read again.
-
-    Args:
-        prompts: token ids, at least one each; lengths may differ.
-        end_id: a row ends before this token.
-        num_tokens: choose among the first `num_tokens` rows of the head only.
+    A row ends before `end_id`, and consists of tokens below `num_tokens`. When the context is full,
+    its older half is dropped and the newer half read again: text may be longer than the context.
     """
     device, limit = next(model.buffers()).device, model.config.max_position_embeddings
     width = max(map(len, prompts))
-    rows = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])  # (B, T), on the CPU
     pad = torch.tensor([width - len(p) for p in prompts])
-    start, unread = max(0, width - limit), min(width, limit)
+    rows = torch.tensor([[p[0]] * (width - len(p)) + list(p) for p in prompts])  # (B, T), CPU
+    unread, ended = min(width, limit), [False] * len(prompts)
     cache = KVCache(model.config, len(prompts), device)
-    generator = torch.Generator()
-    generator.manual_seed(config.seed) if config.seed is not None else generator.seed()
-    ended, was_training = [False] * len(prompts), model.training
-    packed = _can_stay_packed(model, len(prompts))
-    model.eval()
-    try:
-        with contextlib.nullcontext() if packed else model.hold_weights():
-            for _ in range(config.max_new_tokens):
-                if cache.length + unread > limit:
-                    start, unread, cache.length = rows.shape[1] - limit // 2, limit // 2, 0
-                left_pad = (pad - start).clamp(min=0)  # less than the window: a row's own are newer
-                padded = left_pad.to(device) if left_pad.any() else None
-                logits = model(rows[:, -unread:].to(device), cache, padded)[:, -1]
-                filling = torch.arange(rows.shape[1]) < pad[:, None]
-                seen = torch.where(filling, rows[:, -1:], rows)  # no penalty for the filling
-                chosen = _choose(logits[:, :num_tokens].float().cpu(), seen, config, generator)
-                rows, unread = torch.cat([rows, chosen[:, None]], dim=1), 1
-                tokens = chosen.tolist()
-                ended = [e or token == end_id for e, token in zip(ended, tokens, strict=True)]
-                yield [None if e else token for e, token in zip(ended, tokens, strict=True)]
-                if all(ended):
-                    return
-    finally:
-        model.train(was_training)
+    rng = torch.Generator()
+    rng.manual_seed(config.seed) if config.seed is not None else rng.seed()
+    x = torch.empty(len(prompts), model.config.hidden_size, device=device)
+    ternary = all(m.frozen and m.linear == "ternary" for m in model.bit_linears().values())
+    packed = ternary and kernels_for(x) is not None  # kernels read packed weights as they are
+    with contextlib.nullcontext() if packed else model.hold_weights():
+        for _ in range(config.max_new_tokens):
+            if cache.length + unread > limit:
+                unread, cache.length = limit // 2, 0
+            start = rows.shape[1] - unread - cache.length  # of the context
+            left_pad = (pad - start).clamp(min=0)  # less than the context: a row's own are newer
+            padded = left_pad.to(device) if left_pad.any() else None
+            logits = model(rows[:, -unread:].to(device), cache, padded)[:, -1, :num_tokens]
+            chosen = _choose(logits.float().cpu(), rows, config, rng)
+            rows, unread = torch.cat([rows, chosen[:, None]], dim=1), 1
+            tokens = chosen.tolist()
+            ended = [e or token == end_id for e, token in zip(ended, tokens, strict=True)]
+            yield [None if e else token for e, token in zip(ended, tokens, strict=True)]
+            if all(ended):
+                return
 
 
-def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """An empty prompt starts where a document ends."""
-    return encode(tokenizer, prompt) or [end_of_text_id(tokenizer) or 0]
+def _pieces(
+    model: BitLM, tokenizer: Any, prompts: Sequence[str], sampling: SamplingConfig | None
+) -> Iterator[list[str]]:
+    """Yield the next piece of each prompt's continuation, in complete characters."""
+    from tokenizers.decoders import DecodeStream
 
-
-def _continuations(
-    model: BitLM, tokenizer: Any, prompts: list[list[int]], sampling: SamplingConfig | None
-) -> Iterator[list[int | None]]:
     eot, size = end_of_text_id(tokenizer), tokenizer.get_vocab_size()
-    return generate_tokens(model, prompts, sampling or SamplingConfig(), eot, size)
+    ids = [encode(tokenizer, p) or [eot or 0] for p in prompts]  # empty: where a document ends
+    decoders = [DecodeStream(skip_special_tokens=True) for _ in ids]
+    for decoder, row in zip(decoders, ids, strict=True):
+        for token in row:  # word pieces join what came before
+            decoder.step(tokenizer, token)
+    for tokens in generate_tokens(model, ids, sampling or SamplingConfig(), eot, size):
+        rows = zip(decoders, tokens, strict=True)
+        yield ["" if t is None else decoder.step(tokenizer, t) or "" for decoder, t in rows]
 
 
 def stream(
     model: BitLM, tokenizer: Any, prompt: str, sampling: SamplingConfig | None = None
 ) -> Iterator[str]:
     """Yield the continuation of `prompt` piece by piece, in complete characters."""
-    from tokenizers.decoders import DecodeStream
-
-    decoder, ids = DecodeStream(skip_special_tokens=True), _prompt_ids(tokenizer, prompt)
-    for token in ids:  # word pieces join what came before
-        decoder.step(tokenizer, token)
-    for (token,) in _continuations(model, tokenizer, [ids], sampling):
-        text = None if token is None else decoder.step(tokenizer, token)
-        if text:
-            yield text
+    yield from (piece for (piece,) in _pieces(model, tokenizer, [prompt], sampling) if piece)
 
 
 def generate(
-    model: BitLM,
-    tokenizer: Any,
-    prompt: str | Sequence[str],
-    sampling: SamplingConfig | None = None,
-    on_text: Callable[[str], None] | None = None,
+    model: BitLM, tokenizer: Any, prompt: Sequence[str], sampling: SamplingConfig | None = None
 ) -> Any:
-    """The continuation of a prompt, or a list of those of several prompts at once.
-
-    Args:
-        prompt: one text or several; the results do not contain it.
-        on_text: called with every piece of text as it is generated (one prompt only).
-    """
-    if isinstance(prompt, str):
-        pieces = []
-        for piece in stream(model, tokenizer, prompt, sampling):
-            pieces.append(piece)
-            if on_text:
-                on_text(piece)
-        return "".join(pieces)
-    if on_text:
-        raise ValueError("on_text goes with one prompt: expected a string, got several prompts")
-    if not prompt:
-        return []
-    ids = [_prompt_ids(tokenizer, p) for p in prompt]
-    generated: list[list[int]] = [[] for _ in ids]
-    for tokens in _continuations(model, tokenizer, ids, sampling):
-        for row, token in zip(generated, tokens, strict=True):
-            row += [] if token is None else [token]
-    return [tokenizer.decode(row) for row in generated]
+    """The continuation of `prompt`, a text; or, of a list of texts, those of all, made at once."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    texts = [""] * len(prompts)
+    for pieces in _pieces(model, tokenizer, prompts, sampling) if prompts else ():
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+    return texts[0] if isinstance(prompt, str) else texts
 
 
 # -----------------------------------------------------------------------------
