@@ -2528,7 +2528,7 @@ def total_loss(
     with model.hold_weights(device.dtype), device.autocast():
         for part, _ in processes.micro_batches(windows, windows, batch_size):
             x = torch.zeros(len(part), min(context, len(tokens)), dtype=torch.int64)
-            y = torch.full_like(x, IGNORE_INDEX)
+            y = torch.full_like(x, -100)  # which the loss ignores
             for row, (start, counted, end) in enumerate(part.tolist()):
                 text = torch.from_numpy(tokens[max(start - 1, 0) : end].astype(np.int64))
                 text = text if start else F.pad(text, (1, 0), value=first)
