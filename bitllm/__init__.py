@@ -9,7 +9,6 @@ Each name is imported where it is first used, so that `import bitllm` is quick.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 from typing import Any
 
@@ -63,5 +62,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-with contextlib.suppress(ModuleNotFoundError):
-    importlib.import_module("bitllm.cpu")  # registers its kernels
+for _module in ("cpu", "cuda"):  # they register what is faster than plain torch
+    importlib.import_module(f"bitllm.{_module}")

@@ -27,25 +27,32 @@ class Recording:
         work: may not wait for the device; what it returns is overwritten by the next replay.
         reset: called after the calls that warm it up, and after the recording.
 
-    On another device, as in tests, a replay calls the function again: the same results, no gain.
+    What cannot be recorded, as on another device, is called again by each replay.
     """
 
     def __init__(self, work: Callable[[], Any], device: torch.device, reset: Callable[[], None]):
         self.work, self.graph = work, None
-        if device.type != "cuda":
-            return
+        try:
+            if device.type == "cuda":
+                self._record(reset)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            core.log.warning(f"CUDA graphs: off ({core.first_line(error)})")
+        reset()
+
+    def _record(self, reset: Callable[[], None]) -> None:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
-                work()
+                self.work()
         torch.cuda.current_stream().wait_stream(side)
         reset()
         torch.cuda.empty_cache()  # the recording has memory of its own
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self.result = work()
-        reset()
+            self.result = self.work()
         self.graph = graph
 
     def replay(self) -> Any:
@@ -65,7 +72,7 @@ class RecordedStep:
             lies elsewhere in every step.
 
     The gradients are tensors of this object; they are zeroed and put in their places whenever
-    `.grad` is none of them, as after an optimizer step. What cannot be recorded runs as it is.
+    `.grad` is none of them, as after an optimizer step.
     """
 
     def __init__(
@@ -105,22 +112,14 @@ class RecordedStep:
     def _record(self, x: Tensor, y: Tensor) -> None:
         before = [None if p.grad is None else p.grad.clone() for p in self.parameters]
         self.begin()
-        work = partial(self.held, x, y)
-        try:
-            recording = Recording(work, x.device, self.begin)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            core.log.warning(f"CUDA graphs: off ({core.first_line(error)})")
-            recording = Recording(work, torch.device("cpu"), self.begin)
-        self.begin()
+        recording = Recording(partial(self.held, x, y), x.device, self.begin)
         for gradient, value in zip(self.gradients, before, strict=True):
             if value is not None:  # a smaller last micro-batch is recorded within a step
                 gradient.copy_(value)
         self.recordings[x.shape] = x, y, recording
 
 
-class GraphedDecoder:
+class RecordedDecoder:
     """The step of a generation: one token for each row in, its logits out, recorded.
 
     Args:
@@ -131,7 +130,8 @@ class GraphedDecoder:
 
     def __init__(self, model: core.BitLM, cache: core.KVCache, left_pad: Tensor | None) -> None:
         self.model, self.cache = model, cache
-        rows, limit, device = cache.keys.shape[1], cache.keys.shape[3], cache.keys.device
+        keys: Any = cache.keys
+        rows, limit, device = keys.shape[1], keys.shape[3], keys.device
         self.tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.keys_at = torch.arange(limit, device=device)
@@ -154,12 +154,15 @@ class GraphedDecoder:
             at = (self.position - self.left_pad[:, None]).clamp(min=0)  # (B, 1)
         mask = seen.view(-1, 1, 1, len(self.keys_at))
         hidden = self.model.blocks(self.model.embed(self.tokens, at), at, self, mask)
-        return self.model.head(hidden)[:, -1]
+        return self.model.head(hidden)
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits, (B, V), after `tokens`, (B, 1); the next call overwrites them."""
+    def __call__(self, tokens: Tensor, cache: core.KVCache, left_pad: Tensor | None) -> Tensor:
+        """Logits, (B, 1, V), after `tokens`, (B, 1); the next call overwrites them."""
         self.tokens.copy_(tokens)
         self.position.fill_(self.cache.length)
         logits = self.recording.replay()
         self.cache.length += 1
         return logits
+
+
+core.DECODERS["cuda"] = RecordedDecoder
