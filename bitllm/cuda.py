@@ -89,8 +89,7 @@ class RecordedStep:
     def begin(self) -> None:
         """Zero the gradients and put them in their places."""
         self.gradients = self.gradients or [torch.zeros_like(p) for p in self.parameters]
-        for gradient in self.gradients:
-            gradient.zero_()
+        torch._foreach_zero_(self.gradients)  # pyright: ignore[reportPrivateImportUsage]
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
 
