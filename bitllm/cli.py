@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 import bitllm_core as core
-from bitllm.export import add_export_flags, llama_cpp_stream, run_export
+from bitllm.export import add_export_flags, export_limits, llama_cpp_stream, run_export
 from bitllm_core import ModelConfig, SamplingConfig, TrainConfig, require
 
 
@@ -44,10 +44,19 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
+class _ExportNotes(core.Callback):
+    """Say before a training why not every program could load the model."""
+
+    def on_start(self, state: core.TrainState) -> None:
+        for limit in export_limits(state.model.config):
+            core.log.info(f"note: not every client will load this model: {limit}")
+
+
 def _train(flags: argparse.Namespace) -> int:
     from bitllm.loggers import TensorBoard, WandB
 
-    callbacks: list[core.Callback] = [TensorBoard(flags.out)] if flags.tensorboard else []
+    callbacks: list[core.Callback] = [_ExportNotes()]
+    callbacks += [TensorBoard(flags.out)] if flags.tensorboard else []
     callbacks += [WandB(flags.out, flags.wandb)] if flags.wandb else []
     return core.train_command(flags, callbacks)
 
