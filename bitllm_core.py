@@ -26,13 +26,11 @@ Dimensions in comments
     V vocabulary   O, I out and in features of a matrix
 
 References
-    [1] Ma et al., The Era of 1-bit LLMs: All Large Language Models are in 1.58 Bits, 2024,
-        arXiv:2402.17764; and the authors' "Training Tips, Code and FAQ".
+    [1] Ma et al., The Era of 1-bit LLMs, 2024, arXiv:2402.17764, and its "Training Tips" and FAQ.
     [2] Ma et al., BitNet b1.58 2B4T Technical Report, 2025, arXiv:2504.12285.
     [3] Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024.
     [4] Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, arXiv:2104.09864.
-    [5] Hägele et al., Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations,
-        2024, arXiv:2405.18392 (warm-up, constant, cooldown).
+    [5] Hägele et al., Scaling Laws Beyond Fixed Training Durations, 2024, arXiv:2405.18392 (wsd).
     [6] Hsu et al., Liger Kernel: Efficient Triton Kernels for LLM Training, arXiv:2410.10989.
 """
 
@@ -44,8 +42,6 @@ import dataclasses
 import errno
 import hashlib
 import importlib
-import importlib.metadata
-import importlib.util
 import itertools
 import json
 import logging
@@ -63,6 +59,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
+from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any
 
@@ -73,31 +70,11 @@ from torch import Tensor, nn
 
 log = logging.getLogger("bitllm")
 
-__all__ = [
-    "PRESETS",
-    "BitLM",
-    "BitLinear",
-    "Callback",
-    "DataConfig",
-    "ModelConfig",
-    "SamplingConfig",
-    "TokenData",
-    "TrainConfig",
-    "TrainState",
-    "activation_quant",
-    "evaluate",
-    "generate",
-    "import_seed_checkpoint",
-    "load_checkpoint",
-    "load_model",
-    "load_tokenizer",
-    "prepare_data",
-    "save_checkpoint",
-    "stream",
-    "train",
-    "train_tokenizer",
-    "weight_quant",
-]
+__all__ = ["PRESETS", "DataConfig", "ModelConfig", "SamplingConfig", "TrainConfig"]
+__all__ += ["BitLM", "BitLinear", "activation_quant", "import_seed_checkpoint", "weight_quant"]
+__all__ += ["TokenData", "load_tokenizer", "prepare_data", "train_tokenizer"]
+__all__ += ["evaluate", "generate", "load_checkpoint", "load_model", "save_checkpoint", "stream"]
+__all__ += ["Callback", "TrainState", "train"]
 
 # -----------------------------------------------------------------------------
 # 1 Configuration
@@ -105,9 +82,7 @@ __all__ = [
 
 END_OF_TEXT = "<|endoftext|>"
 WORDPIECE_SPECIALS = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"]
-NO_COUNTERPART = "only block=bitnet, linear=ternary and a tied embedding have a counterpart"
-MIN_VOCAB_SIZE = 257
-_SMALLEST_VOCAB = f"at least {MIN_VOCAB_SIZE} (256 bytes and {END_OF_TEXT})"
+MIN_VOCAB_SIZE = 257  # 256 bytes and END_OF_TEXT
 
 
 def require(ok: bool, name: str, value: object, expected: str) -> None:
@@ -118,17 +93,16 @@ def require(ok: bool, name: str, value: object, expected: str) -> None:
 
 def config_from(kind: Any, values: Any, path: Path) -> Any:
     """A configuration as a file gives it; ValueError names the file and what is wrong in it."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected the fields of a {kind.__name__}, got {values!r:.80}")
     types = {item.name: str(item.type).split(" | ") for item in fields(kind)}
-    for name, value in values.items():
-        if name not in types:
-            raise ValueError(f"{path}: {name!r:.80} is no field of {kind.__name__}")
-        given = "None" if value is None else type(value).__name__
-        if given not in types[name] and not (given == "int" and "float" in types[name]):
-            expected = " or ".join(types[name])
-            raise ValueError(f"{path}: {name}={value!r:.80}: expected {expected}")
     try:
+        if not isinstance(values, dict):
+            raise ValueError(f"expected the fields of a {kind.__name__}, got {values!r:.80}")
+        for name, value in values.items():
+            if name not in types:
+                raise ValueError(f"{name!r:.80} is no field of {kind.__name__}")
+            given = "None" if value is None else type(value).__name__
+            if given not in types[name] and not (given == "int" and "float" in types[name]):
+                raise ValueError(f"{name}={value!r:.80}: expected {' or '.join(types[name])}")
         return kind(**values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -149,99 +123,82 @@ def library(name: str, why: str) -> Any:
 
 
 def extension(module: str, why: str) -> Any:
-    """The module `bitllm.<module>`; ImportError where this file is alone.
-
-    This is the only place where the core reaches for the package around it.
-    """
+    """The module `bitllm.<module>`, the core's one way to the package; ImportError without it."""
     sys.modules.setdefault("bitllm_core", sys.modules[__name__])  # run as a script: no second copy
     try:
         return importlib.import_module(f"bitllm.{module}")
     except ModuleNotFoundError as error:
         if error.name not in ("bitllm", f"bitllm.{module}"):
             raise
-        raise ImportError(
-            f"{why} needs the bitllm package, not bitllm_core.py alone: "
-            "pip install it from its repository, or run in a checkout"
-        ) from error
+        why += " needs the bitllm package, not bitllm_core.py alone: "
+        why += "pip install it from its repository, or run in a checkout"
+        raise ImportError(why) from error
 
 
-_AT_LEAST_1 = (lambda value: value >= 1, "at least 1")
-_NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
-_POSITIVE = (lambda value: value > 0, "a positive number")
+_COMPARE: dict[str, Any] = {"at_least": ge, "at_most": le, "more_than": gt, "less_than": lt}
 
 
-def _at_most(most: int) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: value <= most, f"at most {most:,}"
+def _field(default: Any, **limits: Any) -> Any:
+    """A checked field: limits as in _COMPARE, large ones against hostile files; or `one_of`."""
+    return field(default=default, metadata=limits)
 
 
-def _one_of(*allowed: str) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: value in allowed, f"one of {', '.join(allowed)}"
+class _Checked:
+    def __post_init__(self: Any) -> None:
+        for item in fields(self):
+            name, value = item.name, getattr(self, item.name)
+            for rule, limit in item.metadata.items():
+                if rule == "one_of":
+                    require(value in limit, name, value, f"one of {', '.join(limit)}")
+                elif value is not None or item.default is not None:
+                    expected = f"{rule.replace('_', ' ')} {limit:,}"
+                    require(_COMPARE[rule](value, limit), name, value, expected)
 
 
-def _check(config: Any, *checks: tuple[str, Callable[[Any], bool], str]) -> None:
-    """Check fields against rows of (names, condition, what is expected); None where it may be."""
-    optional = {item.name for item in fields(config) if "None" in str(item.type)}
-    for names, holds, expected in checks:
-        for name in names.split():
-            value = getattr(config, name)
-            require((value is None and name in optional) or holds(value), name, value, expected)
+def _require_divisor(name: str, value: int, number: int, meaning: str) -> None:
+    """ValueError, with a divisor of `number` to use instead, unless `value` is one."""
+    divisors = [d for d in range(1, min(number, 4096) + 1) if number % d == 0]
+    nearest = min(divisors, key=lambda d: (abs(d - value), d))
+    fits = value >= 1 and number % value == 0
+    require(fits, name, value, f"a divisor of {meaning}, such as {nearest}")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Checked):
     """The shape of the network, in Hugging Face's names. The defaults are the `demo` preset's."""
 
-    vocab_size: int = 2048
+    vocab_size: int = _field(2048, at_least=MIN_VOCAB_SIZE, at_most=1 << 24)
     """embedding rows; the tokenizer is trained to at most this many tokens"""
-    hidden_size: int = 256
+    hidden_size: int = _field(256, at_least=1, at_most=1 << 16)
     """width of the residual stream"""
-    intermediate_size: int = 768
+    intermediate_size: int = _field(768, at_least=1, at_most=1 << 18)
     """width inside the feed-forward block"""
-    num_hidden_layers: int = 4
+    num_hidden_layers: int = _field(4, at_least=1, at_most=1 << 10)
     """transformer blocks"""
-    num_attention_heads: int = 4
+    num_attention_heads: int = _field(4, at_least=1)
     """query heads; each is hidden_size / num_attention_heads wide"""
     num_key_value_heads: int | None = None
     """key and value heads, shared by groups of query heads; default: num_attention_heads"""
-    max_position_embeddings: int = 128
+    max_position_embeddings: int = _field(128, at_least=2, at_most=1 << 20)
     """context length and length of a training window, tokens"""
-    rope_theta: float = 10_000.0
+    rope_theta: float = _field(10_000.0, more_than=0)
     """base wavelength of the rotary embedding"""
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: float = _field(1e-5, more_than=0)
     """added to the mean square in every norm"""
     tie_word_embeddings: bool = True
     """use the (float) embedding as output head; otherwise the head is a BitLinear of its own"""
-    linear: str = "ternary"
+    linear: str = _field("ternary", one_of=("ternary", "weight_only", "dense"))
     """form of every BitLinear: ternary (and 8-bit activations), weight_only, or dense (the twin)"""
-    block: str = "bitnet"
+    block: str = _field("bitnet", one_of=("bitnet", "seed"))
     """bitnet (RMSNorm, rotary, SiLU, sub-norms) or seed (LayerNorm, learned positions, ReLU)"""
 
     def __post_init__(self) -> None:
-        _check(
-            self,
-            ("hidden_size intermediate_size num_hidden_layers num_attention_heads", *_AT_LEAST_1),
-            ("vocab_size", lambda size: size >= MIN_VOCAB_SIZE, _SMALLEST_VOCAB),
-            ("max_position_embeddings", lambda length: length >= 2, "at least 2"),
-            # beyond any machine: a slip of the hand, or a hostile file
-            ("num_hidden_layers", *_at_most(1 << 10)),
-            ("hidden_size", *_at_most(1 << 16)),
-            ("intermediate_size", *_at_most(1 << 18)),
-            ("max_position_embeddings", *_at_most(1 << 20)),
-            ("vocab_size", *_at_most(1 << 24)),
-            ("rope_theta rms_norm_eps", *_POSITIVE),
-            ("linear", *_one_of("ternary", "weight_only", "dense")),
-            ("block", *_one_of("bitnet", "seed")),
-        )
+        super().__post_init__()
         heads, kv_heads, D = self.num_attention_heads, self.num_kv_heads, self.hidden_size
-        expected = f"a divisor of hidden_size={D}, such as {_near_divisor(D, heads)}"
-        require(D % heads == 0, "num_attention_heads", heads, expected)
-        expected = f"an even head width (rotary embedding turns pairs), not {self.head_dim}"
+        _require_divisor("num_attention_heads", heads, D, f"hidden_size={D}")
+        _require_divisor("num_key_value_heads", kv_heads, heads, f"num_attention_heads={heads}")
         even = self.block == "seed" or self.head_dim % 2 == 0
-        require(even, "num_attention_heads", heads, expected)
-        expected = f"a divisor of num_attention_heads={heads}, such as "
-        expected += str(_near_divisor(heads, kv_heads))
-        fits = kv_heads >= 1 and heads % kv_heads == 0
-        require(fits, "num_key_value_heads", kv_heads, expected)
+        require(even, "num_attention_heads", heads, f"an even head width, not {self.head_dim}")
 
     @property
     def head_dim(self) -> int:
@@ -255,255 +212,169 @@ class ModelConfig:
     def num_parameters(self) -> int:
         """All trained numbers; a tied embedding counts once."""
         D, M, kv = self.hidden_size, self.intermediate_size, self.num_kv_heads * self.head_dim
-        seed = self.block == "seed"
-        norms = 4 * D if seed else 3 * D + M
-        matrices = 2 * D * D + 2 * D * kv + (2 if seed else 3) * D * M
-        total = self.vocab_size * D * (1 if self.tie_word_embeddings else 2)
-        total += self.num_hidden_layers * (matrices + norms) + (2 * D if seed else D)
-        return total + (self.max_position_embeddings * D if seed else 0)
-
-    @property
-    def export_limits(self) -> list[str]:
-        """Why an export of this model would not run everywhere; empty where it does."""
-        found = []
-        if self.block != "bitnet" or not self.tie_word_embeddings or self.linear != "ternary":
-            found.append(NO_COUNTERPART)
-        for name in ("hidden_size", "intermediate_size"):
-            if getattr(self, name) % 256:
-                found.append(f"llama.cpp's ternary blocks need {name} to be a multiple of 256")
-        if self.head_dim not in (64, 128):
-            found.append(f"head width {self.head_dim} is neither 64 nor 128")
-        return found
-
-
-def _near_divisor(n: int, wanted: int) -> int:
-    divisors = [d for d in range(1, min(n, 4096) + 1) if n % d == 0]
-    return min(divisors, key=lambda d: (abs(d - wanted), d))
+        block = 2 * D * D + 2 * D * kv + 3 * D * M + 3 * D + M
+        rest = D + self.vocab_size * D * (1 if self.tie_word_embeddings else 2)
+        if self.block == "seed":
+            block += D - M - D * M  # LayerNorms, no sub-norm, no gate
+            rest += D + self.max_position_embeddings * D
+        return self.num_hidden_layers * block + rest
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Checked):
     """Where the text comes from and how it becomes tokens."""
 
     data: str = "pydocs"
     """a .txt, .jsonl, .parquet file or folder, a known name, hf:OWNER/NAME[:CONFIG][#COLUMN]"""
     validation_data: str | None = None
     """a second source to validate on; default: the source's own split, or its held-out tail"""
-    validation_fraction: float = 0.05
+    validation_fraction: float = _field(0.05, more_than=0, less_than=0.9)
     """share of the text held out where the source has no validation split"""
     text_column: str | None = None
     """column of .jsonl, .parquet or hub rows; default: text, or the only column of strings"""
-    max_train_tokens: int | None = None
+    max_train_tokens: int | None = _field(None, at_least=1)
     """train on at most this many; hub sources and folders then arrive while training runs"""
-    tokenizer: str = "bpe"
+    tokenizer: str = _field("bpe", one_of=("bpe", "wordpiece"))
     """bpe (byte-level, lossless) or wordpiece (the seed's)"""
 
     def __post_init__(self) -> None:
-        _check(
-            self,
-            ("data", bool, "a file, a folder, a data set's name or pydocs"),
-            ("validation_fraction", lambda share: 0 < share < 0.9, "a number in (0, 0.9)"),
-            ("max_train_tokens", *_POSITIVE),
-            ("tokenizer", *_one_of("bpe", "wordpiece")),
-        )
+        super().__post_init__()
+        require(bool(self.data), "data", "", "a file, a folder, a data set's name or pydocs")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Checked):
     """How long, how fast and how carefully to train."""
 
-    max_steps: int = 200
+    max_steps: int = _field(200, at_least=1)
     """optimizer steps in all"""
-    batch_tokens: int = 4096
+    batch_tokens: int = _field(4096, at_least=1, at_most=1 << 27)
     """tokens per optimizer step, a multiple of max_position_embeddings"""
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = _field(None, at_least=1)
     """windows at once on the device; default: found. Does not change the mathematics"""
-    seed: int = 0
+    seed: int = _field(0, at_least=0)
     """of the initial weights and the order of the data"""
-    optimizer: str = "muon"
+    optimizer: str = _field("muon", one_of=("muon", "adamw"))
     """muon (matrices; AdamW for the rest) or adamw"""
-    learning_rate: float | None = None
+    learning_rate: float | None = _field(None, more_than=0)
     """peak rate of the matrices; default: as tuned, 0.04 with muon (0.02 where linear=dense)"""
-    adamw_learning_rate: float | None = None
+    adamw_learning_rate: float | None = _field(None, more_than=0)
     """peak rate of embedding, norms, head; default: 0.005 with muon, learning_rate with adamw"""
-    weight_decay: float = 0.0
+    weight_decay: float = _field(0.0, at_least=0)
     """decoupled, on matrices only"""
-    momentum: float = 0.95
+    momentum: float = _field(0.95, at_least=0, less_than=1)
     """Muon's"""
-    adam_beta1: float = 0.9
+    adam_beta1: float = _field(0.9, at_least=0, less_than=1)
     """AdamW's decay of the mean gradient"""
-    adam_beta2: float = 0.95
+    adam_beta2: float = _field(0.95, at_least=0, less_than=1)
     """AdamW's decay of the mean square gradient"""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = _field(1.0, at_least=0)
     """clip AdamW's gradients to this norm (Muon's step does not depend on it); 0: never"""
-    schedule: str = "wsd"
+    schedule: str = _field("wsd", one_of=("wsd", "cosine"))
     """wsd (warm-up, constant, linear cooldown) or cosine"""
-    warmup_steps: int = 20
+    warmup_steps: int = _field(20, at_least=0)
     """optimizer steps of linear warm-up"""
-    cooldown_fraction: float = 0.4
+    cooldown_fraction: float = _field(0.4, at_least=0, at_most=1)
     """share of max_steps in the cooldown of wsd"""
-    device: str = "auto"
+    device: str = _field("auto", one_of=("auto", "cpu", "cuda", "mps"))
     """auto, cpu, cuda or mps"""
-    dtype: str = "auto"
+    dtype: str = _field("auto", one_of=("auto", "float32", "bfloat16", "float16"))
     """of matrix products: auto, float32, bfloat16, float16. Master weights are float32"""
-    compile: str = "auto"
+    compile: str = _field("auto", one_of=("auto", "on", "off"))
     """torch.compile: auto (where it pays), on, off"""
     fsdp: bool = False
     """shard the model over several processes (FSDP), for a model that does not fit on one GPU"""
     deterministic: bool = False
     """ask a GPU for repeatable kernels (slower); a CPU always is"""
-    log_every_steps: int = 10
+    log_every_steps: int = _field(10, at_least=1)
     """optimizer steps between lines in metrics.jsonl"""
-    eval_every_steps: int = 100
+    eval_every_steps: int = _field(100, at_least=0)
     """optimizer steps between evaluations; 0: only at the end"""
-    eval_tokens: int = 65_536
+    eval_tokens: int = _field(65_536, at_least=1)
     """validation tokens of an evaluation during training; at the end: all"""
-    patience: int = 0
+    patience: int = _field(0, at_least=0)
     """evaluations in a row without a better validation loss that end the run; 0: none do"""
     sample_prompt: str = ""
     """start of the text generated at each evaluation"""
-    save_every_steps: int = 0
+    save_every_steps: int = _field(0, at_least=0)
     """optimizer steps between checkpoints; 0: by time only"""
-    save_every_minutes: float = 5.0
+    save_every_minutes: float = _field(5.0, at_least=0)
     """minutes between checkpoints; 0: by steps only"""
     save_every_epoch: bool = False
     """keep a checkpoint of every finished epoch, as the seed script does"""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = _field(2, at_least=1)
     """how many of the newest checkpoints to keep"""
-
-    def __post_init__(self) -> None:
-        _check(
-            self,
-            ("max_steps batch_tokens micro_batch_size eval_tokens", *_AT_LEAST_1),
-            ("log_every_steps keep_checkpoints", *_AT_LEAST_1),
-            ("batch_tokens", *_at_most(1 << 27)),
-            ("eval_every_steps patience save_every_steps warmup_steps seed", *_NOT_NEGATIVE),
-            ("weight_decay max_grad_norm save_every_minutes", *_NOT_NEGATIVE),
-            ("learning_rate adamw_learning_rate", *_POSITIVE),
-            ("momentum adam_beta1 adam_beta2", lambda beta: 0 <= beta < 1, "a number in [0, 1)"),
-            ("cooldown_fraction", lambda share: 0 <= share <= 1, "a number in [0, 1]"),
-            ("optimizer", *_one_of("muon", "adamw")),
-            ("schedule", *_one_of("wsd", "cosine")),
-            ("device", *_one_of("auto", "cpu", "cuda", "mps")),
-            ("dtype", *_one_of("auto", "float32", "bfloat16", "float16")),
-            ("compile", *_one_of("auto", "on", "off")),
-        )
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(_Checked):
     """How the next token is chosen."""
 
-    max_new_tokens: int = 100
+    max_new_tokens: int = _field(100, at_least=0)
     """tokens to generate, at most"""
-    temperature: float = 0.8
+    temperature: float = _field(0.8, at_least=0)
     """divides the logits; 0: always the likeliest token"""
-    top_k: int = 50
+    top_k: int = _field(50, at_least=0)
     """choose among this many likeliest tokens; 0: all"""
-    top_p: float = 1.0
+    top_p: float = _field(1.0, more_than=0, at_most=1)
     """choose among the likeliest tokens whose probabilities reach this sum"""
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = _field(1.0, more_than=0)
     """divides (negative: multiplies) the logits of tokens already in the text; 1: none"""
-    seed: int | None = None
+    seed: int | None = _field(None, at_least=0)
     """of the choices; default: a new one each time"""
-
-    def __post_init__(self) -> None:
-        _check(
-            self,
-            ("max_new_tokens temperature top_k seed", *_NOT_NEGATIVE),
-            ("top_p", lambda share: 0 < share <= 1, "a number in (0, 1]"),
-            ("repetition_penalty", *_POSITIVE),
-        )
-
-
-_TUNED_RATES = {  # tools/experiments.py, recipe: of the matrices, of the rest
-    ("muon", "ternary"): (0.04, 5e-3),
-    ("muon", "dense"): (0.02, 5e-3),
-    ("adamw", "ternary"): (1.5e-3, 1.5e-3),
-    ("adamw", "dense"): (1.5e-3, 1.5e-3),
-}
 
 
 def peak_rates(model: ModelConfig, training: TrainConfig) -> tuple[float, float]:
-    """Peak rates of the matrices and of embedding, norms and head; tuned where nothing is set.
+    """Peak rates of the matrices and of the rest; by default as tuned in tools/experiments.py.
 
-    A ternary weight changes only when its master crosses a threshold, so it wants a higher rate.
+    A ternary weight changes only when its master crosses a threshold: it wants a higher rate.
     """
-    tuned = _TUNED_RATES[training.optimizer, "dense" if model.linear == "dense" else "ternary"]
-    matrices = training.learning_rate or tuned[0]
-    rest = matrices if training.optimizer == "adamw" else tuned[1]
-    return matrices, training.adamw_learning_rate or rest
+    muon = training.optimizer == "muon"
+    tuned = (0.02 if model.linear == "dense" else 0.04) if muon else 1.5e-3
+    matrices = training.learning_rate or tuned
+    return matrices, training.adamw_learning_rate or (5e-3 if muon else matrices)
 
 
 def check_configs(model: ModelConfig, training: TrainConfig) -> None:
     """Check what depends on two configurations; ValueError names field, value and remedy."""
     context, batch = model.max_position_embeddings, training.batch_tokens
-    below, windows = max(batch // context, 1) * context, batch // context
+    windows, below = batch // context, max(batch // context, 1) * context
     expected = f"a multiple of max_position_embeddings={context}, such as {below}"
     require(batch % context == 0, "batch_tokens", batch, f"{expected} or {below + context}")
     micro = training.micro_batch_size or 1
-    expected = f"a divisor of the {windows} windows per step"
-    expected += f", such as {_near_divisor(windows, micro)}"
-    require(windows % micro == 0, "micro_batch_size", micro, expected)
+    _require_divisor("micro_batch_size", micro, windows, f"the {windows} windows per step")
 
 
-# ModelConfig(vocab_size, hidden_size, intermediate_size, layers, heads, key/value heads, context)
+# ModelConfig(vocab_size, hidden_size, intermediate_size, layers, heads, key/value heads, context),
+# TrainConfig(max_steps, batch_tokens)
+_CI_TRAINING = TrainConfig(
+    40, 1024, warmup_steps=4, eval_every_steps=20, eval_tokens=4096, log_every_steps=5
+)
+_SEED_MODEL = ModelConfig(
+    30000, 512, 2048, 6, 8, None, 512, tie_word_embeddings=False, linear="weight_only", block="seed"
+)
+_ADAMW: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 1e-4, "weight_decay": 0.01}
+_ADAMW |= {"adam_beta2": 0.999, "max_grad_norm": 0.0, "warmup_steps": 0}
+_SEED_TRAINING = TrainConfig(3000, 8192, cooldown_fraction=0.0, save_every_epoch=True, **_ADAMW)
 PRESETS: dict[str, tuple[ModelConfig, DataConfig, TrainConfig]] = {
-    "ci": (
-        ModelConfig(512, 64, 192, 2, 2, 1, 64),
-        DataConfig(),
-        TrainConfig(
-            max_steps=40,
-            batch_tokens=1024,
-            warmup_steps=4,
-            eval_every_steps=20,
-            eval_tokens=4096,
-            log_every_steps=5,
-        ),
-    ),
-    "demo": (
-        ModelConfig(),
-        DataConfig(),
-        TrainConfig(
-            max_steps=400, batch_tokens=2048, save_every_steps=100, eval_every_steps=100, patience=3
-        ),
-    ),
+    "ci": (ModelConfig(512, 64, 192, 2, 2, 1, 64), DataConfig(), _CI_TRAINING),
+    "demo": (ModelConfig(), DataConfig(), TrainConfig(400, 2048, save_every_steps=100, patience=3)),
     "laptop": (
         ModelConfig(8192, 512, 1024, 6, 8, 4, 256),
-        DataConfig(data="wikitext-2"),
-        TrainConfig(max_steps=750, batch_tokens=8192, eval_every_steps=75, patience=3),
+        DataConfig("wikitext-2"),
+        TrainConfig(750, 8192, eval_every_steps=75, patience=3),
     ),
     "t4-1h": (
         ModelConfig(8192, 512, 1536, 8, 8, 4, 512),
-        DataConfig(data="tinystories", max_train_tokens=150_000_000),
-        TrainConfig(max_steps=2500, batch_tokens=65_536, warmup_steps=100, eval_every_steps=250),
+        DataConfig("tinystories", max_train_tokens=150_000_000),
+        TrainConfig(2500, 65_536, warmup_steps=100, eval_every_steps=250),
     ),
     "t4-3h": (
         ModelConfig(16_384, 768, 2048, 7, 12, 4, 512),
-        DataConfig(data="fineweb-edu", max_train_tokens=300_000_000),
-        TrainConfig(max_steps=4000, batch_tokens=65_536, warmup_steps=100, eval_every_steps=250),
+        DataConfig("fineweb-edu", max_train_tokens=300_000_000),
+        TrainConfig(4000, 65_536, warmup_steps=100, eval_every_steps=250),
     ),
-    "seed": (
-        ModelConfig(
-            *(30_000, 512, 2048, 6, 8, None, 512),
-            tie_word_embeddings=False,
-            linear="weight_only",
-            block="seed",
-        ),
-        DataConfig(data="wikitext-2", tokenizer="wordpiece"),
-        TrainConfig(
-            max_steps=3000,
-            batch_tokens=8192,
-            optimizer="adamw",
-            learning_rate=1e-4,
-            weight_decay=0.01,
-            adam_beta2=0.999,
-            max_grad_norm=0.0,
-            warmup_steps=0,
-            cooldown_fraction=0.0,
-            save_every_epoch=True,
-        ),
-    ),
+    "seed": (_SEED_MODEL, DataConfig("wikitext-2", tokenizer="wordpiece"), _SEED_TRAINING),
 }
 """Name -> (ModelConfig, DataConfig, TrainConfig). t4-* are sized by arithmetic, not measured."""
 
@@ -515,19 +386,10 @@ _SCALE_FLOOR = 1e-5  # the reference's clamp [1]
 
 
 def weight_quant(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a weight matrix to {-1, 0, 1} times one scale (absmean).
+    """Round a weight matrix, (O, I), to {-1, 0, 1} times one scale (absmean; [1], eq. 1-3).
 
-    Args:
-        weight: full-precision master weight, (out_features, in_features).
-
-    Returns:
-        ternary: float32, like `weight`, values in {-1, 0, 1}.
-        scale: float32, shape (); weight is approximated by ternary * scale.
-
-    Raises:
-        ValueError: `weight` is not a matrix.
-
-    Source: BitNet b1.58 [1], eq. 1-3. The authors' function returns the product.
+    Returns ternary, (O, I), and scale, (), both float32, of which the authors' function returns
+    the product: it approximates weight. ValueError where `weight` is not a matrix.
     """
     if weight.ndim != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected a matrix")
@@ -544,25 +406,13 @@ def _to_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def activation_quant(x: Tensor) -> Tensor:
-    """Round each token's vector to 8 bits and back (absmax).
-
-    Args:
-        x: activations, (..., features), any float type.
-
-    Returns:
-        float32, like `x`; each vector holds at most 255 different values n * absmax / 127.
-
-    Source: [1], "Training Tips, Code and FAQ", activation_quant.
-    """
+    """Round each token's vector of x, (..., I), to 8 bits and back: float32 (absmax; [1], FAQ)."""
     integers, scale = _to_8_bits(x)
     return integers / scale
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Forward: what was computed from x. Backward: the gradient unchanged ([1], FAQ).
-
-    `x + (q(x) - x).detach()` is the same mathematics, but three times slower when compiled.
-    """
+    """`x + (q(x) - x).detach()` is the same, but three times slower when compiled."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, quantized: Tensor) -> Tensor:
@@ -575,7 +425,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def straight_through(x: Tensor, quantized: Tensor) -> Tensor:
-    """`quantized`, which was computed from x; its gradient reaches x unchanged."""
+    """`quantized`, which was computed from x; its gradient reaches x unchanged ([1], FAQ)."""
     return _StraightThrough.apply(x, quantized) if torch.is_grad_enabled() else quantized
 
 
@@ -584,24 +434,11 @@ def quantize_input(x: Tensor, linear: str) -> Tensor:
     return straight_through(x, activation_quant(x.detach())) if linear == "ternary" else x
 
 
-def pack_trits(trits: Tensor) -> Tensor:
-    """Trits, (O, I), at two bits each: byte j of a row holds inputs j + k * ceil(I / 4)."""
-    codes = F.pad(trits + 1, (0, -trits.shape[1] % 4)).to(torch.uint8)
-    a, b, c, d = codes.chunk(4, dim=1)
-    return a | b << 2 | c << 4 | d << 6  # (O, ceil(I / 4))
-
-
-def unpack_trits(packed: Tensor, in_features: int) -> Tensor:
-    """The reverse of `pack_trits`: int8, (O, I)."""
-    codes = torch.cat([packed >> 2 * k & 3 for k in range(4)], dim=1)
-    return codes[:, :in_features].to(torch.int8) - 1
-
-
 KERNELS: list[Any] = []
-"""Faster inference, used instead of plain torch where it is ready. Importing bitllm.cpu adds one.
+"""Faster inference; importing bitllm.cpu adds one.
 
-Each has `ready(x) -> bool`; `rms_norm(x, weight, eps)`, which returns what `RMSNorm` does; and
-`ternary_linear(x, layers)`, which returns what `project` does for frozen layers, bit for bit.
+Each has `ready(x) -> bool`, `rms_norm(x, weight, eps)` and `ternary_linear(x, layers)`, which
+return what `RMSNorm` and, for frozen layers, `project` do without them, bit for bit.
 """
 
 
@@ -609,18 +446,14 @@ def kernels_for(x: Tensor) -> Any:
     """The first of KERNELS that is ready; None where a gradient is wanted or torch compiles."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    for kernels in KERNELS:
-        if kernels.ready(x):
-            return kernels
-    return None
+    return next((kernels for kernels in KERNELS if kernels.ready(x)), None)
 
 
 def project(x: Tensor, layers: Sequence[BitLinear]) -> Sequence[Tensor]:
     """Each layer's output for one input, (..., I), which is quantized once for all of them."""
     first = layers[0]
     packed = first.frozen and first.linear == "ternary" and first.held is None
-    kernels = kernels_for(x) if packed else None
-    if kernels is not None:
+    if packed and (kernels := kernels_for(x)) is not None:
         return kernels.ternary_linear(x, layers)
     if not first.frozen:  # the inference form quantizes its input itself
         x = quantize_input(x, first.linear)
@@ -630,16 +463,12 @@ def project(x: Tensor, layers: Sequence[BitLinear]) -> Sequence[Tensor]:
 class BitLinear(nn.Linear):
     """A matrix without bias that computes with ternary weights and learns in full precision.
 
-    Call it through `project`, which quantizes the input.
+    Call it through `project`. "weight_only" does not quantize the input, "dense" nothing at all.
 
-    Args:
-        in_features, out_features: sizes; the weight is (out_features, in_features).
-        linear: "ternary" or "weight_only" (both quantize the weight), or "dense" (neither).
-
-    `freeze` turns the layer into its inference form, two bits per weight: `packed`, uint8
-    (O, ceil(I / 4)), and `weight_scale`, float32 (), replace the weight. The output equals the
-    training form's to float rounding. Where activations are quantized too, it consists of sums of
-    integers, and every way to compute it gives the same bits.
+    `freeze` replaces the weight by its inference form at two bits each: `packed`, uint8
+    (O, ceil(I / 4)), whose byte j of a row holds inputs j + k * ceil(I / 4), and `weight_scale`,
+    float32 (). The output stays the same to float rounding; "ternary" adds up integers, so that
+    every way to compute it gives the same bits.
     Never quantize t * s again: the mean of weights that are already ternary is below their scale.
     """
 
@@ -648,21 +477,14 @@ class BitLinear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, linear: str = "ternary") -> None:
         super().__init__(in_features, out_features, bias=False)
-        self.linear = linear
+        self.shape, self.linear, self.frozen = self.weight.shape, linear, False
         self.held: Tensor | None = None  # see BitLM.hold_weights
-
-    @property
-    def frozen(self) -> bool:
-        return "packed" in self._buffers
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((self.out_features, self.in_features))
 
     @property
     def trits(self) -> Tensor:
         """The trits of the inference form: int8, (O, I)."""
-        return unpack_trits(self.packed, self.in_features)
+        codes = torch.cat([self.packed >> 2 * k & 3 for k in range(4)], dim=1)
+        return codes[:, : self.in_features].to(torch.int8) - 1
 
     def effective_weight(self) -> Tensor:
         """The weight that multiplies: t * s, or the dense weight. (O, I)"""
@@ -691,16 +513,17 @@ class BitLinear(nn.Linear):
 
     def freeze(self) -> None:
         """Keep only trits and scale. A dense or already frozen layer stays as it is."""
-        if self.frozen or self.linear == "dense":
-            return
-        trits, scale = self.ternary()
-        del self.weight
-        self.set_ternary(trits, scale)
+        if not self.frozen and self.linear != "dense":
+            self.set_ternary(*self.ternary())
 
     def set_ternary(self, trits: Tensor, scale: Tensor) -> None:
-        """Give a frozen layer its trits, (O, I), and their scale, float32 ()."""
-        self.register_buffer("packed", pack_trits(trits))
+        """Take the inference form with these trits, (O, I), and their scale, float32 ()."""
+        codes = F.pad(trits + 1, (0, -self.in_features % 4)).to(torch.uint8)
+        a, b, c, d = codes.chunk(4, dim=1)
+        self.register_parameter("weight", None)
+        self.register_buffer("packed", a | b << 2 | c << 4 | d << 6)
         self.register_buffer("weight_scale", scale)
+        self.frozen = True
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.frozen:

@@ -22,6 +22,7 @@ _MODULES = {
         "export_gguf",
         "export_hf",
         "export_html",
+        "export_limits",
         "export_packed",
         "llama_cpp_stream",
         "push_to_hub",

@@ -16,7 +16,7 @@ from dataclasses import fields
 import torch.distributed as dist
 
 import bitllm_core as core
-from bitllm.export import add_export_flags, llama_cpp_stream, run_export
+from bitllm.export import add_export_flags, export_limits, llama_cpp_stream, run_export
 from bitllm_core import DataConfig, ModelConfig, SamplingConfig, TrainConfig, require
 
 
@@ -68,10 +68,19 @@ def field_help(config: type) -> dict[str, str]:
     return found
 
 
+class _ExportNotes(core.Callback):
+    """Say before a training why not every program could load the model."""
+
+    def on_start(self, state: core.TrainState) -> None:
+        for limit in export_limits(state.model.config):
+            core.log.info(f"note: not every client will load this model: {limit}")
+
+
 def _train(flags: argparse.Namespace) -> int:
     from bitllm.loggers import TensorBoard, WandB
 
-    callbacks: list[core.Callback] = [TensorBoard(flags.out)] if flags.tensorboard else []
+    callbacks: list[core.Callback] = [_ExportNotes()]
+    callbacks += [TensorBoard(flags.out)] if flags.tensorboard else []
     callbacks += [WandB(flags.out, flags.wandb)] if flags.wandb else []
     return core.train_command(flags, callbacks)
 

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from bitllm.export.common import (
     EXPORT_VERSION,
+    NO_COUNTERPART,
     Exported,
     Flag,
     Source,
     check_limits,
     end_id,
     export_format,
+    export_limits,
     generate_usage,
     num_ternary_weights,
     open_source,
@@ -35,7 +37,6 @@ from bitllm.export.tensors import (
 from bitllm_core import (
     END_OF_TEXT,
     KNOWN_DATA,
-    NO_COUNTERPART,
     BitLinear,
     BitLM,
     ModelConfig,
@@ -80,7 +81,7 @@ def hf_tensors(model: BitLM, dense: bool) -> dict[str, Tensor]:
 
 def _limits(config: ModelConfig) -> list[str]:
     """Why transformers could not hold the model; llama.cpp's widths do not matter here."""
-    limits = [limit for limit in config.export_limits if limit == NO_COUNTERPART]
+    limits = [limit for limit in export_limits(config) if limit == NO_COUNTERPART]
     kv = config.num_kv_heads * config.head_dim
     if any(n % 4 for n in (config.hidden_size, config.intermediate_size, kv)):
         limits.append("transformers packs four rows per byte: sizes must be multiples of 4")

@@ -16,6 +16,7 @@ from bitllm.export import (
     add_export_flags,
     export_gguf,
     export_hf,
+    export_limits,
     export_packed,
     llama_cpp_stream,
     read_exported,
@@ -287,3 +288,9 @@ def test_only_an_export_is_overwritten(tiny_run, tmp_path):
         export_gguf(tiny_run, tmp_path / "folder.gguf", kind="F16", overwrite=True)
     assert (mine / "letter.txt").read_text() == "dear"
     assert json.loads((tiny_run / "config.json").read_text("utf-8"))
+
+
+def test_presets_for_clients_have_no_export_limits():
+    for name in ("demo", "laptop", "t4-1h", "t4-3h"):
+        assert export_limits(bit.PRESETS[name][0]) == []
+    assert export_limits(bit.PRESETS["seed"][0])
