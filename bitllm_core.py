@@ -970,227 +970,162 @@ def tokenizer_hash(tokenizer: Any) -> str:
 # 5 Data
 # Text is read in pieces, never whole; the tokens are memory-mapped files in the run folder.
 
-
-@dataclass(frozen=True)
-class HubSource:
-    """A data set on the Hugging Face hub."""
-
-    name: str
-    config: str | None = None
-    column: str | None = None
-    validation: str | None = None
-    """its validation split, if it has one"""
-    lines: bool = False
-    """rows are lines of one long text; otherwise each row is a document"""
-
-
 KNOWN_DATA = {
-    "wikitext-2": HubSource("Salesforce/wikitext", "wikitext-2-raw-v1", "text", "validation", True),
-    "wikitext-103": HubSource(
-        "Salesforce/wikitext", "wikitext-103-raw-v1", "text", "validation", True
-    ),
-    "tinystories": HubSource("roneneldan/TinyStories", None, "text", "validation"),
-    "fineweb-edu": HubSource("HuggingFaceFW/fineweb-edu", "sample-10BT", "text"),
-    "wikipedia-es": HubSource("wikimedia/wikipedia", "20231101.es", "text"),
+    "wikitext-2": "hf:Salesforce/wikitext:wikitext-2-raw-v1#text",
+    "wikitext-103": "hf:Salesforce/wikitext:wikitext-103-raw-v1#text",
+    "tinystories": "hf:roneneldan/TinyStories#text",
+    "fineweb-edu": "hf:HuggingFaceFW/fineweb-edu:sample-10BT#text",
+    "wikipedia-es": "hf:wikimedia/wikipedia:20231101.es#text",
 }
-_PIECE_CHARS = 1 << 16  # lines are joined to pieces of about this length
-_LONGEST_PIECE = 1 << 20  # a longer row is cut at white space
+_OF_LINES = ("wikitext-2", "wikitext-103")  # rows are lines of one long text, not documents
+_WITH_VALIDATION = (*_OF_LINES, "tinystories")  # have a validation split
+_SUFFIXES = (".txt", ".jsonl", ".parquet")
+_PIECE_CHARS, _LONGEST_PIECE = 1 << 16, 1 << 20  # lines are joined, longer rows are cut
+_STREAMING = "max_train_tokens with a folder or a data set of the hub"
 _TOKENIZER_CHARS = 100_000_000  # text a tokenizer is trained on at most
+_FIRST_ROWS = 100  # decide which column is the text
+_warn_once = lru_cache(log.warning)  # a source is read several times
 
 Piece = tuple[str, bool]  # text, and whether a document ends with it
-SplitPiece = tuple[str, str, bool]  # the same after "train" or "validation"
+Part = tuple[Iterator[str], bool, bool]  # rows; whether they are lines; whether the last ends one
 
 
-def choose_column(row: dict[str, Any], wanted: str | None, source: object) -> str:
-    """The column that holds the text, chosen by a source's first row.
-
-    ValueError names the columns where `wanted` is not among them or nothing decides.
-    """
-    texts = [name for name, value in row.items() if isinstance(value, str)]
+def _row_texts(rows: Iterable[dict[str, Any]], wanted: str | None, source: Any) -> Iterator[str]:
+    """The text of each row, "" where it has none; ValueError where no column holds text."""
+    rows, kinds, skipped = iter(rows), {}, 0
+    first = list(itertools.islice(rows, _FIRST_ROWS))
+    for name, value in (item for row in first for item in row.items()):
+        if isinstance(value, str) or kinds.get(name, "NoneType") == "NoneType":
+            kinds[name] = type(value).__name__
+    texts = [name for name, kind in kinds.items() if kind == "str"]
     column = wanted or ("text" if "text" in texts else texts[0] if len(texts) == 1 else None)
-    if column is None or column not in row:
-        raise ValueError(
-            f"text_column={column!r}: data='{source}' has columns {', '.join(row) or 'none'}; "
-            "name the one that holds the text with --text-column"
-        )
-    return column
+    columns = ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "none"
+    expected = f"a column of text; {source} has columns {columns}; name one with --text-column"
+    require(
+        not first or kinds.get(column or "") in ("str", "NoneType"), "text_column", column, expected
+    )
+    for row in itertools.chain(first, rows):
+        value = row.get(column)
+        skipped += not isinstance(value, str | None)
+        yield valid_unicode(value) if isinstance(value, str) else ""
+    if skipped:
+        _warn_once("%s: skipped %d rows whose %s is not text", source, skipped, column)
 
 
-def _text_in(row: dict[str, Any], column: str, where: object) -> str:
-    """The text of a row, "" where it has none."""
-    value = row.get(column)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        kind = type(value).__name__
-        raise ValueError(f"{where}: column {column!r} holds a value of type {kind}, expected text")
-    return value
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file, a byte order mark dropped and every line end made \\n."""
-    with path.open(encoding="utf-8-sig") as file:
-        yield from file
-
-
-def _jsonl_rows(path: Path, wanted: str | None) -> Iterator[str]:
-    column = None
-    for number, line in enumerate(_lines(path), 1):
-        where = f"{path}, line {number}"
-        if line.isspace():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: cannot be read as JSON ({first_line(error)})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f'{where}: expected an object such as {{"text": "..."}}')
-        column = column or choose_column(row, wanted, path)
-        yield valid_unicode(_text_in(row, column, where))
-
-
-def _parquet_rows(path: Path, wanted: str | None) -> Iterator[str]:
-    pyarrow = library("pyarrow", f"reading {path.name}")
-    parquet = library("pyarrow.parquet", f"reading {path.name}")
+def _file_rows(path: Path) -> Iterator[Any]:
+    """The lines of a .txt, every line end made \\n, or the rows of another file as dicts."""
+    suffix, number = path.suffix.lower(), 0
     try:
-        with parquet.ParquetFile(path) as file:
-            if file.metadata.num_rows == 0:
-                return
-            column = choose_column(next(file.iter_batches(1)).to_pylist()[0], wanted, path)
-            for batch in file.iter_batches(1000, columns=[column]):
-                for row in batch.to_pylist():
-                    yield _text_in(row, column, path)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: cannot be read as .parquet ({first_line(error)})") from error
-
-
-_READERS: dict[str, Callable[[Path, str | None], Iterator[str]]] = {
-    ".txt": lambda path, _: _lines(path),
-    ".jsonl": _jsonl_rows,
-    ".parquet": _parquet_rows,
-}
-
-
-def file_rows(path: Path, column: str | None = None) -> Iterator[str]:
-    """The rows of a local file: lines of a .txt, or the text of each row, "" where it has none.
-
-    Raises ValueError naming the file where it is not what its name says.
-    """
-    try:
-        yield from _READERS[path.suffix](path, column)
+        if suffix == ".parquet":
+            with library("pyarrow.parquet", f"reading {path.name}").ParquetFile(path) as file:
+                columns = [x.name for x in file.schema_arrow if "string" in str(x.type)]
+                for batch in file.iter_batches(_FIRST_ROWS, columns=columns):
+                    yield from batch.to_pylist()
+            return
+        with path.open(encoding="utf-8-sig") as file:
+            for line in file:
+                number += 1
+                if suffix == ".txt":
+                    yield line
+                elif not line.isspace():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError('expected an object such as {"text": "..."}')
+                    yield row
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({first_line(error)})") from error
+    except (OSError, ValueError, RecursionError, NotImplementedError) as error:
+        where = f"{path}, line {number}" if number else path
+        raise ValueError(f"{where}: cannot be read as {suffix} ({first_line(error)})") from error
 
 
 def local_files(source: str, split: str = "train") -> list[Path]:
-    """The files of a source, sorted. In a folder, valid*, dev* and test* are not training text."""
+    """The files of a source, sorted.
+
+    In a folder, names that begin with the word valid, validation, dev or test are not training
+    text; hidden files and a run's metrics.jsonl are left out.
+    """
     path = Path(source).expanduser()
-    if path.is_file():
-        files = [path] if split == "train" else []
-    else:
-        found = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _READERS)
-        files = [p for p in found if _split_of(p) == split]
-    if any(p.suffix not in _READERS for p in files) or (split == "train" and not files):
-        raise ValueError(
-            f"data={source!r}: expected {', '.join(_READERS)} files"
-            + (" in the folder" if path.is_dir() else f", not {path.suffix or 'no suffix'}")
-        )
+    files = [path] if path.is_file() and split == "train" else []
+    for file in sorted(path.rglob("*")) if path.is_dir() else ():
+        parts, word = file.relative_to(path).parts, re.split(r"[\W\d_]", file.stem.lower())[0]
+        held = "validation" if word in ("valid", "validation", "dev") else word
+        hidden = any(part.startswith((".", "__MACOSX")) for part in parts)
+        if split == (held if held in ("validation", "test") else "train") and not hidden:
+            files += [file] if file.is_file() and file.name != "metrics.jsonl" else []
+    files = [file for file in files if file.suffix.lower() in _SUFFIXES]
+    place = " in the folder" if path.is_dir() else f", not {path.suffix or 'no suffix'}"
+    expected = f"{', '.join(_SUFFIXES)} files{place}"
+    require(split != "train" or bool(files), "data", source, expected)
     return files
 
 
-def _split_of(path: Path) -> str:
-    for prefix, split in (("valid", "validation"), ("dev", "validation"), ("test", "test")):
-        if path.stem.lower().startswith(prefix):
-            return split
-    return "train"
-
-
 def is_local(source: str) -> bool:
-    return Path(source).expanduser().exists()
+    return source not in ("pydocs", *KNOWN_DATA) and Path(source).expanduser().exists()
 
 
-def hub_source(source: str) -> HubSource:
-    """The data set that a known name or hf:OWNER/NAME[:CONFIG][#COLUMN] stands for."""
-    if source in KNOWN_DATA:
-        return KNOWN_DATA[source]
-    if not source.startswith("hf:"):
-        known = ", ".join(["pydocs", *KNOWN_DATA])
+def text_parts(source: str, split: str, config: DataConfig) -> Iterator[Part]:
+    """Files, a hub's data set or its shards (of a stream); nothing without such a split."""
+    if is_local(source):
+        for path in local_files(source, split):
+            rows, lines = _file_rows(path), path.suffix.lower() == ".txt"
+            yield rows if lines else _row_texts(rows, config.text_column, path), lines, True
+        return
+    if source == "pydocs" and split == "train":
+        from pydoc_data.topics import topics  # the interpreter's own
+
+        yield (topics[name].strip() + "\n" for name in sorted(topics)), False, True
+    if source == "pydocs" or not (split == "train" or source in _WITH_VALIDATION):
+        return
+    pattern = r"hf:([^/:#]+/[^/:#]+)(?::([^#]+))?(?:#(.+))?"
+    found = re.fullmatch(pattern, KNOWN_DATA.get(source, source))
+    if not found:
         raise FileNotFoundError(
-            f"data={source!r}: no such file or folder, and no known data set; expected a "
-            f".txt, .jsonl or .parquet file, a folder of them, hf:OWNER/NAME, or one of {known}"
+            f"data={source!r}: no such file or folder, and no known data set; expected a .txt, "
+            ".jsonl or .parquet file, a folder of them, hf:OWNER/NAME[:CONFIG][#COLUMN], or one "
+            f"of {', '.join(['pydocs', *KNOWN_DATA])}"
         )
-    name, _, column = source[3:].partition("#")
-    name, _, config = name.partition(":")
-    require(name.count("/") == 1, "data", source, "hf:OWNER/NAME[:CONFIG][#COLUMN]")
-    return HubSource(name, config or None, column or None)
-
-
-def hub_rows(hub: HubSource, split: str, streaming: bool) -> Any:
-    """The rows of a split, as `datasets` gives them; ConnectionError where the hub does not."""
-    datasets = library("datasets", f"data={hub.name!r} from the Hugging Face hub")
+    name, subset, column = found.groups()
+    datasets = library("datasets", f"data={name!r} from the Hugging Face hub")
+    streaming = config.max_train_tokens is not None
     try:
-        return datasets.load_dataset(hub.name, hub.config, split=split, streaming=streaming)
-    except (OSError, datasets.exceptions.DatasetsError) as error:
+        data = datasets.load_dataset(name, subset, split=split, streaming=streaming)
+    except Exception as error:  # each layer of the hub's clients has kinds of its own
         raise ConnectionError(
-            f"the data set {hub.name} could not be loaded from the Hugging Face hub "
+            f"the data set {name} could not be loaded from the Hugging Face hub "
             f"({' '.join(str(error).split())[:200]}). Without a connection, give a local file "
             "(--data FILE.txt) or the text that comes with Python (--data pydocs)"
         ) from error
+    count = data.num_shards if streaming else 1
+    for shard in (data.shard(count, i) if streaming else data for i in range(count)):
+        rows = (
+            dict(zip(batch, values, strict=True))
+            for batch in shard.iter(_FIRST_ROWS)
+            for values in zip(*batch.values(), strict=True)
+        )
+        yield _row_texts(rows, column or config.text_column, name), source in _OF_LINES, False
 
 
-def join_lines(lines: Iterable[str]) -> Iterator[str]:
-    """Join lines to pieces, cut where no token could join them: before a line without indent."""
-    piece, size = [], 0
-    for line in lines:
-        if size >= _PIECE_CHARS and not line[:1].isspace():
-            yield "".join(piece)
-            piece, size = [], 0
-        piece.append(line)
-        size += len(line)
-    if piece:
-        yield "".join(piece)
+def text_pieces(rows: Iterable[str], lines: bool, ends: bool) -> Iterator[Piece]:
+    """Rows as documents, or lines joined up to one without indent, which no token could join;
+    cut at white space, where there is any, after a million characters."""
 
-
-def cut_long(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Cut what is longer than a million characters, at white space where there is any."""
-    for text, ends in pieces:
+    def cut(text: str, last: bool) -> Iterator[Piece]:
         while len(text) > _LONGEST_PIECE:
-            cut = text.rfind(" ", 1, _LONGEST_PIECE)
-            cut = cut if cut > 0 else _LONGEST_PIECE
-            yield text[:cut], False
-            text = text[cut:]
-        yield text, ends
+            at = max(text.rfind(" ", 1, _LONGEST_PIECE), 0) or _LONGEST_PIECE
+            yield text[:at], False
+            text = text[at:]
+        yield text, last
 
-
-def _file_pieces(path: Path, column: str | None) -> Iterator[Piece]:
-    rows = filter(None, file_rows(path, column))
-    if path.suffix != ".txt":
-        yield from ((text, True) for text in rows)
-        return
-    previous = None
-    for text in join_lines(rows):
-        if previous is not None:
-            yield previous, False
-        previous = text
-    if previous is not None:
-        yield previous, True  # the file is one document
-
-
-def _hub_pieces(hub: HubSource, split: str, config: DataConfig) -> Iterator[Piece]:
-    rows = hub_rows(hub, split, streaming=config.max_train_tokens is not None)
-    column = choose_column(next(iter(rows), {}), hub.column or config.text_column, hub.name)
-    texts = (text for batch in rows.iter(batch_size=1000) for text in batch[column] if text)
-    return ((text, not hub.lines) for text in (join_lines(texts) if hub.lines else texts))
-
-
-def _pydocs() -> Iterator[Piece]:
-    """Python's reference texts by topic, from the interpreter itself."""
-    from pydoc_data.topics import topics
-
-    for name in sorted(topics):
-        yield topics[name].strip() + "\n", True
+    piece, size = [], 0
+    for row in filter(None, rows):
+        if size and (not lines or (size >= _PIECE_CHARS and not row[:1].isspace())):
+            yield from cut("".join(piece), not lines)
+            piece, size = [], 0
+        piece.append(row)
+        size += len(row)
+    if size:
+        yield from cut("".join(piece), ends or not lines)
 
 
 def read_pieces(
@@ -1198,65 +1133,33 @@ def read_pieces(
 ) -> Iterator[Piece]:
     """Text of a source in pieces of bounded length, each with whether a document ends there.
 
-    Args:
-        source: as `DataConfig.data`. A .txt file is one document; a row of any other is one.
-        split: "train", or "validation", which is empty where the source has no such split.
+    A .txt is one document; a row of anything else is one. No text where there is no such split.
 
     Raises:
         FileNotFoundError, ValueError: no such source, or not readable as what its name says.
         ConnectionError: the hub cannot be reached (after the library's own few tries).
     """
-    config = config or DataConfig(data=source)
-    pieces: Iterator[Piece] = iter(())
-    if is_local(source):
-        paths = local_files(source, split)
-        pieces = (piece for path in paths for piece in _file_pieces(path, config.text_column))
-    elif source == "pydocs":
-        pieces = _pydocs() if split == "train" else pieces
-    else:
-        hub = hub_source(source)
-        name = hub.validation if split == "validation" else "train"
-        pieces = _hub_pieces(hub, name, config) if name else pieces
-    return cut_long(pieces)
+    for part in text_parts(source, split, config or DataConfig(data=source)):
+        yield from text_pieces(*part)
 
 
-def _split_tail(pieces: Iterable[Piece], train_chars: int) -> Iterator[SplitPiece]:
-    """The first `train_chars` characters train, the rest validates."""
-    seen = 0
+def _part_of(pieces: Iterable[Piece], chars: int, head: bool) -> Iterator[Piece]:
+    """The first `chars` characters, or those after them."""
     for text, ends in pieces:
-        room = train_chars - seen
-        seen += len(text)
-        if room >= len(text):
-            yield "train", text, ends
-        elif room <= 0:
-            yield "validation", text, ends
-        else:
-            cut = max(text.rfind("\n", 0, room), text.rfind(" ", 0, room)) + 1 or room
-            yield "train", text[:cut], True
-            yield "validation", text[cut:], ends
-            seen, train_chars = 1, 0
+        if 0 < chars < len(text):
+            cut = max(text.rfind("\n", 0, chars), text.rfind(" ", 0, chars)) + 1 or chars
+            yield (text[:cut], True) if head else (text[cut:], ends)
+        elif head == (chars > 0):
+            yield text, ends
+        chars -= len(text)
 
 
-def _splits(config: DataConfig) -> Callable[[], Iterator[SplitPiece]]:
-    """A function that reads the source from its beginning, each piece with its split."""
-    source = config.validation_data
-    held = (source, "train") if source else (config.data, "validation")
-
-    def read_both() -> Iterator[SplitPiece]:
-        yield from (("train", *piece) for piece in read_pieces(config.data, "train", config))
-        yield from (("validation", *piece) for piece in read_pieces(*held, config))
-
-    if next(read_pieces(*held, config), None) is not None:
-        return read_both
-    total = sum(len(text) for text, _ in read_pieces(config.data, "train", config))
-    train_chars = round(total * (1 - config.validation_fraction))
-    return lambda: _split_tail(read_pieces(config.data, "train", config), train_chars)
-
-
-def is_streamed(config: DataConfig) -> bool:
-    """Whether tokens arrive while training runs: a budget of a hub's set or a folder."""
-    whole = config.data == "pydocs" or Path(config.data).expanduser().is_file()
-    return config.max_train_tokens is not None and not whole
+def limited(texts: Iterable[str], chars: int) -> Iterator[str]:
+    for text in texts:
+        yield text
+        chars -= len(text)
+        if chars <= 0:
+            return
 
 
 def open_new(path: Path) -> Any:
@@ -1274,57 +1177,12 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):  # a full disk needs the room
-            beside.unlink(missing_ok=True)
-        raise
-
-
-def tokenize(
-    tokenizer: Any, pieces: Iterable[SplitPiece], folder: Path, budget: int | None
-) -> dict[str, Any]:
-    """Write train.bin and validation.bin; return the manifest's entries for them."""
-    from tqdm.auto import tqdm
-
-    dtype = "uint16" if tokenizer.get_vocab_size() <= 1 << 16 else "uint32"
-    eot, pieces = end_of_text_id(tokenizer), iter(pieces)
-    counts: dict[str, Any] = {s: {"tokens": 0, "bytes": 0} for s in ("train", "validation")}
-    with contextlib.ExitStack() as stack:
-        files = {s: stack.enter_context(open_new(folder / f"{s}.tmp")) for s in counts}
-        bar = stack.enter_context(
-            tqdm(unit="B", unit_scale=True, desc="tokenizing", mininterval=0.5)
-        )
-        while batch := list(itertools.islice(pieces, 64)):
-            texts = [text for _, text, _ in batch]
-            encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            for (split, text, ends), tokens in zip(batch, encoded, strict=True):
-                ids = tokens.ids + ([eot] if ends and eot is not None else [])
-                files[split].write(np.asarray(ids, dtype=dtype).tobytes())
-                counts[split]["tokens"] += len(ids)
-                counts[split]["bytes"] += len(text.encode())
-            bar.update(sum(count["bytes"] for count in counts.values()) - bar.n)
-            if budget and counts["train"]["tokens"] >= budget:
-                break
-        for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
-    for split, count in counts.items():
-        path = (folder / f"{split}.tmp").replace(folder / f"{split}.bin")
-        count["sha256"] = file_hash(path)
-    return {"dtype": dtype, **counts}
-
-
-def limited(texts: Iterable[str], chars: int) -> Iterator[str]:
-    """Texts until there are `chars` characters of them."""
-    for text in texts:
-        yield text
-        chars -= len(text)
-        if chars <= 0:
-            return
+    finally:
+        with contextlib.suppress(OSError):  # there after an error; a full disk needs the room
+            beside.unlink()
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -1332,25 +1190,50 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def source_fingerprint(source: str) -> str | None:
-    """sha256 of a local source's files; None for any other source, or where it is not there."""
-    if not is_local(source):
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is none, or none that can be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
-    paths = [path for split in ("train", "validation") for path in local_files(source, split)]
-    return hashlib.sha256("".join(map(file_hash, paths)).encode()).hexdigest()
+    return value if isinstance(value, dict) else None
+
+
+def encode_pieces(tokenizer: Any, pieces: Iterable[Piece]) -> Iterator[tuple[list[int], int]]:
+    """The tokens of each piece, <|endoftext|> where a document ends, and its bytes of UTF-8."""
+    eot, pieces = end_of_text_id(tokenizer), iter(pieces)
+    while batch := list(itertools.islice(pieces, 64)):
+        encoded = tokenizer.encode_batch_fast([t for t, _ in batch], add_special_tokens=False)
+        for (text, ends), tokens in zip(batch, encoded, strict=True):
+            yield tokens.ids + [eot] * (ends and eot is not None), len(text.encode())
+
+
+def tokenize(
+    tokenizer: Any, pieces: Iterable[Piece], path: Path, dtype: str, budget: int | None = None
+) -> dict[str, Any]:
+    """Write a token file of at most `budget` tokens; return the manifest's entry for it."""
+    from tqdm.auto import tqdm
+
+    tokens, size, most = 0, 0, budget or sys.maxsize
+    with open_new(path) as file, tqdm(desc=path.name, unit="B", unit_scale=True) as bar:
+        for ids, length in encode_pieces(tokenizer, pieces):
+            file.write(np.asarray(ids[: most - tokens], dtype=dtype).tobytes())
+            tokens, size = min(tokens + len(ids), most), size + length
+            bar.update(length)
+            if tokens == most:
+                break
+    return {"tokens": tokens, "bytes": size, "sha256": file_hash(path)}
 
 
 @dataclass
 class TokenData:
-    """The tokens of a run: two memory-mapped arrays, and the manifest that describes them."""
+    """The tokens of a run, memory-mapped, and the manifest that describes them."""
 
     training: np.ndarray
     validation: np.ndarray
     manifest: dict[str, Any]
-    streamed: bool = False
-    """whether tokens arrive while training runs; then ask whether a step is `ready`"""
-    error: Exception | None = None
-    """what ended a stream early"""
+    streamed: bool = False  # tokens arrive while training runs: ask whether a step is `ready`
+    error: Exception | None = None  # what ended a stream early
 
     def ready(self, config: TrainConfig, context: int, step: int) -> bool:
         """Whether the tokens of a step are there."""
@@ -1361,17 +1244,6 @@ class TokenData:
         return contextlib.nullcontext()
 
     @property
-    def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text per validation token, on average."""
-        counts = self.manifest["validation"]
-        return counts["bytes"] / max(counts["tokens"], 1)
-
-    @property
-    def sha256(self) -> str:
-        """The hash that identifies these tokens."""
-        return self.manifest["train"]["sha256"]
-
-    @property
     def epoch_tokens(self) -> int:
         return len(self.training)
 
@@ -1379,20 +1251,15 @@ class TokenData:
         return (self.epoch_tokens // context) / (config.batch_tokens // context)
 
     def batch(self, config: TrainConfig, context: int, step: int) -> np.ndarray:
-        """The windows of optimizer step `step` (from 0), (windows, context + 1), int64.
-
-        A pure function of (seed, step). The text is read as a ring, so no token is left out.
-        """
+        """The windows of optimizer step `step` (from 0), (windows, context + 1), int64: a pure
+        function of (seed, step). The text is read as a ring, so no token is left out."""
         windows, N = config.batch_tokens // context, self.epoch_tokens
         numbers = np.arange(step * windows, (step + 1) * windows)
         starts = self.window_starts(numbers, context, config.seed)
         return self.training[(starts[:, None] + np.arange(context + 1)) % N].astype(np.int64)
 
     def window_starts(self, numbers: np.ndarray, context: int, seed: int) -> np.ndarray:
-        """Where the windows of these numbers, counted from the first step, start in the text.
-
-        Each epoch shuffles all windows anew and starts to cut at another place.
-        """
+        """Where windows start: each epoch shuffles them anew and cuts at another place."""
         starts, per_epoch = np.empty(len(numbers), dtype=np.int64), self.epoch_tokens // context
         for epoch in np.unique(numbers // per_epoch):
             here = numbers // per_epoch == epoch
@@ -1407,89 +1274,73 @@ def _epoch_order(seed: int, epoch: int, windows: int, tokens: int) -> tuple[int,
     return int(generator.integers(tokens)), generator.permutation(windows)
 
 
-def _read_split(folder: Path, manifest: dict[str, Any], split: str) -> np.ndarray | None:
-    """A token file, or None where it is missing or differs from the manifest."""
-    path, expected, dtype = folder / f"{split}.bin", manifest[split], manifest["dtype"]
-    if dtype not in ("uint16", "uint32") or not path.is_file() or not expected["tokens"]:
-        return None
-    same_size = path.stat().st_size == expected["tokens"] * np.dtype(dtype).itemsize
-    if not same_size or file_hash(path) != expected["sha256"]:
-        return None
-    tokens = np.memmap(path, dtype=dtype, mode="r")
-    return tokens if tokens.max() < manifest["asked"]["vocab_size"] else None
-
-
-_STREAMING = "max_train_tokens with a folder or a data set of the hub"
-
-
-def _read_tokens(folder: Path, manifest: dict[str, Any]) -> TokenData | None:
-    """The data that a manifest describes, or None where a file differs from it."""
-    validation = _read_split(folder, manifest, "validation")
-    if validation is None:
-        return None
-    if "stream_state" in manifest:
-        return extension("streaming", _STREAMING).open_stream(folder, validation, manifest)
-    training = _read_split(folder, manifest, "train")
-    return None if training is None else TokenData(training, validation, manifest)
-
-
-_JSON_BYTES = 16 << 20  # configurations and manifests have a few thousand
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is none, or none that can be read."""
-    try:
-        if path.stat().st_size > _JSON_BYTES:
-            return None
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def same_data(out: Path, config: DataConfig, vocab_size: int) -> bool:
     """Whether a run folder's token files were made with these settings."""
     manifest = read_json(out / "data" / "manifest.json") or {}
     return manifest.get("asked") == {"data": asdict(config), "vocab_size": vocab_size}
 
 
-def _prepared_data(out: Path, config: DataConfig, vocab_size: int) -> tuple[TokenData, Any] | None:
-    """What `prepare_data` made before; None where a part is missing or has changed.
-
-    ValueError where it is the local text that has changed.
-    """
-    if not same_data(out, config, vocab_size) or not (out / "tokenizer.json").is_file():
-        return None
-    tokenizer = load_tokenizer(out / "tokenizer.json")
-    manifest = read_json(out / "data" / "manifest.json") or {}
+def _open_data(out: Path) -> tuple[TokenData, Any] | None:
+    """What `prepare_data` wrote; None where a part is missing or differs from the manifest."""
+    folder, arrays = out / "data", {}
+    manifest = read_json(folder / "manifest.json") or {}
+    streamed = "stream_state" in manifest
     try:
-        tokens = _read_tokens(out / "data", manifest)
-        made_with, read_from = manifest["tokenizer_sha256"], manifest["source_sha256"]
-    except (KeyError, TypeError, ValueError):  # a manifest that is not ours
+        tokenizer = load_tokenizer(out / "tokenizer.json")
+        same = manifest["tokenizer_sha256"] == tokenizer_hash(tokenizer)
+        for split in ("train", "validation")[streamed:]:
+            path, expected = folder / f"{split}.bin", manifest[split]
+            tokens = arrays[split] = np.memmap(path, dtype=manifest["dtype"], mode="r")
+            same &= len(tokens) == expected["tokens"] and file_hash(path) == expected["sha256"]
+            same &= bool(tokens.max() < manifest["asked"]["vocab_size"])
+    except (OSError, KeyError, TypeError, ValueError):
         return None
-    if tokens is None or made_with != tokenizer_hash(tokenizer):
+    if not same:
         return None
-    now = None if tokens.streamed else source_fingerprint(config.data)  # not all is read again
-    if now is not None and now != read_from:
-        raise ValueError(
-            f"data={config.data!r}: the text has changed since this run started. Put the old text "
-            "back, or train on the new one in another folder (--out)"
-        )
-    return tokens, tokenizer
+    if streamed:
+        streaming = extension("streaming", _STREAMING)
+        data = streaming.open_stream(folder, arrays["validation"], manifest)
+        return data and (data, tokenizer)
+    return TokenData(arrays["train"], arrays["validation"], manifest), tokenizer
 
 
-def _run_tokenizer(path: Path, texts: Iterable[str], config: DataConfig, vocab_size: int) -> Any:
-    """The tokenizer at `path`, or one trained on `texts` where there is none."""
+def _write_data(config: DataConfig, context: int, out: Path, manifest: dict[str, Any]) -> None:
+    """Train a tokenizer where there is none, and write the token files and their manifest."""
+    folder, path, vocab_size = out / "data", out / "tokenizer.json", manifest["asked"]["vocab_size"]
+    folder.mkdir(parents=True, exist_ok=True)
+    chars, other = sys.maxsize, config.validation_data
+    read = partial(read_pieces, config.data, "train", config)
+    held = read_pieces(other or config.data, "train" if other else "validation", config)
+    first = next(held, None)
+    held = itertools.chain([first], held) if first else None
+    streaming = extension("streaming", _STREAMING) if "stream_state" in manifest else None
+    if not held and not streaming:
+        chars = round(sum(len(text) for text, _ in read()) * (1 - config.validation_fraction))
+    train = (text for text, _ in _part_of(read(), chars, head=True))
+    texts = streaming.tokenizer_texts(config) if streaming else limited(train, _TOKENIZER_CHARS)
     if path.is_file():
         tokenizer = load_tokenizer(path)
         log.info("tokenizer: reusing %s", path)
     else:
-        start = time.perf_counter()
         tokenizer = train_tokenizer(texts, vocab_size, config.tokenizer)
-        size, seconds = tokenizer.get_vocab_size(), time.perf_counter() - start
-        log.info("tokenizer: %d tokens, %.1f s", size, seconds)
+        log.info("tokenizer: %d tokens", tokenizer.get_vocab_size())
     check_tokenizer(tokenizer, vocab_size, path)
-    return tokenizer
+    manifest["tokenizer_sha256"] = tokenizer_hash(tokenizer)
+    manifest["dtype"] = "uint16" if tokenizer.get_vocab_size() <= 1 << 16 else "uint32"
+    write = partial(tokenize, tokenizer, dtype=manifest["dtype"])
+    if streaming:
+        manifest |= streaming.begin_stream(config, held, write, folder)
+    else:
+        train = _part_of(read(), chars, head=True)
+        held = held or _part_of(read(), chars, head=False)
+        manifest["train"] = write(train, folder / "train.bin", budget=config.max_train_tokens)
+        manifest["validation"] = write(held, folder / "validation.bin")
+    for split, needed in (("train", context + 1), ("validation", 2)):
+        tokens, more = manifest[split]["tokens"], "more text or a smaller max_position_embeddings"
+        expected = f"at least {needed} {split} tokens (one window), not {tokens}. Give {more}"
+        require(tokens >= needed, "data", config.data, expected)
+    write_atomically(path, tokenizer.to_str(pretty=True).encode())
+    write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
 
 
 def prepare_data(
@@ -1503,43 +1354,25 @@ def prepare_data(
     Raises:
         ValueError: too little text, or the local source has changed since the files were made.
     """
-    out = Path(out)
-    folder, path = out / "data", out / "tokenizer.json"
-    found = _prepared_data(out, config, vocab_size)
-    if found:
-        return found
-    if is_streamed(config):
-        streaming = extension("streaming", _STREAMING)
-        fingerprint, texts = None, streaming.tokenizer_texts(config)
-        write = partial(streaming.begin_stream, config)
-    else:
-        fingerprint, read = source_fingerprint(config.data), _splits(config)
-        train_texts = (text for split, text, _ in read() if split == "train")
-        texts = limited(train_texts, _TOKENIZER_CHARS)
-
-        def write(tokenizer: Any, folder: Path) -> dict[str, Any]:
-            return tokenize(tokenizer, read(), folder, config.max_train_tokens)
-
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _run_tokenizer(path, texts, config, vocab_size)
-    manifest = {
-        "format_version": 1,
-        "asked": {"data": asdict(config), "vocab_size": vocab_size},
-        "source_sha256": fingerprint,
-        "tokenizer_sha256": tokenizer_hash(tokenizer),
-        **write(tokenizer, folder),
-    }
-    for split, needed in (("train", context + 1), ("validation", 2)):
-        if manifest[split]["tokens"] < needed:
-            raise ValueError(
-                f"data={config.data!r}: {manifest[split]['tokens']} {split} tokens; expected at "
-                f"least {needed} (one window). Give more text or a smaller max_position_embeddings"
-            )
-    write_atomically(path, tokenizer.to_str(pretty=True).encode())
-    write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
-    tokens = _read_tokens(folder, manifest)
-    assert tokens is not None, "token files differ from what was just written"
-    return tokens, tokenizer
+    out, asked = Path(out), {"data": asdict(config), "vocab_size": vocab_size}
+    manifest = {"format_version": 1, "asked": asked, "source_sha256": None}
+    whole = config.data == "pydocs" or Path(config.data).expanduser().is_file()
+    if config.max_train_tokens and not whole:
+        manifest["stream_state"] = None
+    elif is_local(config.data):
+        paths = [p for split in ("train", "validation") for p in local_files(config.data, split)]
+        digests = "".join(map(file_hash, paths))
+        manifest["source_sha256"] = hashlib.sha256(digests.encode()).hexdigest()
+    found = _open_data(out) if same_data(out, config, vocab_size) else None
+    if found and manifest["source_sha256"]:
+        same = manifest["source_sha256"] == found[0].manifest.get("source_sha256")
+        expected = "the text that this run began with; it has changed. Choose another --out for it"
+        require(same, "data", config.data, expected)
+    if not found:
+        _write_data(config, context, out, manifest)
+        found = _open_data(out)
+    assert found, "token files differ from what was just written"
+    return found
 
 
 # -----------------------------------------------------------------------------
@@ -2930,13 +2763,16 @@ class Session:
         state, data, prompt = self.state, self.data, self.config.sample_prompt
         tokens = data.validation if final else data.validation[: self.config.eval_tokens]
         first, processes = end_of_text_id(self.tokenizer) or 0, self.processes
+        counts = data.manifest["validation"]
         nats = total_loss(state.model, tokens, first, self.device, processes=processes)
         state.val_loss = nats / len(tokens)
         metrics = {
             "step": state.step,
             "val_loss": state.val_loss,
             "val_perplexity": safe_exp(state.val_loss),
-            "val_bits_per_byte": state.val_loss / math.log(2) / data.bytes_per_token,
+            "val_bits_per_byte": state.val_loss
+            / math.log(2)
+            / (counts["bytes"] / counts["tokens"]),
             "val_tokens": len(tokens),
             **({"final": True} if final else {}),
         }
@@ -3085,7 +2921,7 @@ def _circumstances(session: Session) -> dict[str, Any]:
     """What a checkpoint holds for a resume to compare."""
     return {
         "tokenizer_sha256": session.data.manifest["tokenizer_sha256"],
-        "data_sha256": session.data.sha256,
+        "data_sha256": session.data.manifest["train"]["sha256"],
         "device": str(session.device),
         "processes": session.processes.world_size,
         "versions": versions(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -266,7 +267,7 @@ it computes the scale from the weights again.
 
 def _model_card(source: Source, size: int, dense: bool) -> str:
     config, facts = source.model.config, source.facts
-    known = KNOWN_DATA.get(str(facts.get("data")))
+    known = re.match("hf:([^:#]+)", KNOWN_DATA.get(str(facts.get("data")), ""))
     rows = {
         "author": facts.get("author"),
         "licence": facts.get("licence"),
@@ -284,7 +285,7 @@ def _model_card(source: Source, size: int, dense: bool) -> str:
     }
     front = ["library_name: transformers", "pipeline_tag: text-generation"]
     front += [f"license: {json.dumps(facts['licence'])}"] if facts.get("licence") else []
-    front += ["datasets:", f"- {known.name}"] if known else []
+    front += ["datasets:", f"- {known[1]}"] if known else []
     return _CARD.format(
         front="\n".join(front),
         title=facts.get("name") or "A ternary language model",
