@@ -1001,9 +1001,8 @@ def _row_texts(rows: Iterable[dict[str, Any]], wanted: str | None, source: Any) 
     column = wanted or ("text" if "text" in texts else texts[0] if len(texts) == 1 else None)
     columns = ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "none"
     expected = f"a column of text; {source} has columns {columns}; name one with --text-column"
-    require(
-        not first or kinds.get(column or "") in ("str", "NoneType"), "text_column", column, expected
-    )
+    fits = not first or kinds.get(column or "") in ("str", "NoneType")
+    require(fits, "text_column", column, expected)
     for row in itertools.chain(first, rows):
         value = row.get(column)
         skipped += not isinstance(value, str | None)

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import threading
+import time
 from array import array
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
@@ -63,9 +64,26 @@ def stream_pieces(
         start = 0
 
 
+def first_pieces(config: DataConfig) -> Iterator[tuple[list[Piece], State]]:
+    """`stream_pieces` from the start, opened again where it broke off, three times at most."""
+    state = None
+    for tries in (3, 2, 1, 0):
+        try:
+            for pieces, state in stream_pieces(config, state):
+                yield pieces, state
+            return
+        except (ValueError, FileNotFoundError, ImportError):
+            raise
+        except Exception as error:  # each layer of the hub's clients has kinds of its own
+            if not tries:
+                raise
+            log.warning("data: %s; trying again in %.0f s", first_line(error), RETRY_S[0])
+            time.sleep(RETRY_S[0])
+
+
 def tokenizer_texts(config: DataConfig) -> Iterator[str]:
     """The text to train a tokenizer on, from the start of the stream."""
-    texts = (text for pieces, _ in stream_pieces(config) for text, _ in pieces)
+    texts = (text for pieces, _ in first_pieces(config) for text, _ in pieces)
     return limited(texts, min(TOKENIZER_CHARS, 8 * (config.max_train_tokens or 0)))
 
 
@@ -256,7 +274,7 @@ def begin_stream(
 
     def start_of_stream() -> Iterator[Piece]:
         nonlocal seen
-        for batch, after in stream_pieces(config):
+        for batch, after in first_pieces(config):
             yield from batch
             seen += sum(len(text) for text, _ in batch)
             state.update(after)

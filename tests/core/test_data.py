@@ -95,6 +95,45 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path, name, conte
         list(bit.read_pieces(str(tmp_path / name)))
 
 
+def test_rows_without_text_are_skipped_and_counted(tmp_path, capsys):
+    rows = [{"text": None}, {"text": "a"}, {"text": 42}, {"text": ["b"]}, {"n": 1}, {"text": "c"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for _ in range(2):  # a source is read several times
+        assert list(bit.read_pieces(str(path))) == [("a", True), ("c", True)]
+    assert capsys.readouterr().err.count("skipped 2 rows whose text is not text") == 1
+
+
+def test_the_files_of_a_folder(tmp_path):
+    """Old suffixes, books that begin with test, copies of a notebook server, a run in the data."""
+    run = tmp_path / "run" / "checkpoints"
+    run.mkdir(parents=True)
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    train = ["BOOK.TXT", "devils.txt", "rows.JSONL", "testament.txt", "validity.txt"]
+    other = ["valid.txt", "Dev-1.txt", "test.txt", ".hidden.txt", "run/metrics.jsonl", "a.doc"]
+    for name in [*train, *other, ".ipynb_checkpoints/BOOK.txt"]:
+        (tmp_path / name).touch()
+    assert [path.name for path in bit.local_files(str(tmp_path))] == train
+    held = bit.local_files(str(tmp_path), "validation")
+    assert [path.name for path in held] == ["Dev-1.txt", "valid.txt"]
+
+
+def test_known_names_win_over_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pydocs").mkdir()
+    assert not bit.is_local("pydocs")
+    assert bit.is_local("./pydocs")
+
+
+@pytest.mark.parametrize("source", ["pydocs", "file"])
+def test_a_budget_of_a_text_is_exact_and_leaves_the_usual_validation(source, tiny_corpus, tmp_path):
+    source = tiny_corpus if source == "file" else source
+    whole, _ = prepared(source, tmp_path / "whole")
+    data, _ = prepared(source, tmp_path / "budget", max_train_tokens=1234)
+    assert np.array_equal(data.training, whole.training[:1234])
+    assert np.array_equal(data.validation, whole.validation)
+
+
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
     for name in ("pyarrow", "pyarrow.parquet"):
         monkeypatch.setitem(sys.modules, name, None)
