@@ -85,8 +85,8 @@ def faults(folder: Path, text: Path, calls: int) -> int:
             shutil.rmtree(where, ignore_errors=True)
         for kind, found in outcomes.items():
             reached = sum(found.values()) - found.pop("not reached", 0)
-            where = "run folder" if place == "run" else "mirror"
-            print_row(f"{kind}, {where}", reached, counts(found))
+            shown = "run folder" if place == "run" else "mirror"
+            print_row(f"{kind}, {shown}", reached, counts(found))
     return wrong
 
 
