@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import itertools
 import json
 
 import pytest
@@ -29,18 +28,6 @@ TINY = {
 }
 PLAIN = Variant("plain")
 TABLE = Table("a test", TINY, [PLAIN], tokens=512, valid_bytes=2000)
-
-
-class Ticks:
-    """A clock that is one second later each time it is read."""
-
-    kind = "wall"
-
-    def __init__(self):
-        self.ticks = itertools.count()
-
-    def seconds(self):
-        return float(next(self.ticks))
 
 
 def run_in(work, corpus, table=TABLE, variant=PLAIN, seed=0, clock=None):
@@ -83,6 +70,14 @@ def test_a_clock_ends_a_run_and_cools_it_down(run, monkeypatch):
     clocked = dataclasses.replace(TABLE, tokens=0, minutes=1)
     rates, factor = [], bit.learning_rate_factor
 
+    class Clock:
+        """Each step takes 0.7 seconds, and nothing else takes any."""
+
+        kind = "wall"
+
+        def seconds(self):
+            return 0.7 * len(rates)
+
     class Watching(experiment_runs.Recorder):
         def on_step(self, state, metrics):
             group = state.optimizers[0].param_groups[0]
@@ -90,9 +85,9 @@ def test_a_clock_ends_a_run_and_cools_it_down(run, monkeypatch):
             super().on_step(state, metrics)
 
     monkeypatch.setattr(experiment_runs, "Recorder", Watching)
-    row = run(clocked, clock=Ticks())
-    assert row["steps"] == len(rates) > 10
-    assert 57 <= row["seconds"] <= 63
+    row = run(clocked, clock=Clock())
+    assert row["steps"] == len(rates) == 86  # the first to reach a minute
+    assert row["seconds"] == 60.2
     assert len(row["curve"]) == 10
     assert max(rates) == pytest.approx(1)
     assert rates[-1] < 0.15
