@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import bitllm_core as bit
-from bitllm_core import _parser as parser
+from bitllm.cli import parser
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import bitllm_core as bit
-from bitllm_core import export_packed
+from bitllm import export_packed
 from tools.experiment_runs import split_fields
 from tools.experiment_tables import FIRST, SHORT, TABLES
 

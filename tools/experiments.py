@@ -30,7 +30,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bitllm_core import machine, require  # noqa: E402
+from bitllm.planner import machine  # noqa: E402
+from bitllm_core import require  # noqa: E402
 from tools.experiment_figures import add_row, costs, draw, read_rows, report  # noqa: E402
 from tools.experiment_runs import Clock, Run, run_one  # noqa: E402
 from tools.experiment_tables import TABLES  # noqa: E402

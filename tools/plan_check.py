@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import bitllm_core as bit  # noqa: E402
-from bitllm_core import memory_parts  # noqa: E402
+from bitllm.planner import memory_parts  # noqa: E402
 
 TUNABLES = "glibc.malloc.mmap_threshold=65536"
 SMALL = {
@@ -164,7 +164,7 @@ def measure(case: Case, glibc: bool = False) -> int:
 
 def planned(case: Case) -> int:
     model, train = case.configs()
-    parts = memory_parts(model, train, torch.float32, case.processes, case.windows, "cpu")
+    parts = memory_parts(model, train, torch.float32, case.processes, case.windows)
     return sum(parts.values())
 
 

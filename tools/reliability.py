@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import bitllm_core as bit  # noqa: E402
-import bitllm_core as mirror  # noqa: E402 - MIRROR_RETRY_S
-from bitllm_core import machine  # noqa: E402
+from bitllm import mirror  # noqa: E402
+from bitllm.planner import machine  # noqa: E402
 from tests import test_reliability as trial  # noqa: E402
 from tests.faults import corrupt, inject, killed_run, matrix  # noqa: E402
 
@@ -67,7 +67,7 @@ def kills(folder: Path, chance: random.Random, wanted: int) -> int:
 
 def faults(folder: Path, text: Path, calls: int) -> int:
     """Every fault at each call of a save, in the run folder and in the mirror."""
-    mirror.MIRROR_RETRY_S, bit.SAVE_RETRY_S = (0.01, 0.05), 0.0
+    mirror.RETRY_S, bit.SAVE_RETRY_S = (0.01, 0.05), 0.0
     (folder / "plain").mkdir()
     with inject(folder / "plain") as counted:
         trial.train(folder / "plain", text)

@@ -31,8 +31,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import bitllm_core as bit  # noqa: E402
-import bitllm_core as steps  # noqa: E402 - bench_step, bench_generation, why_not_compile
-from bitllm_core import estimate_memory, export_hf, machine  # noqa: E402
+from bitllm import bench as steps  # noqa: E402
+from bitllm import estimate_memory, export_hf  # noqa: E402
+from bitllm.planner import machine  # noqa: E402
 from tests.seed_model import MiLLM  # noqa: E402
 
 SHAPE = {  # for the comparison with the seed script, whose feed-forward is 2048 wide, not gated
