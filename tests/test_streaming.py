@@ -16,8 +16,8 @@ import pytest
 import bitllm_core as bit
 from bitllm import streaming
 from tests.conftest import ROOT, assert_same_bits, state_of, without_times
-from tests.hub import Hub
 from tests.core.test_training import DieAt, StopAt
+from tests.hub import Hub
 
 BUDGET = 20_000
 
