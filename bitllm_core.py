@@ -1284,10 +1284,9 @@ Piece = tuple[str, bool]  # text, and whether a document ends with it
 Part = tuple[Iterator[str], bool, bool]  # rows; whether they are lines; whether the last ends one
 
 
-def _row_texts(rows: Iterable[dict[str, Any]], wanted: str | None, source: Any) -> Iterator[str]:
+def _row_texts(rows: Iterable[dict[Any, Any]], wanted: str | None, source: Any) -> Iterator[str]:
     """The text of each row, "" where it has none; ValueError where no column holds text."""
-    kinds: dict[str | None, str] = {}
-    rows, skipped = iter(rows), 0
+    rows, kinds, skipped = iter(rows), {}, 0
     first = list(itertools.islice(rows, _FIRST_ROWS))
     for name, value in (item for row in first for item in row.items()):
         if isinstance(value, str) or kinds.get(name, "NoneType") == "NoneType":
