@@ -990,7 +990,7 @@ Piece = tuple[str, bool]  # text, and whether a document ends with it
 Part = tuple[Iterator[str], bool, bool]  # rows; whether they are lines; whether the last ends one
 
 
-def _row_texts(rows: Iterable[dict[str, Any]], wanted: str | None, source: Any) -> Iterator[str]:
+def _row_texts(rows: Iterable[dict[Any, Any]], wanted: str | None, source: Any) -> Iterator[str]:
     """The text of each row, "" where it has none; ValueError where no column holds text."""
     rows, kinds, skipped = iter(rows), {}, 0
     first = list(itertools.islice(rows, _FIRST_ROWS))
@@ -1001,7 +1001,7 @@ def _row_texts(rows: Iterable[dict[str, Any]], wanted: str | None, source: Any) 
     column = wanted or ("text" if "text" in texts else texts[0] if len(texts) == 1 else None)
     columns = ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "none"
     expected = f"a column of text; {source} has columns {columns}; name one with --text-column"
-    fits = not first or kinds.get(column or "") in ("str", "NoneType")
+    fits = not first or kinds.get(column) in ("str", "NoneType")
     require(fits, "text_column", column, expected)
     for row in itertools.chain(first, rows):
         value = row.get(column)
@@ -1287,6 +1287,7 @@ def _open_data(out: Path) -> tuple[TokenData, Any] | None:
     try:
         tokenizer = load_tokenizer(out / "tokenizer.json")
         same = manifest["tokenizer_sha256"] == tokenizer_hash(tokenizer)
+        require(manifest["dtype"] in ("uint16", "uint32"), "dtype", manifest["dtype"], "integers")
         for split in ("train", "validation")[streamed:]:
             path, expected = folder / f"{split}.bin", manifest[split]
             tokens = arrays[split] = np.memmap(path, dtype=manifest["dtype"], mode="r")
@@ -1315,8 +1316,8 @@ def _write_data(config: DataConfig, context: int, out: Path, manifest: dict[str,
     streaming = extension("streaming", _STREAMING) if "stream_state" in manifest else None
     if not held and not streaming:
         chars = round(sum(len(text) for text, _ in read()) * (1 - config.validation_fraction))
-    train = (text for text, _ in _part_of(read(), chars, head=True))
-    texts = streaming.tokenizer_texts(config) if streaming else limited(train, _TOKENIZER_CHARS)
+    head = (text for text, _ in _part_of(read(), chars, head=True))
+    texts = streaming.tokenizer_texts(config) if streaming else limited(head, _TOKENIZER_CHARS)
     if path.is_file():
         tokenizer = load_tokenizer(path)
         log.info("tokenizer: reusing %s", path)
@@ -1330,9 +1331,9 @@ def _write_data(config: DataConfig, context: int, out: Path, manifest: dict[str,
     if streaming:
         manifest |= streaming.begin_stream(config, held, write, folder)
     else:
-        train = _part_of(read(), chars, head=True)
+        most, head = config.max_train_tokens, _part_of(read(), chars, head=True)
         held = held or _part_of(read(), chars, head=False)
-        manifest["train"] = write(train, folder / "train.bin", budget=config.max_train_tokens)
+        manifest["train"] = write(head, folder / "train.bin", budget=most)
         manifest["validation"] = write(held, folder / "validation.bin")
     for split, needed in (("train", context + 1), ("validation", 2)):
         tokens, more = manifest[split]["tokens"], "more text or a smaller max_position_embeddings"

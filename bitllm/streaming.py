@@ -69,8 +69,9 @@ def first_pieces(config: DataConfig) -> Iterator[tuple[list[Piece], State]]:
     state = None
     for tries in (3, 2, 1, 0):
         try:
-            for pieces, state in stream_pieces(config, state):
-                yield pieces, state
+            for pieces, after in stream_pieces(config, state):
+                yield pieces, after
+                state = after
             return
         except (ValueError, FileNotFoundError, ImportError):
             raise
