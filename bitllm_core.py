@@ -55,7 +55,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
 from operator import ge, gt, le, lt
@@ -1230,11 +1230,11 @@ class TokenData:
     training: np.ndarray
     validation: np.ndarray
     manifest: dict[str, Any]
-    streamed: bool = False  # tokens arrive while training runs: ask whether a step is `ready`
+    streamed: bool = False  # tokens arrive while training runs: `wait` for a step's
     error: Exception | None = None  # what ended a stream early
 
-    def ready(self, config: TrainConfig, context: int, step: int) -> bool:
-        """Whether the tokens of a step are there."""
+    def wait(self, session: Any) -> bool:
+        """Wait for the tokens of the next step; False: the session was stopped meanwhile."""
         return True
 
     def coming(self, tokenizer: Any) -> contextlib.AbstractContextManager[None]:
@@ -2345,6 +2345,8 @@ SAVE_RETRY_S = 60.0
 """Seconds until a checkpoint that could not be saved is tried again."""
 MAX_SKIPPED_STEPS = 25
 """Non-finite steps in a row that end a run. float16's first loss scale takes some to settle."""
+METRICS: list[Callable[[TrainState], dict[str, Any]]] = []
+"""Functions that add to a logged line, called in all processes; importing bitllm adds its own."""
 LOCK_NAME = ".lock"
 _SET_ASIDE = "set-aside-"
 _MAY_CHANGE = "micro_batch_size device dtype compile deterministic max_steps patience fsdp "
@@ -2369,157 +2371,157 @@ def check_same_settings(where: Path, saved: dict[str, Any], now: dict[str, Any])
 
 def check_run_folder(folder: Path) -> None:
     """ValueError for a file, or a folder of something else. Nothing is written."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: a file; expected a folder for the run, choose another")
-    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    ours = {"tokenizer.json", "metrics.jsonl", "data", "lock.json"}
-    strange = {n for n in names - ours if n[0] != "." and ".tmp" not in n and _SET_ASIDE not in n}
-    if strange and not {"config.json", "checkpoints"} & names:
-        raise ValueError(
-            f"{folder}: not a run folder (no config.json) and not empty "
-            f"({', '.join(sorted(strange)[:3])}); choose another"
-        )
+    ours = {"config.json", "checkpoints", "tokenizer.json", "metrics.jsonl", "data", "lock.json"}
+    names = sorted(path.name for path in folder.glob("[!.]*"))
+    if folder.is_file() or (names and not {*ours, f"{_SET_ASIDE}1"} & {*names}):
+        what = "a file" if folder.is_file() else ", ".join(names[:3]) + " in it"
+        raise ValueError(f"{folder}: not a run folder ({what}); expected a folder, new or a run's")
 
 
 def set_aside(folder: Path, keep_data: bool) -> None:
     """Move what a run left to a folder inside it, so that another can begin; nothing is lost."""
-    kept = ["lock.json", *(["data", "tokenizer.json"] if keep_data else [])]
-    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    moved = [n for n in names if n not in kept and n[0] != "." and not n.startswith(_SET_ASIDE)]
-    if moved:
-        numbers = (folder / f"{_SET_ASIDE}{n}" for n in itertools.count(1))
-        target = next(path for path in numbers if not path.exists())
-        target.mkdir()
-        for name in moved:
-            (folder / name).rename(target / name)
+    kept = {"lock.json", *(("data", "tokenizer.json") if keep_data else ())}
+    left = [p for p in folder.glob("[!.]*") if p.name not in kept and _SET_ASIDE not in p.name]
+    numbered = (folder / f"{_SET_ASIDE}{n}" for n in itertools.count(1))
+    target = next(path for path in numbered if not path.exists())
+    for path in left:
+        target.mkdir(exist_ok=True)
+        path.rename(target / path.name)
+    if left:
         log.info(f"{folder}: the run in it was moved to {target}")
 
 
-def _lock(folder: Path) -> Any:
-    """The run folder's lock, which ends with the process; ValueError: another process has it."""
+def _open(stack: contextlib.ExitStack, configs: Any, out: Path, resume: str, mirror: Any) -> Any:
+    """Take the run folder for this process; its mirror and the checkpoint to resume from, if any.
+
+    ValueError: another process has the folder; or other settings, remains of which nothing is
+    whole, `resume` does not fit: then nothing was changed but what a mirror returns.
+    """
     import filelock
 
-    path = folder / LOCK_NAME
-    if path.is_symlink():
-        path.unlink()
+    settings = {part: asdict(config) for part, config in configs.items()}
+    (model, data, config), place = configs.values(), Path(mirror or out).expanduser()
+    folder, path = out / "checkpoints", out / "tokenizer.json"
+    check_run_folder(out)
+    module = extension("mirror", "--mirror") if mirror else None
+    if module:
+        module.check_mirror(out, place)
+    out.mkdir(parents=True, exist_ok=True)
     try:
-        return filelock.FileLock(path, timeout=0, thread_local=False).acquire()
+        stack.enter_context(filelock.FileLock(out / LOCK_NAME, timeout=0, thread_local=False))
     except filelock.Timeout:
         raise ValueError(
-            f"{folder}: another process is training in it. Stop that one or choose another folder"
+            f"{out}: another process is training in it. Stop that one or choose another folder"
         ) from None
-
-
-def _open_run(out: Path, settings: dict[str, Any], resume: str, mirror: Any) -> Any:
-    """The checkpoint to resume from; None to begin. Nothing is changed but what a mirror returns.
-
-    Raises:
-        ValueError: other settings, remains of which nothing is whole, or `resume` does not fit.
-    """
-    folder, path = out / "checkpoints", out / "tokenizer.json"
-    try:
-        checkpoint = mirror.newest_checkpoint(settings) if mirror else newest_checkpoint(folder)
-        remains = list_checkpoints(folder) or (mirror and mirror.has_checkpoints())
-    except OSError as error:
-        raise ValueError(
-            f"{error}: whether there is a run to resume is not known. Mount the drive, or leave "
-            "--mirror out"
-        ) from error
+    copier = module and stack.enter_context(module.Mirror(out, place, config.keep_checkpoints))
+    if resume == "never":
+        for where in {out, place}:
+            set_aside(where, same_data(where, data, model.vocab_size))
+    checkpoint = copier.newest_checkpoint(settings) if copier else newest_checkpoint(folder)
     if checkpoint is None:
-        if remains:
+        if list_checkpoints(folder) or (copier and copier.has_checkpoints()):
             raise ValueError(
                 f"{out}: there are remains of a run, but no checkpoint that is whole. Nothing was "
                 "changed; --resume never begins anew and moves the remains to a folder set-aside-1"
             )
         require(resume != "must", "resume", resume, f"a checkpoint in {out} to resume from")
-        if (out / "config.json").is_file():  # of a run that has not saved yet
-            check_same_settings(out, read_run_config(out), settings)
-        return None
-    then = checked_settings(checkpoint.get("config"), folder)
-    check_same_settings(out, then, settings)
-    before, now = then["train"]["max_steps"], settings["train"]["max_steps"]
-    done = checkpoint["step"]
+        return copier, None
+    saved, done, now = checkpoint.get("config"), checkpoint["step"], config.max_steps
+    saved = checked_settings(saved, folder)
+    check_same_settings(out, saved, settings)
     require(now >= done, "max_steps", now, f"at least {done}, which this run has done already")
-    if before != now:
+    if (before := saved["train"]["max_steps"]) != now:
         log.info(f"max_steps: {before} -> {now}; the schedule now ends there, and the rate with it")
-    try:
-        load_tokenizer(path)
-    except (ValueError, FileNotFoundError) as error:
-        log.warning(f"{first_line(error)}: taken from the checkpoint")
-        tokenizer = tokenizer_from(str(checkpoint.get("tokenizer")), folder)
-        write_atomically(path, tokenizer.to_str(pretty=True).encode())
-    return checkpoint
+    text = tokenizer_from(str(checkpoint.get("tokenizer")), folder).to_str(pretty=True).encode()
+    if not path.is_file() or path.read_bytes() != text:
+        log.warning(f"{path}: missing or changed; restored from the checkpoint")
+        write_atomically(path, text)
+    return copier, checkpoint
 
 
 def memory_in_use(device: Device) -> int:
     """Most bytes held so far: on the GPU, or by this process; 0 where the system hides it."""
     if device.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(OSError):  # not ru_maxrss, which begins with that of the parent
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+) kB|$", status)[1] or 0) << 10  # pyright: ignore
+    status = Path("/proc/self/status")
+    if status.is_file():  # not ru_maxrss, which begins with that of the parent
+        return sum(int(kB) << 10 for kB in re.findall(r"VmHWM:\s+(\d+)", status.read_text()))
     with contextlib.suppress(ImportError):
         import resource
 
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
     return 0
 
 
 def versions() -> dict[str, str]:
     """What decides the bits of a run besides its settings."""
-    libraries = {"torch": str(torch.__version__), "numpy": np.__version__}
-    return {"python": platform.python_version(), **libraries}
+    python, library = platform.python_version(), str(torch.__version__)
+    return {"python": python, "torch": library, "numpy": np.__version__}
 
 
 class Session:
     """One call of `train`: what it holds in memory, and its steps."""
 
-    def __init__(
-        self, configs: tuple[Any, Any, Any], out: Path, processes: Processes, callbacks: Any
-    ) -> None:
-        self.model_config, data_config, self.config = configs
+    def __init__(self, configs: Any, out: Path, processes: Processes, callbacks: Any) -> None:
+        self.model_config, data, self.config = model, _, config = configs.values()
+        self.settings = {part: asdict(config) for part, config in configs.items()}
         self.out, self.processes, self.callbacks = out, processes, callbacks
-        self.settings = _settings(configs)
-        self.context, vocab_size = self.model_config.max_position_embeddings, configs[0].vocab_size
-        self.device = choose_device(self.config.device, self.config.dtype)
-        prepare = partial(prepare_data, data_config, vocab_size, self.context, out)
+        self.log, self.context = MetricsLog(None, 0), model.max_position_embeddings
+        self.device = choose_device(config.device, config.dtype)
+        prepare = partial(prepare_data, data, model.vocab_size, self.context, out)
         self.data, self.tokenizer = processes.run_on_main(prepare) or prepare()
-        size, device = processes.world_size, self.device.device
-        self.micro_batch = windows_at_once(self.model_config, self.config, self.device, size)
-        torch.manual_seed(self.config.seed)  # nothing draws from it yet; a checkpoint holds it
-        model = processes.build_model(self.model_config, self.config.seed, device)
-        optimizers = processes.make_optimizers(model, self.config)
-        self.state = TrainState(model, optimizers, self.device.scaler(), self.config, processes)
-        self.loss: Any = model.loss  # bitllm/compiling.py replaces these two and micro_step
-        self.hold: Any = model.hold_weights
-        self.log = MetricsLog(None, 0)
+        self.micro_batch = windows_at_once(model, config, self.device, processes.world_size)
+        torch.manual_seed(config.seed)  # nothing draws from it yet; a checkpoint holds it
+        net = processes.build_model(model, config.seed, self.device.device)
+        optimizers = processes.make_optimizers(net, config)
+        self.state = TrainState(net, optimizers, self.device.scaler(), config, processes)
+        self.loss: Any = net.loss  # the package replaces these two, gradients and micro_step
+        self.hold: Any = net.hold_weights
+        self.facts = {"device": str(self.device), "processes": processes.world_size, **versions()}
+        self.facts["data_sha256"] = self.data.manifest["train"]["sha256"]
 
-    def notify(self, event: str, *values: Any) -> None:
-        for callback in self.callbacks:
-            getattr(callback, event)(self.state, *values)
+    def run(self, saver: _Saver) -> None:
+        """Steps until all are done, a signal came, or the loss stays non-finite."""
+        state, config, processes = self.state, self.config, self.processes
+        parameters = parameters_of(state.optimizers)
+        self.logged = state.tokens, state.train_seconds
+        while not state.finished and not self.stop_asked() and self.data.wait(self):
+            start = time.perf_counter()
+            windows = torch.from_numpy(self.data.batch(config, self.context, state.step))
+            factor = learning_rate_factor(config, state.step)
+            loss = processes.reduce_gradients(parameters, self.gradients(windows))
+            state.loss, norm = apply_gradients(
+                state.optimizers, state.scaler, factor, config.max_grad_norm, loss, processes
+            )
+            state.step += 1
+            state.train_seconds += time.perf_counter() - start
+            skipped = not math.isfinite(norm)
+            state.skipped += skipped
+            state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
+            due = state.step % config.log_every_steps == 0 or state.step == config.max_steps
+            self.notify("on_step", self.log_step(norm, factor) if due else None)
+            if state.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+                raise FloatingPointError(
+                    f"{MAX_SKIPPED_STEPS} steps in a row, up to step {state.step}, had no finite "
+                    "gradient. Try a lower learning_rate, or --dtype float32"
+                )
+            if config.eval_every_steps and state.step % config.eval_every_steps == 0:
+                self.evaluate()
+            saver.save_what_is_due()
+            while any(processes.all_reduce_max([state.paused])) and not self.stop_asked():
+                self.notify("on_pause")
+                saver.save_what_is_due()
+                time.sleep(0.1)
 
     def gradients(self, windows: Tensor) -> Tensor:
-        """Add up the gradients of this process' windows, (N, T + 1); return their loss.
-
-        With half the micro-batch when a GPU runs out of memory.
-        """
-        x, y, device = windows[:, :-1], windows[:, 1:], self.device.device  # (N, T)
-        while True:
-            try:
-                total = torch.zeros((), device=device)
-                with self.hold(self.device.dtype):
-                    for pair in self.processes.micro_batches(x, y, self.micro_batch):
-                        parts = (part.to(device, non_blocking=True).contiguous() for part in pair)
-                        total += self.micro_step(*parts)
-                return total
-            except torch.OutOfMemoryError:
-                if self.micro_batch == 1 or self.processes.sharded:
-                    raise
-            self.micro_batch //= 2
-            log.warning(f"out of GPU memory: {self.micro_batch} windows at once from here on")
-            self.state.model.zero_grad()
-            torch.cuda.empty_cache()
+        """Add up the gradients of this process' windows, (N, T + 1); return their loss."""
+        device, x, y = self.device.device, windows[:, :-1], windows[:, 1:]  # (N, T)
+        total = torch.zeros((), device=device)
+        with self.hold(self.device.dtype):
+            for pair in self.processes.micro_batches(x, y, self.micro_batch):
+                parts = (part.to(device, non_blocking=True).contiguous() for part in pair)
+                total += self.micro_step(*parts)
+        return total
 
     def micro_step(self, x: Tensor, y: Tensor) -> Tensor:
         """The loss of windows x and targets y, (B, T) each; their gradients are added up."""
@@ -2528,42 +2530,51 @@ class Session:
         self.state.scaler.scale(loss).backward()
         return loss.detach()
 
-    def run(self, saver: _Saver) -> None:
-        """Steps until all are done, a signal came, or the loss stays non-finite."""
-        state, config, processes = self.state, self.config, self.processes
-        parameters = parameters_of(state.optimizers)
-        steps, since = 0, time.perf_counter()  # the last line of the log
-        while not state.finished and not self.stop_asked():
-            if not self.tokens_came():
-                continue
-            start = time.perf_counter()
-            windows = torch.from_numpy(self.data.batch(config, self.context, state.step))
-            factor = learning_rate_factor(config, state.step)
-            loss = processes.reduce_gradients(parameters, self.gradients(windows))
-            state.loss, norm = apply_gradients(
-                state.optimizers, state.scaler, factor, config.max_grad_norm, loss, processes
-            )
-            state.step, steps, metrics = state.step + 1, steps + 1, None
-            state.train_seconds += time.perf_counter() - start
-            state.skipped += not math.isfinite(norm)
-            state.skipped_in_a_row = 0 if math.isfinite(norm) else state.skipped_in_a_row + 1
-            if state.step % config.log_every_steps == 0 or state.step == config.max_steps:
-                speed = steps * config.batch_tokens / (time.perf_counter() - since)
-                metrics = self.log_step(norm, factor, speed)
-            self.notify("on_step", metrics)
-            if state.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-                raise FloatingPointError(
-                    f"{MAX_SKIPPED_STEPS} steps in a row had no finite gradient; stopped at step "
-                    f"{state.step}. The last checkpoint in {self.out} is from before. Try a lower "
-                    "learning_rate, or --dtype float32"
-                )
-            if config.eval_every_steps and state.step % config.eval_every_steps == 0:
-                self.evaluate()
-                saver.keep_best()
-            saver.save_where_due()
-            if metrics:
-                steps, since = 0, time.perf_counter()
-            since += self.wait_while_paused(saver)
+    def log_step(self, norm: float, factor: float) -> dict[str, Any]:
+        state, (tokens, seconds) = self.state, self.logged
+        self.logged = state.tokens, state.train_seconds
+        metrics = {
+            "step": state.step,
+            "loss": state.loss,
+            "learning_rate": peak_rates(self.model_config, self.config)[0] * factor,
+            "grad_norm": norm,
+            "tokens": state.tokens,
+            "tokens_per_s": round((state.tokens - tokens) / (state.train_seconds - seconds), 1),
+            "memory_bytes": memory_in_use(self.device),
+            "train_seconds": round(state.train_seconds, 3),
+        }
+        for more in METRICS:
+            metrics |= more(state)
+        self.log.write(metrics)
+        return metrics
+
+    def evaluate(self, final: bool = False) -> None:
+        """Validation loss: on the same first tokens each time, with a text; at the end on all."""
+        state, processes, config = self.state, self.processes, self.config
+        first, counts = end_of_text_id(self.tokenizer) or 0, self.data.manifest["validation"]
+        tokens = self.data.validation[: None if final else config.eval_tokens]
+        nats = total_loss(state.model, tokens, first, self.device, processes=processes)
+        loss = state.val_loss = nats / len(tokens)
+        metrics = {
+            "step": state.step,
+            "val_loss": loss,
+            "val_perplexity": safe_exp(loss),
+            "val_bits_per_byte": loss / math.log(2) / (counts["bytes"] / counts["tokens"]),
+            "val_tokens": len(tokens),
+            **({"final": True} if final else {}),
+        }
+        self.log.write(metrics)
+        self.notify("on_eval", metrics)
+        if final:
+            return
+        state.evals_since_best += 1
+        if loss < state.best_val_loss:
+            state.best_val_loss, state.best_step, state.evals_since_best = loss, state.step, 0
+        model = processes.whole_model(state.model)
+        if model and self.callbacks:
+            prompt, sampling = config.sample_prompt, SamplingConfig(60, seed=0)
+            text = generate(model, self.tokenizer, prompt, sampling)
+            self.notify("on_sample", prompt + text)
 
     def stop_asked(self) -> bool:
         """Whether any process has been told to stop; the same answer in all."""
@@ -2571,93 +2582,9 @@ class Session:
         self.state.stop_signal = int(number) or self.state.stop_signal  # one may have just come
         return number != 0
 
-    def tokens_came(self) -> bool:
-        """Whether the next step's tokens are there, after waiting for them; False: stop first."""
-        data, waiting = self.data, False
-        while data.streamed:
-            ready = data.ready(self.config, self.context, self.state.step)
-            missing, failed = self.processes.all_reduce_max([not ready, data.error is not None])
-            if not missing:
-                break
-            if failed:
-                self.state.stop_signal = self.state.stop_signal or signal.SIGTERM
-            if self.stop_asked():
-                return False
-            if not waiting:
-                log.info(f"waiting for more text; {len(data.training):,} tokens are there")
-            waiting = True
-            time.sleep(0.1)
-        return True
-
-    def wait_while_paused(self, saver: _Saver) -> float:
-        """Seconds spent here, which belong to no step; stopping and saving work meanwhile."""
-        start = time.perf_counter()
-        while any(self.processes.all_reduce_max([self.state.paused])) and not self.stop_asked():
-            self.notify("on_pause")
-            saver.save_where_due(paused=True)
-            time.sleep(0.1)
-        return time.perf_counter() - start
-
-    def log_step(self, norm: float, factor: float, tokens_per_s: float) -> dict[str, Any]:
-        metrics = {
-            "step": self.state.step,
-            "loss": self.state.loss,
-            "learning_rate": peak_rates(self.model_config, self.config)[0] * factor,
-            "grad_norm": norm,
-            "tokens": self.state.tokens,
-            "tokens_per_s": round(tokens_per_s, 1),
-            "memory_bytes": memory_in_use(self.device),
-            "train_seconds": round(self.state.train_seconds, 3),
-            **_telemetry(self.state),
-        }
-        self.log.write(metrics)
-        return metrics
-
-    def evaluate(self, final: bool = False) -> None:
-        """Validation loss: on the same first tokens each time, with a text; at the end on all."""
-        state, data, prompt = self.state, self.data, self.config.sample_prompt
-        tokens = data.validation if final else data.validation[: self.config.eval_tokens]
-        first, processes = end_of_text_id(self.tokenizer) or 0, self.processes
-        counts = data.manifest["validation"]
-        nats = total_loss(state.model, tokens, first, self.device, processes=processes)
-        state.val_loss = nats / len(tokens)
-        metrics = {
-            "step": state.step,
-            "val_loss": state.val_loss,
-            "val_perplexity": safe_exp(state.val_loss),
-            "val_bits_per_byte": state.val_loss
-            / math.log(2)
-            / (counts["bytes"] / counts["tokens"]),
-            "val_tokens": len(tokens),
-            **({"final": True} if final else {}),
-        }
-        self.log.write(metrics)
-        self.notify("on_eval", metrics)
-        model = None if final else processes.whole_model(state.model)
-        if model and self.callbacks:
-            text = generate(model, self.tokenizer, prompt, SamplingConfig(60, seed=0))
-            self.notify("on_sample", prompt + text)
-
-
-def _settings(configs: tuple[Any, Any, Any]) -> dict[str, Any]:
-    return dict(zip(("model", "data", "train"), map(asdict, configs), strict=True))
-
-
-def _telemetry(state: TrainState) -> dict[str, list[float]]:
-    """Per layer: share of zeros, and of trits that changed since the last call."""
-    config, processes = state.model.config, state.processes
-    zeros, flips, sizes = (np.zeros(config.num_hidden_layers) for _ in range(3))
-    for name, linear in state.model.bit_linears().items() if config.linear != "dense" else ():
-        weight = processes.whole({name: linear.weight.detach()}).get(name)
-        if name == "lm_head" or weight is None or not processes.is_main:
-            continue
-        layer, trits = int(name.split(".")[2]), weight_quant(weight)[0].to("cpu", torch.int8)
-        zeros[layer] += (trits == 0).sum().item()
-        flips[layer] += (trits != state.trits.get(name, trits)).sum().item()
-        sizes[layer] += trits.numel()
-        state.trits[name] = trits
-    found = {"zero_fraction": zeros, "flip_rate": flips} if sizes.any() else {}
-    return {name: (counts / sizes).round(6).tolist() for name, counts in found.items()}
+    def notify(self, event: str, *values: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self.state, *values)
 
 
 class _Saver:
@@ -2665,229 +2592,122 @@ class _Saver:
 
     def __init__(self, session: Session) -> None:
         self.session, self.state, self.mirror = session, session.state, session.state.mirror
-        self.folder, self.keep = Folder(session.out / "checkpoints"), keep_of(session.config)
-        self.worker = ThreadPoolExecutor(1, "checkpoints")
-        self.running: tuple[str, Future[Path]] | None = None
-        self.begun_step = self.state.step or -1  # of the newest checkpoint begun
-        self.last_save, self.retry_at = time.monotonic(), math.inf
-        self.mirror_status = ""
+        self.folder, self.keep = (
+            Folder(session.out / "checkpoints"),
+            session.config.keep_checkpoints,
+        )
+        self.worker, self.running, self.mirror_status = ThreadPoolExecutor(1), None, ""
+        self.pause_s = 60 * (session.config.save_every_minutes or math.inf)
+        self.due_at, step = time.monotonic() + self.pause_s, self.state.step
+        self.begun = {"best": step, "epoch": step, "step": step or -1}  # the step of the newest
         with contextlib.suppress(OSError):
             remove_unfinished(self.folder)
 
-    def save_where_due(self, paused: bool = False) -> None:
+    def save_what_is_due(self, ending: bool = False) -> None:
         """Save what is due after this step, and report what has become safe since the last."""
-        session, state, step = self.session, self.state, self.state.step
-        config, due = session.config, state.save_requested
+        session, state, step, config = self.session, self.state, self.state.step, self.state.config
         epoch = session.data.steps_per_epoch(config, session.context)
-        if not paused:
-            if config.save_every_epoch and step // epoch > (step - 1) // epoch:
-                self.save("epoch")
-            minutes = (time.monotonic() - self.last_save) / 60
-            due |= bool(config.save_every_steps and step % config.save_every_steps == 0)
-            due |= bool(config.save_every_minutes and minutes >= config.save_every_minutes)
-            due |= time.monotonic() >= self.retry_at
-        due, less = state.processes.all_reduce_max([due, -session.micro_batch])
-        session.micro_batch = -int(less)  # in all processes as small as where memory was scarce
-        if due:
-            self.save()
-        self.collect()
+        every, asked = config.save_every_steps, ending or state.save_requested
+        due = {
+            "best": step == state.best_step,
+            "epoch": config.save_every_epoch and step // epoch > (step - 1) // epoch,
+            "step": asked or time.monotonic() >= self.due_at or (every and step % every == 0),
+        }
+        state.save_requested = False
+        new = [bool(due[kind]) and self.begun[kind] != step for kind in due]
+        for kind, somewhere in zip(due, state.processes.all_reduce_max(new), strict=True):
+            if somewhere:
+                self.save(kind)
+        self.collect(wait=ending)
         if self.mirror and self.mirror.status() != self.mirror_status:
             self.mirror_status = self.mirror.status()
             session.notify("on_mirror", self.mirror_status)
 
-    def keep_best(self) -> None:
-        """Save the model where the last evaluation was the best."""
-        state = self.state
-        state.evals_since_best += 1
-        if state.val_loss < state.best_val_loss:
-            state.best_val_loss, state.best_step = state.val_loss, state.step
-            state.evals_since_best = 0
-            self.save("best")
-
-    def save(self, kind: str = "step") -> None:
+    def save(self, kind: str) -> None:
         """Begin a checkpoint; a disk that refuses does not end the training."""
         start, state, session = time.perf_counter(), self.state, self.session
-        if kind == "step":
-            state.save_requested = False
-            if not any(state.processes.all_reduce_max([self.begun_step != state.step])):
-                return
-            self.last_save, self.begun_step = time.monotonic(), state.step
+        self.begun[kind] = state.step
         if kind == "best":  # what generating needs
             weights = state.processes.whole(state.model.state_dict())
             contents = {"step": state.step, "val_loss": state.val_loss, "model": weights}
         else:  # all of a run but its tokens; every process gives its part
-            contents = {**state.state_dict(), **_circumstances(session)}
-            contents["micro_batch"] = session.micro_batch
+            contents = {**state.state_dict(), **session.facts, "micro_batch": session.micro_batch}
+            self.due_at = time.monotonic() + self.pause_s
         if state.processes.is_main:
             self.collect(wait=True)  # one copy at a time
             contents |= {"config": session.settings, "tokenizer": session.tokenizer.to_str()}
             name = f"{kind}_{state.step:08d}.safetensors"
             write = partial(write_snapshot, self.folder, name, *snapshot(contents))
-            self.running = name, self.worker.submit(write)
+            self.running = kind, self.worker.submit(write)
         state.save_seconds += time.perf_counter() - start
 
     def collect(self, wait: bool = False) -> None:
         """Report the checkpoint on its way, once it is safe or could not be saved."""
         if self.running is None or not (wait or self.running[1].done()):
             return
-        (name, future), self.running, state = self.running, None, self.state
-        kind = name.split("_")[0]
+        (kind, future), self.running, state = self.running, None, self.state
         try:
             path = future.result()
         except OSError as error:
-            last = state.last_saved_step
-            good = f"the last good one is of step {last}" if last else "there is no good one yet"
-            log.warning(f"{name} could not be saved: {error}. Training goes on; {good}")
+            safe = f"step {state.last_saved_step or 'none'} is safe"
+            log.warning(f"a checkpoint could not be saved: {error}. Training goes on; {safe}")
             if kind == "step":
-                self.begun_step, self.retry_at = -1, time.monotonic() + SAVE_RETRY_S
+                self.begun[kind], self.due_at = -1, time.monotonic() + SAVE_RETRY_S
             return
-        if kind in self.keep:
+        if kind != "epoch":  # all of which stay, here alone
             if self.mirror:
-                self.mirror.offer(kind, name)
+                self.mirror.offer(kind, path.name)
+            keep, spare = self.keep if kind == "step" else 1, getattr(self.mirror, "copying", "")
             with contextlib.suppress(OSError):  # what stays is pruned next time
-                spare = self.mirror.copying if self.mirror else ""
-                prune_checkpoints(self.folder, self.keep[kind], kind, spare)
+                prune_checkpoints(self.folder, keep, kind, spare)
         if kind == "step":
-            state.last_saved_step, state.last_saved_at = checkpoint_step(name), time.time()
-            self.retry_at = math.inf
+            state.last_saved_step, state.last_saved_at = checkpoint_step(path), time.time()
             self.session.notify("on_checkpoint", path)
-
-    def save_and_wait(self) -> None:
-        """Save this step and wait until it is safe; OSError where it cannot be."""
-        self.collect(wait=True)
-        self.save()
-        self.collect(wait=True)
-        state = self.state
-        state.last_saved_step = state.processes.broadcast(state.last_saved_step)
-        if state.last_saved_step != state.step:
-            raise OSError(
-                f"step {state.step} could not be saved in {self.session.out} (see above); the last "
-                f"good checkpoint is of step {state.last_saved_step}. Free some space or repair "
-                "the disk, then train again: it resumes from there"
-            )
-
-
-def keep_of(config: TrainConfig) -> dict[str, int]:
-    """How many checkpoints stay, by kind; those of epochs all do, and are not mirrored."""
-    return {"step": config.keep_checkpoints, "best": 1}
-
-
-def _circumstances(session: Session) -> dict[str, Any]:
-    """What a checkpoint holds for a resume to compare."""
-    return {
-        "tokenizer_sha256": session.data.manifest["tokenizer_sha256"],
-        "data_sha256": session.data.manifest["train"]["sha256"],
-        "device": str(session.device),
-        "processes": session.processes.world_size,
-        "versions": versions(),
-    }
 
 
 def _restore(session: Session, checkpoint: dict[str, Any]) -> None:
     """Resume from a checkpoint; other versions or another device are logged, not refused."""
-    now, state = _circumstances(session), session.state
     try:
-        for name in ("tokenizer_sha256", "data_sha256"):
-            if checkpoint[name] != now[name]:
-                raise ValueError(f"{name} differs; put its tokenizer.json and data/ back")
-        before = {**checkpoint["config"]["train"], **checkpoint, **checkpoint["versions"]}
-        now |= {**now.pop("versions"), "fsdp": session.config.fsdp}
+        if checkpoint["data_sha256"] != session.facts["data_sha256"]:
+            raise ValueError("its tokens differ; put its data/ back")
+        before = {**checkpoint["config"]["train"], **checkpoint.get("versions", {}), **checkpoint}
+        now = {**session.facts, "fsdp": session.config.fsdp}
         changed = [f"{k} {before[k]} -> {v}" for k, v in now.items() if before.get(k, v) != v]
         if changed:
             log.info(f"note: not bit for bit as before, for these changed: {', '.join(changed)}")
         elif not session.config.micro_batch_size:
             session.micro_batch = int(checkpoint["micro_batch"])
         check_weights(session.model_config, checkpoint["model"], session.out / "checkpoints")
-        state.load_state_dict(checkpoint)
+        session.state.load_state_dict(checkpoint)
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"{session.out}: its checkpoint of step {checkpoint['step']} is not of this run "
-            f"({first_line(error)}); nothing was changed. Choose another --out, or begin anew with "
-            "--resume never"
+            f"({first_line(error)}). Choose another --out, or begin anew with --resume never"
         ) from error
-    state.last_saved_step = state.step
-
-
-def _write_settings(session: Session) -> None:
-    """What a run folder holds beside its checkpoints, where it is missing or has changed."""
-    path, text = session.out / "config.json", session.tokenizer.to_str(pretty=True)
-    config = {"format_version": FORMAT_VERSION, **session.settings}
-    if read_json(path) != json.loads(json.dumps(config)):
-        write_atomically(path, json.dumps(config, indent=1).encode())
-    if not (session.out / "tokenizer.json").is_file():
-        write_atomically(session.out / "tokenizer.json", text.encode())
-
-
-def _announce(session: Session) -> None:
-    """Log what is going to happen."""
-    model, config, counts = session.model_config, session.config, session.data.manifest
-    epochs = config.max_steps / session.data.steps_per_epoch(config, session.context)
-    size, step = session.processes.world_size, session.state.step
-    log.info(
-        f"model: {model.num_parameters / 1e6:.2f}M parameters, {model.linear}, {session.device}\n"
-        f"data: {counts['train']['tokens']:,} training and {counts['validation']['tokens']:,} "
-        f"validation tokens; {epochs:.1f} epochs\n"
-        f"steps: {config.max_steps} of {config.batch_tokens:,} tokens, {session.micro_batch} "
-        f"windows of {session.context} at once" + f" on each of {size} processes" * (size > 1)
-    )
-    if step:
-        log.info(f"resuming from step {step} of {config.max_steps}")
-
-
-def _join_processes(model: ModelConfig, config: TrainConfig) -> Processes:
-    """This process alone, or those that torchrun started, once it is sure that the model fits."""
-    size, device = int(os.environ.get("WORLD_SIZE", "1")), choose_device(config.device)
-    several = "several processes, as of torchrun --nproc-per-node=2 bitllm_core.py train ..."
-    require(size > 1 or not config.fsdp, "fsdp", True, several)
-    windows = config.batch_tokens // model.max_position_embeddings
-    require(size <= windows, "WORLD_SIZE", size, f"at most the {windows} windows of a step")
-    with contextlib.suppress(ImportError):
-        extension("planner", "a check of memory").check_memory(model, config, device, size)
-    if size == 1:
-        return Processes()
-    distributed = extension("distributed", "training with several processes")
-    return distributed.join(device.device, config.fsdp)
-
-
-def _open(
-    stack: contextlib.ExitStack, configs: Any, out: Path, resume: str, mirror: Any
-) -> tuple[Any, dict[str, Any] | None]:
-    """Take the run folder for this process alone.
-
-    Returns:
-        its `bitllm.mirror.Mirror` and the checkpoint to resume from; None where there is none.
-    """
-    check_run_folder(out)
-    module, place = None, Path(mirror or out).expanduser()
-    if mirror:
-        module = extension("mirror", "--mirror")
-        module.check_mirror(out, place)
-    out.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(_lock(out))
-    copier = module.Mirror(out, place, keep_of(configs[2])) if module else None
-    if copier:
-        stack.callback(copier.close, 1.0)  # after an error; else it was closed before
-    if resume == "never":
-        for folder in {out, place}:
-            set_aside(folder, same_data(folder, configs[1], configs[0].vocab_size))
-    return copier, _open_run(out, _settings(configs), resume, copier)
+    session.state.last_saved_step = session.state.step
 
 
 def _finish(session: Session) -> None:
     """Train what is left of a run, if anything, and leave everything safe."""
-    state, out, config = session.state, session.out, session.config
+    state, out, processes = session.state, session.out, session.processes
     coming = contextlib.nullcontext()
-    if session.processes.is_main:
-        _write_settings(session)
+    if processes.is_main:
+        settings = {"format_version": FORMAT_VERSION, **session.settings}
+        write_atomically(out / "config.json", json.dumps(settings, indent=1).encode())
         session.log = MetricsLog(out / "metrics.jsonl", state.step)
         coming = session.data.coming(session.tokenizer)
     if state.mirror:
         state.mirror.offer_newest()
     final = [x for x in session.log.lines if x.get("final") and x["step"] == state.step]
-    if state.finished and session.processes.broadcast(bool(final)):
-        state.val_loss = final[0].get("val_loss", math.nan) if final else math.nan
+    if state.finished and (final := processes.broadcast(final)):
+        state.val_loss = final[0].get("val_loss", math.nan)
         return
-    _announce(session)
+    steps = f"step {state.step} of {state.config.max_steps}"
+    log.info(
+        f"{session.model_config.num_parameters / 1e6:.2f}M parameters, {session.device}; "
+        f"{session.micro_batch} windows of {session.context} tokens at once; "
+        f"{'resuming from' if state.step else 'beginning at'} {steps}"
+    )
     if not state.finished:
         with contextlib.suppress(ImportError):
             extension("compiling", "torch.compile").prepare(session)
@@ -2896,27 +2716,24 @@ def _finish(session: Session) -> None:
         session.notify("on_start")
         try:
             session.run(saver)
-            stopped = session.stop_asked()
-            if not stopped and state.step < config.max_steps:
-                best = f"{state.best_val_loss:.4f} at step {state.best_step}"
+            if state.out_of_patience and state.step < state.config.max_steps:
                 log.info(
-                    f"ended early at step {state.step} of {config.max_steps}: no better validation "
-                    f"loss in {config.patience} evaluations. The best, {best}, is kept "
-                    "(--checkpoint best); --patience 0 trains to the end"
+                    f"ended early: {state.evals_since_best} evaluations without a better "
+                    f"validation loss than at step {state.best_step} (--checkpoint best)"
                 )
-            saver.save_and_wait()
-            if not stopped:
+            saver.save_what_is_due(ending=True)
+            state.last_saved_step = processes.broadcast(state.last_saved_step)
+            if state.last_saved_step != state.step:
+                raise OSError(
+                    f"step {state.step} could not be saved in {out}; the last good checkpoint is "
+                    f"of step {state.last_saved_step}. Mend the disk: training resumes from there"
+                )
+            if not session.stop_asked():
                 session.evaluate(final=True)
         finally:
             saver.collect(wait=True)
             saver.worker.shutdown()
             session.notify("on_end")
-    if session.data.error:
-        raise ConnectionError(
-            f"data={session.settings['data']['data']!r} could not be read to its end "
-            f"({first_line(session.data.error)}). Step {state.step} is saved; the same command "
-            "resumes from there"
-        ) from session.data.error
 
 
 def train(
@@ -2933,27 +2750,29 @@ def train(
 
     Args:
         out: run folder: config.json, tokenizer.json, data/, metrics.jsonl, checkpoints/.
-        resume: "auto" resumes where there is something, "must" refuses where there is not; "never"
-            begins anew and moves what is there to a folder set-aside-N in `out`.
-        mirror: a second folder that checkpoints are copied to in the background, such as one on a
-            mounted drive; a run also resumes from there. Its parent must exist.
-        callbacks: see `Callback`; default: a progress bar. Of several processes, which torchrun
-            starts and which share the work, only the main one calls them, and writes.
+        resume: "auto"; "must": not without a run to resume; "never": what is there is moved to a
+            folder set-aside-N in `out`.
+        mirror: a second folder, in one that exists, for copies of checkpoints; also resumed from.
+        callbacks: default: a progress bar. Of several processes, only the main one calls them.
 
     Returns:
-        the state after the last step; its `stop_signal` is set when it was interrupted, after a
-        checkpoint. A finished run returns at once.
+        the state after the last step; interrupted, it has a `stop_signal` and a checkpoint.
 
     Raises:
-        ValueError: settings that cannot be or that differ from the run's, or a folder that another
-            process writes to; before any work.
+        ValueError: settings are wrong or not the run's, or another process writes to the folder.
         FloatingPointError: the loss does not return to finite numbers.
         OSError: the last checkpoint of a session could not be saved.
     """
-    out, configs = Path(out), (model_config, data_config, train_config)
+    out, configs = Path(out), {"model": model_config, "data": data_config, "train": train_config}
     require(resume in ("auto", "never", "must"), "resume", resume, "auto, never or must")
     check_configs(model_config, train_config)
-    processes = _join_processes(model_config, train_config)
+    processes = Processes()
+    if train_config.fsdp or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        distributed = extension("distributed", "training with several processes")
+        processes = distributed.join(model_config, train_config)
+    with contextlib.suppress(ImportError):
+        planner, size = extension("planner", "a check of memory"), processes.world_size
+        planner.check_memory(model_config, train_config, size)
     callbacks = [ProgressBar()] if callbacks is None else callbacks
     with contextlib.ExitStack() as stack:
         if train_config.deterministic:
@@ -2969,15 +2788,12 @@ def train(
             path = out / "checkpoints" / f"step_{step:08d}.safetensors"
             checkpoint = load_checkpoint(path, mapped=train_config.fsdp)
         session = Session(configs, out, processes, callbacks if processes.is_main else ())
-        state, state.mirror = session.state, copier
+        session.state.mirror = copier
         if checkpoint:
             _restore(session, checkpoint)
             del checkpoint  # as large as the model and its optimizers
         _finish(session)
-        if copier:
-            copier.close()
-            log.info(copier.status())
-    return state
+    return session.state
 
 
 # -----------------------------------------------------------------------------

@@ -262,7 +262,7 @@ def test_the_newest_of_run_and_mirror_counts(tmp_path):
     saved(folder, 6)
     torn = saved(folder, 9)
     torn.write_bytes(torn.read_bytes()[:-9])
-    mirror = mirroring.Mirror(local, folder, {"step": 2})
+    mirror = mirroring.Mirror(local, folder, 2)
     assert mirror.newest_checkpoint(SETTINGS)["step"] == 6
     assert bit.newest_checkpoint(local / "checkpoints")["step"] == 6  # it was fetched
     copy = local / "checkpoints" / "step_00000006.safetensors"

@@ -230,7 +230,7 @@ def test_a_stream_that_stays_broken_saves_and_says_so(
     monkeypatch.setattr(streaming, "RETRY_S", (0.01, 0.01, 0))
     data = bit.DataConfig(data=str(stories), max_train_tokens=BUDGET)
     config = dataclasses.replace(tiny_train, max_steps=300, save_every_steps=0, eval_every_steps=0)
-    with pytest.raises(ConnectionError, match=r"network is gone.*Step \d+ is saved"):
+    with pytest.raises(ConnectionError, match=r"network is gone.*last step is saved"):
         bit.train(tiny_config, data, config, tmp_path / "run", callbacks=())
     assert 0 < bit.newest_checkpoint(tmp_path / "run" / "checkpoints")["step"] < 300
 
