@@ -1988,10 +1988,7 @@ def generate(
 
 
 class Processes:
-    """The processes that train one model together; here, this one alone.
-
-    `bitllm.distributed` subclasses it for torchrun and FSDP. All call its methods in one order.
-    """
+    """The processes that train one model, which call its methods in one order; here, one alone."""
 
     rank, world_size, is_main = 0, 1, True  # the main one writes the run folder, calls callbacks
     sharded = False  # whether each holds only a part of every parameter (FSDP)
@@ -2009,6 +2006,7 @@ class Processes:
 
     gather = broadcast  # to the main one: tensors by name, of which each has its own
     whole = broadcast  # to the main one: whole, of which each has all or a part of every one
+    whole_model = broadcast  # to the main one: a model that can generate by itself
 
     def run_on_main(self, work: Callable[[], Any]) -> Any:
         return work()  # None in the others, which wait for it
@@ -2025,9 +2023,6 @@ class Processes:
 
     def build_model(self, config: ModelConfig, seed: int, device: torch.device) -> BitLM:
         return BitLM(config, seed).to(device)
-
-    def whole_model(self, model: BitLM) -> BitLM | None:
-        return model  # in the main one: ready to generate by itself
 
     def make_optimizers(self, model: BitLM, config: TrainConfig) -> list[Any]:
         return make_optimizers(model, config)
@@ -2098,6 +2093,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        """Update the parameters that have a gradient, which is used up."""
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             for shape in dict.fromkeys(weight.shape for weight in weights):
@@ -2110,21 +2106,17 @@ class Muon(torch.optim.Optimizer):
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-        gradients = self.local([weight.grad for weight in weights])
-        means = self.local([self.state[weight]["momentum_buffer"] for weight in weights])
+        gradients = [weight.grad for weight in weights]
+        means = [self.state[weight]["momentum_buffer"] for weight in weights]
         torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
-        mixed = torch.stack(torch._foreach_lerp(gradients, means, group["momentum"]))  # Nesterov
-        updates = self.orthogonal(mixed, weights, group["ns_steps"]).to(mixed.dtype)
+        torch._foreach_lerp_(gradients, means, group["momentum"])  # Nesterov's look ahead
         rows, columns = weights[0].shape
         rate = group["lr"] * math.sqrt(max(1, rows / columns))
-        torch._foreach_mul_(self.local(weights), 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(self.local(weights), updates.unbind(), alpha=-rate)
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, self.updates(gradients, group["ns_steps"]), alpha=-rate)
 
-    def local(self, tensors: list[Any]) -> list[Tensor]:
-        return tensors  # where they are sharded, what this process holds
-
-    def orthogonal(self, mixed: Tensor, weights: list[Any], steps: int) -> Tensor:
-        return orthogonalize(mixed, steps)
+    def updates(self, directions: list[Any], steps: int) -> Sequence[Any]:
+        return orthogonalize(torch.stack(directions), steps).to(directions[0].dtype).unbind()
 
 
 def parameters_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[Tensor]:
@@ -2137,11 +2129,10 @@ def make_optimizers(model: BitLM, config: TrainConfig, muon: Any = Muon) -> list
 
     Only matrices are decayed. Each group's peak rate is its `initial_lr`.
     """
-    matrices = [m.weight for n, m in model.bit_linears().items() if n != "lm_head"]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
+    matrices = {f"{n}.weight": m.weight for n, m in model.bit_linears().items() if n != "lm_head"}
+    others = [p for name, p in model.named_parameters() if name not in matrices]
     first, second = ({"lr": rate, "initial_lr": rate} for rate in peak_rates(model.config, config))
-    decayed = {"params": matrices, "weight_decay": config.weight_decay, **first}
+    decayed = {"params": list(matrices.values()), "weight_decay": config.weight_decay, **first}
     rest = {"params": others, "weight_decay": 0.0, **second}
     adamw = partial(torch.optim.AdamW, betas=(config.adam_beta1, config.adam_beta2), fused=True)
     if config.optimizer == "adamw":
@@ -2159,11 +2150,8 @@ def apply_gradients(
 ) -> tuple[float, float]:
     """One optimizer step, on gradients that are the same in all processes; rates times `factor`.
 
-    Clips AdamW's gradients; Muon's step does not depend on their norm. Nothing changes where a
-    gradient is not finite: GradScaler.step would let one optimizer step and skip the other.
-
-    Returns:
-        the loss and the norm of all gradients, which is not finite where the step was skipped.
+    AdamW's are clipped; Muon's step does not depend on their norm. Returns the loss and the norm of
+    all; where that is not finite, nothing changes, of which GradScaler.step takes no care.
     """
     processes, norms = processes or Processes(), []
     for optimizer in optimizers:
@@ -2192,14 +2180,11 @@ def apply_gradients(
 
 FORMAT_VERSION = 3  # 2, which also held the lines of metrics.jsonl, can be read too
 PART = ".part"  # suffix of a file that is not finished
-_NAME = re.compile(r"(step|epoch|best)_(\d{8,})(\.safetensors|\.safetensors\.part|\.json)")
+_NAME = re.compile(r"(step|epoch|best)_\d{8,}\.(safetensors(\.part)?|json)")
 
 
 class Folder:
-    """A folder of checkpoints through the few operations that a disk or Google Drive may refuse.
-
-    Each raises OSError where the file system does. Tests let them fail (tests/faults.py).
-    """
+    """A folder, through the few operations that a disk or Drive may refuse (tests/faults.py)."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -2231,12 +2216,6 @@ class Folder:
     def remove(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)
 
-    def digest(self, name: str) -> str:
-        """sha256 of a file of this folder: a link out of it is refused."""
-        if (self.path / name).is_symlink():
-            raise OSError(errno.EINVAL, "not a regular file", str(self.path / name))
-        return file_hash(self.path / name)
-
 
 def snapshot(contents: dict[str, Any]) -> tuple[str, dict[str, Tensor]]:
     """Contents as JSON, with numbers in place of the tensors, and copies of those."""
@@ -2267,7 +2246,9 @@ def write_snapshot(folder: Folder, name: str, tree: str, tensors: dict[str, Tens
     except SafetensorError as error:
         raise OSError(errno.EIO, first_line(error), str(folder.path / part)) from error
     manifest = {"name": name, "format_version": FORMAT_VERSION, "step": checkpoint_step(name)}
-    publish(folder, {**manifest, "size": folder.size(part), "sha256": folder.digest(part)})
+    publish(
+        folder, {**manifest, "size": folder.size(part), "sha256": file_hash(folder.path / part)}
+    )
     return folder.path / name
 
 
@@ -2283,11 +2264,7 @@ def publish(folder: Folder, manifest: dict[str, Any]) -> None:
 
 
 def save_checkpoint(folder: str | Path, contents: dict[str, Any], kind: str = "step") -> Path:
-    """Write tensors and what JSON can hold, in dictionaries and lists, with at least `step`.
-
-    The name begins with `kind`: step, epoch or best. OSError: the disk refused, and what was in
-    the folder, which is created if need be, is as before.
-    """
+    """Write a checkpoint: tensors and what JSON can hold, with its `step`. Kinds: epoch, best."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     name = f"{kind}_{contents['step']:08d}.safetensors"
     return write_snapshot(Folder(folder), name, *snapshot(contents))
@@ -2304,36 +2281,29 @@ def read_manifest(folder: Folder, name: str) -> dict[str, Any]:
     return manifest
 
 
-def load_checkpoint(
-    path: str | Path, checkpoint: str | int = "last", mapped: bool = False
-) -> dict[str, Any]:
-    """Read a checkpoint as data: nothing in it is executed, all tensors on the CPU.
+def load_checkpoint(path: str | Path, checkpoint: str | int = "last", mapped: bool = False) -> dict:
+    """Read a checkpoint as data, to the CPU; ValueError: damaged, or not a checkpoint.
 
     Args:
         path: a checkpoint file, its manifest beside it; or a run folder.
         checkpoint: of a run folder: "last", "best" (lowest validation loss) or a kept step.
         mapped: leave a file's tensors in it; it must not change while they are used.
-
-    Raises FileNotFoundError, or ValueError: incomplete, damaged, or not a checkpoint.
     """
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
     if not path.is_file():
-        if checkpoint in ("last", "best"):
-            found = newest_checkpoint(
-                path / "checkpoints", "best" if checkpoint == "best" else "step"
-            )
-        else:  # best, epoch or step
-            paths = sorted(path.glob(f"checkpoints/*_{checkpoint:08}.safetensors"))
+        folder = path / "checkpoints"
+        if isinstance(checkpoint, int):
+            paths = sorted(folder.glob(f"*_{checkpoint:08}.safetensors"))  # best, epoch, step
             found = load_checkpoint(paths[-1]) if paths else None
+        else:
+            found = newest_checkpoint(folder, {"last": "step"}.get(checkpoint, checkpoint))
         if found is None:
-            why = f"not a run folder, or no whole checkpoint ({checkpoint}) in it"
-            raise FileNotFoundError(f"{path}: {why}; train first")
+            raise FileNotFoundError(f"{path}: not a run folder, or no whole checkpoint in it yet")
         return found
-    folder, name = Folder(path.parent), path.name
-    manifest = read_manifest(folder, name)
-    if folder.digest(name) != manifest["sha256"]:
+    manifest = read_manifest(Folder(path.parent), path.name)
+    if file_hash(path) != manifest["sha256"]:
         raise ValueError(f"{path}: damaged (its sha256 differs from its manifest's)")
     try:
         with safe_open(path, framework="pt") as file:
@@ -2360,9 +2330,8 @@ def checkpoint_step(path: str | Path) -> int:
 def list_checkpoints(folder: str | Path | Folder, kind: str = "step") -> list[Path]:
     """Checkpoint files by step, newest last, whole or not."""
     folder = folder if isinstance(folder, Folder) else Folder(folder)
-    matches = [match for name in folder.names() if (match := _NAME.fullmatch(name))]
-    ours = [m[0] for m in matches if m[1] == kind and m[3] == ".safetensors"]
-    return [folder.path / name for name in sorted(ours, key=checkpoint_step)]
+    names = [n for n in folder.names() if re.fullmatch(rf"{kind}_\d{{8,}}\.safetensors", n)]
+    return [folder.path / name for name in sorted(names, key=checkpoint_step)]
 
 
 def newest_checkpoint(folder: str | Path, kind: str = "step") -> dict[str, Any] | None:
@@ -2399,9 +2368,9 @@ def prune_checkpoints(folder: Folder, keep: int, kind: str = "step", spare: str 
 def remove_unfinished(folder: Folder) -> None:
     """Delete what an earlier session began to write and did not finish."""
     names = folder.names()
-    for match in (match for name in names if (match := _NAME.fullmatch(name))):
-        if match[3].endswith(PART) or f"{match[1]}_{match[2]}.safetensors" not in names:
-            folder.remove(match[0])
+    for name in filter(_NAME.fullmatch, names):
+        if name.endswith(PART) or f"{Path(name).stem}.safetensors" not in names:
+            folder.remove(name)
 
 
 def checked_settings(values: Any, path: Path) -> dict[str, Any]:
@@ -2448,14 +2417,12 @@ def load_run(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM, A
 
 
 def load_model(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM, Any]:
-    """A model ready to generate, and its tokenizer.
+    """A model ready to generate, and its tokenizer; nothing in the files is executed.
 
     Args:
         path: a run folder or a mirror of one; a checkpoint; a packed file or Hugging Face folder
             that bitllm exported; a seed script's .pth file, its tokenizer.json beside it.
         checkpoint: of a run folder: "last", "best" (lowest validation loss) or a kept step.
-
-    Raises FileNotFoundError or ValueError; nothing in the files is executed.
     """
     path = Path(path)
     packed = path.suffix in (".safetensors", ".gguf") and not _NAME.fullmatch(path.name)
