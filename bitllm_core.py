@@ -26,28 +26,22 @@ Dimensions in comments
     V vocabulary   O, I out and in features of a matrix
 
 References
-    [1] Ma et al., The Era of 1-bit LLMs: All Large Language Models are in 1.58 Bits, 2024,
-        arXiv:2402.17764; and the authors' "Training Tips, Code and FAQ".
+    [1] Ma et al., The Era of 1-bit LLMs, 2024, arXiv:2402.17764, and its "Training Tips" and FAQ.
     [2] Ma et al., BitNet b1.58 2B4T Technical Report, 2025, arXiv:2504.12285.
     [3] Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024.
     [4] Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, arXiv:2104.09864.
-    [5] Hägele et al., Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations,
-        2024, arXiv:2405.18392 (warm-up, constant, cooldown).
+    [5] Hägele et al., Scaling Laws Beyond Fixed Training Durations, 2024, arXiv:2405.18392 (wsd).
     [6] Hsu et al., Liger Kernel: Efficient Triton Kernels for LLM Training, arXiv:2410.10989.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import dataclasses
 import errno
 import hashlib
 import importlib
-import importlib.metadata
-import importlib.util
-import inspect
 import itertools
 import json
 import logging
@@ -64,6 +58,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
+from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any
 
@@ -74,31 +69,11 @@ from torch import Tensor, nn
 
 log = logging.getLogger("bitllm")
 
-__all__ = [
-    "PRESETS",
-    "BitLM",
-    "BitLinear",
-    "Callback",
-    "DataConfig",
-    "ModelConfig",
-    "SamplingConfig",
-    "TokenData",
-    "TrainConfig",
-    "TrainState",
-    "activation_quant",
-    "evaluate",
-    "generate",
-    "import_seed_checkpoint",
-    "load_checkpoint",
-    "load_model",
-    "load_tokenizer",
-    "prepare_data",
-    "save_checkpoint",
-    "stream",
-    "train",
-    "train_tokenizer",
-    "weight_quant",
-]
+__all__ = ["PRESETS", "DataConfig", "ModelConfig", "SamplingConfig", "TrainConfig"]
+__all__ += ["BitLM", "BitLinear", "activation_quant", "import_seed_checkpoint", "weight_quant"]
+__all__ += ["TokenData", "load_tokenizer", "prepare_data", "train_tokenizer"]
+__all__ += ["evaluate", "generate", "load_checkpoint", "load_model", "save_checkpoint", "stream"]
+__all__ += ["Callback", "TrainState", "train"]
 
 # -----------------------------------------------------------------------------
 # 1 Configuration
@@ -106,9 +81,7 @@ __all__ = [
 
 END_OF_TEXT = "<|endoftext|>"
 WORDPIECE_SPECIALS = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"]
-NO_COUNTERPART = "only block=bitnet, linear=ternary and a tied embedding have a counterpart"
-MIN_VOCAB_SIZE = 257
-_SMALLEST_VOCAB = f"at least {MIN_VOCAB_SIZE} (256 bytes and {END_OF_TEXT})"
+MIN_VOCAB_SIZE = 257  # 256 bytes and END_OF_TEXT
 
 
 def require(ok: bool, name: str, value: object, expected: str) -> None:
@@ -119,17 +92,16 @@ def require(ok: bool, name: str, value: object, expected: str) -> None:
 
 def config_from(kind: Any, values: Any, path: Path) -> Any:
     """A configuration as a file gives it; ValueError names the file and what is wrong in it."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected the fields of a {kind.__name__}, got {values!r:.80}")
     types = {item.name: str(item.type).split(" | ") for item in fields(kind)}
-    for name, value in values.items():
-        if name not in types:
-            raise ValueError(f"{path}: {name!r:.80} is no field of {kind.__name__}")
-        given = "None" if value is None else type(value).__name__
-        if given not in types[name] and not (given == "int" and "float" in types[name]):
-            expected = " or ".join(types[name])
-            raise ValueError(f"{path}: {name}={value!r:.80}: expected {expected}")
     try:
+        if not isinstance(values, dict):
+            raise ValueError(f"expected the fields of a {kind.__name__}, got {values!r:.80}")
+        for name, value in values.items():
+            if name not in types:
+                raise ValueError(f"{name!r:.80} is no field of {kind.__name__}")
+            given = "None" if value is None else type(value).__name__
+            if given not in types[name] and not (given == "int" and "float" in types[name]):
+                raise ValueError(f"{name}={value!r:.80}: expected {' or '.join(types[name])}")
         return kind(**values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -150,99 +122,82 @@ def library(name: str, why: str) -> Any:
 
 
 def extension(module: str, why: str) -> Any:
-    """The module `bitllm.<module>`; ImportError where this file is alone.
-
-    This is the only place where the core reaches for the package around it.
-    """
+    """The module `bitllm.<module>`, the core's one way to the package; ImportError without it."""
     sys.modules.setdefault("bitllm_core", sys.modules[__name__])  # run as a script: no second copy
     try:
         return importlib.import_module(f"bitllm.{module}")
     except ModuleNotFoundError as error:
         if error.name not in ("bitllm", f"bitllm.{module}"):
             raise
-        raise ImportError(
-            f"{why} needs the bitllm package, not bitllm_core.py alone: "
-            "pip install it from its repository, or run in a checkout"
-        ) from error
+        why += " needs the bitllm package, not bitllm_core.py alone: "
+        why += "pip install it from its repository, or run in a checkout"
+        raise ImportError(why) from error
 
 
-_AT_LEAST_1 = (lambda value: value >= 1, "at least 1")
-_NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
-_POSITIVE = (lambda value: value > 0, "a positive number")
+_COMPARE: dict[str, Any] = {"at_least": ge, "at_most": le, "more_than": gt, "less_than": lt}
 
 
-def _at_most(most: int) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: value <= most, f"at most {most:,}"
+def _field(default: Any, **limits: Any) -> Any:
+    """A checked field: limits as in _COMPARE, large ones against hostile files; or `one_of`."""
+    return field(default=default, metadata=limits)
 
 
-def _one_of(*allowed: str) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: value in allowed, f"one of {', '.join(allowed)}"
+class _Checked:
+    def __post_init__(self: Any) -> None:
+        for item in fields(self):
+            name, value = item.name, getattr(self, item.name)
+            for rule, limit in item.metadata.items():
+                if rule == "one_of":
+                    require(value in limit, name, value, f"one of {', '.join(limit)}")
+                elif value is not None or item.default is not None:
+                    expected = f"{rule.replace('_', ' ')} {limit:,}"
+                    require(_COMPARE[rule](value, limit), name, value, expected)
 
 
-def _check(config: Any, *checks: tuple[str, Callable[[Any], bool], str]) -> None:
-    """Check fields against rows of (names, condition, what is expected); None where it may be."""
-    optional = {item.name for item in fields(config) if "None" in str(item.type)}
-    for names, holds, expected in checks:
-        for name in names.split():
-            value = getattr(config, name)
-            require((value is None and name in optional) or holds(value), name, value, expected)
+def _require_divisor(name: str, value: int, number: int, meaning: str) -> None:
+    """ValueError, with a divisor of `number` to use instead, unless `value` is one."""
+    divisors = [d for d in range(1, min(number, 4096) + 1) if number % d == 0]
+    nearest = min(divisors, key=lambda d: (abs(d - value), d))
+    fits = value >= 1 and number % value == 0
+    require(fits, name, value, f"a divisor of {meaning}, such as {nearest}")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Checked):
     """The shape of the network, in Hugging Face's names. The defaults are the `demo` preset's."""
 
-    vocab_size: int = 2048
+    vocab_size: int = _field(2048, at_least=MIN_VOCAB_SIZE, at_most=1 << 24)
     """embedding rows; the tokenizer is trained to at most this many tokens"""
-    hidden_size: int = 256
+    hidden_size: int = _field(256, at_least=1, at_most=1 << 16)
     """width of the residual stream"""
-    intermediate_size: int = 768
+    intermediate_size: int = _field(768, at_least=1, at_most=1 << 18)
     """width inside the feed-forward block"""
-    num_hidden_layers: int = 4
+    num_hidden_layers: int = _field(4, at_least=1, at_most=1 << 10)
     """transformer blocks"""
-    num_attention_heads: int = 4
+    num_attention_heads: int = _field(4, at_least=1)
     """query heads; each is hidden_size / num_attention_heads wide"""
     num_key_value_heads: int | None = None
     """key and value heads, shared by groups of query heads; default: num_attention_heads"""
-    max_position_embeddings: int = 128
+    max_position_embeddings: int = _field(128, at_least=2, at_most=1 << 20)
     """context length and length of a training window, tokens"""
-    rope_theta: float = 10_000.0
+    rope_theta: float = _field(10_000.0, more_than=0)
     """base wavelength of the rotary embedding"""
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: float = _field(1e-5, more_than=0)
     """added to the mean square in every norm"""
     tie_word_embeddings: bool = True
     """use the (float) embedding as output head; otherwise the head is a BitLinear of its own"""
-    linear: str = "ternary"
+    linear: str = _field("ternary", one_of=("ternary", "weight_only", "dense"))
     """form of every BitLinear: ternary (and 8-bit activations), weight_only, or dense (the twin)"""
-    block: str = "bitnet"
+    block: str = _field("bitnet", one_of=("bitnet", "seed"))
     """bitnet (RMSNorm, rotary, SiLU, sub-norms) or seed (LayerNorm, learned positions, ReLU)"""
 
     def __post_init__(self) -> None:
-        _check(
-            self,
-            ("hidden_size intermediate_size num_hidden_layers num_attention_heads", *_AT_LEAST_1),
-            ("vocab_size", lambda size: size >= MIN_VOCAB_SIZE, _SMALLEST_VOCAB),
-            ("max_position_embeddings", lambda length: length >= 2, "at least 2"),
-            # beyond any machine: a slip of the hand, or a hostile file
-            ("num_hidden_layers", *_at_most(1 << 10)),
-            ("hidden_size", *_at_most(1 << 16)),
-            ("intermediate_size", *_at_most(1 << 18)),
-            ("max_position_embeddings", *_at_most(1 << 20)),
-            ("vocab_size", *_at_most(1 << 24)),
-            ("rope_theta rms_norm_eps", *_POSITIVE),
-            ("linear", *_one_of("ternary", "weight_only", "dense")),
-            ("block", *_one_of("bitnet", "seed")),
-        )
+        super().__post_init__()
         heads, kv_heads, D = self.num_attention_heads, self.num_kv_heads, self.hidden_size
-        expected = f"a divisor of hidden_size={D}, such as {_near_divisor(D, heads)}"
-        require(D % heads == 0, "num_attention_heads", heads, expected)
-        expected = f"an even head width (rotary embedding turns pairs), not {self.head_dim}"
+        _require_divisor("num_attention_heads", heads, D, f"hidden_size={D}")
+        _require_divisor("num_key_value_heads", kv_heads, heads, f"num_attention_heads={heads}")
         even = self.block == "seed" or self.head_dim % 2 == 0
-        require(even, "num_attention_heads", heads, expected)
-        expected = f"a divisor of num_attention_heads={heads}, such as "
-        expected += str(_near_divisor(heads, kv_heads))
-        fits = kv_heads >= 1 and heads % kv_heads == 0
-        require(fits, "num_key_value_heads", kv_heads, expected)
+        require(even, "num_attention_heads", heads, f"an even head width, not {self.head_dim}")
 
     @property
     def head_dim(self) -> int:
@@ -256,255 +211,169 @@ class ModelConfig:
     def num_parameters(self) -> int:
         """All trained numbers; a tied embedding counts once."""
         D, M, kv = self.hidden_size, self.intermediate_size, self.num_kv_heads * self.head_dim
-        seed = self.block == "seed"
-        norms = 4 * D if seed else 3 * D + M
-        matrices = 2 * D * D + 2 * D * kv + (2 if seed else 3) * D * M
-        total = self.vocab_size * D * (1 if self.tie_word_embeddings else 2)
-        total += self.num_hidden_layers * (matrices + norms) + (2 * D if seed else D)
-        return total + (self.max_position_embeddings * D if seed else 0)
-
-    @property
-    def export_limits(self) -> list[str]:
-        """Why an export of this model would not run everywhere; empty where it does."""
-        found = []
-        if self.block != "bitnet" or not self.tie_word_embeddings or self.linear != "ternary":
-            found.append(NO_COUNTERPART)
-        for name in ("hidden_size", "intermediate_size"):
-            if getattr(self, name) % 256:
-                found.append(f"llama.cpp's ternary blocks need {name} to be a multiple of 256")
-        if self.head_dim not in (64, 128):
-            found.append(f"head width {self.head_dim} is neither 64 nor 128")
-        return found
-
-
-def _near_divisor(n: int, wanted: int) -> int:
-    divisors = [d for d in range(1, min(n, 4096) + 1) if n % d == 0]
-    return min(divisors, key=lambda d: (abs(d - wanted), d))
+        block = 2 * D * D + 2 * D * kv + 3 * D * M + 3 * D + M
+        rest = D + self.vocab_size * D * (1 if self.tie_word_embeddings else 2)
+        if self.block == "seed":
+            block += D - M - D * M  # LayerNorms, no sub-norm, no gate
+            rest += D + self.max_position_embeddings * D
+        return self.num_hidden_layers * block + rest
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Checked):
     """Where the text comes from and how it becomes tokens."""
 
     data: str = "pydocs"
     """a .txt, .jsonl, .parquet file or folder, a known name, hf:OWNER/NAME[:CONFIG][#COLUMN]"""
     validation_data: str | None = None
     """a second source to validate on; default: the source's own split, or its held-out tail"""
-    validation_fraction: float = 0.05
+    validation_fraction: float = _field(0.05, more_than=0, less_than=0.9)
     """share of the text held out where the source has no validation split"""
     text_column: str | None = None
     """column of .jsonl, .parquet or hub rows; default: text, or the only column of strings"""
-    max_train_tokens: int | None = None
+    max_train_tokens: int | None = _field(None, at_least=1)
     """train on at most this many; hub sources and folders then arrive while training runs"""
-    tokenizer: str = "bpe"
+    tokenizer: str = _field("bpe", one_of=("bpe", "wordpiece"))
     """bpe (byte-level, lossless) or wordpiece (the seed's)"""
 
     def __post_init__(self) -> None:
-        _check(
-            self,
-            ("data", bool, "a file, a folder, a data set's name or pydocs"),
-            ("validation_fraction", lambda share: 0 < share < 0.9, "a number in (0, 0.9)"),
-            ("max_train_tokens", *_POSITIVE),
-            ("tokenizer", *_one_of("bpe", "wordpiece")),
-        )
+        super().__post_init__()
+        require(bool(self.data), "data", "", "a file, a folder, a data set's name or pydocs")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Checked):
     """How long, how fast and how carefully to train."""
 
-    max_steps: int = 200
+    max_steps: int = _field(200, at_least=1)
     """optimizer steps in all"""
-    batch_tokens: int = 4096
+    batch_tokens: int = _field(4096, at_least=1, at_most=1 << 27)
     """tokens per optimizer step, a multiple of max_position_embeddings"""
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = _field(None, at_least=1)
     """windows at once on the device; default: found. Does not change the mathematics"""
-    seed: int = 0
+    seed: int = _field(0, at_least=0)
     """of the initial weights and the order of the data"""
-    optimizer: str = "muon"
+    optimizer: str = _field("muon", one_of=("muon", "adamw"))
     """muon (matrices; AdamW for the rest) or adamw"""
-    learning_rate: float | None = None
+    learning_rate: float | None = _field(None, more_than=0)
     """peak rate of the matrices; default: as tuned, 0.04 with muon (0.02 where linear=dense)"""
-    adamw_learning_rate: float | None = None
+    adamw_learning_rate: float | None = _field(None, more_than=0)
     """peak rate of embedding, norms, head; default: 0.005 with muon, learning_rate with adamw"""
-    weight_decay: float = 0.0
+    weight_decay: float = _field(0.0, at_least=0)
     """decoupled, on matrices only"""
-    momentum: float = 0.95
+    momentum: float = _field(0.95, at_least=0, less_than=1)
     """Muon's"""
-    adam_beta1: float = 0.9
+    adam_beta1: float = _field(0.9, at_least=0, less_than=1)
     """AdamW's decay of the mean gradient"""
-    adam_beta2: float = 0.95
+    adam_beta2: float = _field(0.95, at_least=0, less_than=1)
     """AdamW's decay of the mean square gradient"""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = _field(1.0, at_least=0)
     """clip AdamW's gradients to this norm (Muon's step does not depend on it); 0: never"""
-    schedule: str = "wsd"
+    schedule: str = _field("wsd", one_of=("wsd", "cosine"))
     """wsd (warm-up, constant, linear cooldown) or cosine"""
-    warmup_steps: int = 20
+    warmup_steps: int = _field(20, at_least=0)
     """optimizer steps of linear warm-up"""
-    cooldown_fraction: float = 0.4
+    cooldown_fraction: float = _field(0.4, at_least=0, at_most=1)
     """share of max_steps in the cooldown of wsd"""
-    device: str = "auto"
+    device: str = _field("auto", one_of=("auto", "cpu", "cuda", "mps"))
     """auto, cpu, cuda or mps"""
-    dtype: str = "auto"
+    dtype: str = _field("auto", one_of=("auto", "float32", "bfloat16", "float16"))
     """of matrix products: auto, float32, bfloat16, float16. Master weights are float32"""
-    compile: str = "auto"
+    compile: str = _field("auto", one_of=("auto", "on", "off"))
     """torch.compile: auto (where it pays), on, off"""
     fsdp: bool = False
     """shard the model over several processes (FSDP), for a model that does not fit on one GPU"""
     deterministic: bool = False
     """ask a GPU for repeatable kernels (slower); a CPU always is"""
-    log_every_steps: int = 10
+    log_every_steps: int = _field(10, at_least=1)
     """optimizer steps between lines in metrics.jsonl"""
-    eval_every_steps: int = 100
+    eval_every_steps: int = _field(100, at_least=0)
     """optimizer steps between evaluations; 0: only at the end"""
-    eval_tokens: int = 65_536
+    eval_tokens: int = _field(65_536, at_least=1)
     """validation tokens of an evaluation during training; at the end: all"""
-    patience: int = 0
+    patience: int = _field(0, at_least=0)
     """evaluations in a row without a better validation loss that end the run; 0: none do"""
     sample_prompt: str = ""
     """start of the text generated at each evaluation"""
-    save_every_steps: int = 0
+    save_every_steps: int = _field(0, at_least=0)
     """optimizer steps between checkpoints; 0: by time only"""
-    save_every_minutes: float = 5.0
+    save_every_minutes: float = _field(5.0, at_least=0)
     """minutes between checkpoints; 0: by steps only"""
     save_every_epoch: bool = False
     """keep a checkpoint of every finished epoch, as the seed script does"""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = _field(2, at_least=1)
     """how many of the newest checkpoints to keep"""
-
-    def __post_init__(self) -> None:
-        _check(
-            self,
-            ("max_steps batch_tokens micro_batch_size eval_tokens", *_AT_LEAST_1),
-            ("log_every_steps keep_checkpoints", *_AT_LEAST_1),
-            ("batch_tokens", *_at_most(1 << 27)),
-            ("eval_every_steps patience save_every_steps warmup_steps seed", *_NOT_NEGATIVE),
-            ("weight_decay max_grad_norm save_every_minutes", *_NOT_NEGATIVE),
-            ("learning_rate adamw_learning_rate", *_POSITIVE),
-            ("momentum adam_beta1 adam_beta2", lambda beta: 0 <= beta < 1, "a number in [0, 1)"),
-            ("cooldown_fraction", lambda share: 0 <= share <= 1, "a number in [0, 1]"),
-            ("optimizer", *_one_of("muon", "adamw")),
-            ("schedule", *_one_of("wsd", "cosine")),
-            ("device", *_one_of("auto", "cpu", "cuda", "mps")),
-            ("dtype", *_one_of("auto", "float32", "bfloat16", "float16")),
-            ("compile", *_one_of("auto", "on", "off")),
-        )
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(_Checked):
     """How the next token is chosen."""
 
-    max_new_tokens: int = 100
+    max_new_tokens: int = _field(100, at_least=0)
     """tokens to generate, at most"""
-    temperature: float = 0.8
+    temperature: float = _field(0.8, at_least=0)
     """divides the logits; 0: always the likeliest token"""
-    top_k: int = 50
+    top_k: int = _field(50, at_least=0)
     """choose among this many likeliest tokens; 0: all"""
-    top_p: float = 1.0
+    top_p: float = _field(1.0, more_than=0, at_most=1)
     """choose among the likeliest tokens whose probabilities reach this sum"""
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = _field(1.0, more_than=0)
     """divides (negative: multiplies) the logits of tokens already in the text; 1: none"""
-    seed: int | None = None
+    seed: int | None = _field(None, at_least=0)
     """of the choices; default: a new one each time"""
-
-    def __post_init__(self) -> None:
-        _check(
-            self,
-            ("max_new_tokens temperature top_k seed", *_NOT_NEGATIVE),
-            ("top_p", lambda share: 0 < share <= 1, "a number in (0, 1]"),
-            ("repetition_penalty", *_POSITIVE),
-        )
-
-
-_TUNED_RATES = {  # tools/experiments.py, recipe: of the matrices, of the rest
-    ("muon", "ternary"): (0.04, 5e-3),
-    ("muon", "dense"): (0.02, 5e-3),
-    ("adamw", "ternary"): (1.5e-3, 1.5e-3),
-    ("adamw", "dense"): (1.5e-3, 1.5e-3),
-}
 
 
 def peak_rates(model: ModelConfig, training: TrainConfig) -> tuple[float, float]:
-    """Peak rates of the matrices and of embedding, norms and head; tuned where nothing is set.
+    """Peak rates of the matrices and of the rest; by default as tuned in tools/experiments.py.
 
-    A ternary weight changes only when its master crosses a threshold, so it wants a higher rate.
+    A ternary weight changes only when its master crosses a threshold: it wants a higher rate.
     """
-    tuned = _TUNED_RATES[training.optimizer, "dense" if model.linear == "dense" else "ternary"]
-    matrices = training.learning_rate or tuned[0]
-    rest = matrices if training.optimizer == "adamw" else tuned[1]
-    return matrices, training.adamw_learning_rate or rest
+    muon = training.optimizer == "muon"
+    tuned = (0.02 if model.linear == "dense" else 0.04) if muon else 1.5e-3
+    matrices = training.learning_rate or tuned
+    return matrices, training.adamw_learning_rate or (5e-3 if muon else matrices)
 
 
 def check_configs(model: ModelConfig, training: TrainConfig) -> None:
     """Check what depends on two configurations; ValueError names field, value and remedy."""
     context, batch = model.max_position_embeddings, training.batch_tokens
-    below, windows = max(batch // context, 1) * context, batch // context
+    windows, below = batch // context, max(batch // context, 1) * context
     expected = f"a multiple of max_position_embeddings={context}, such as {below}"
     require(batch % context == 0, "batch_tokens", batch, f"{expected} or {below + context}")
     micro = training.micro_batch_size or 1
-    expected = f"a divisor of the {windows} windows per step"
-    expected += f", such as {_near_divisor(windows, micro)}"
-    require(windows % micro == 0, "micro_batch_size", micro, expected)
+    _require_divisor("micro_batch_size", micro, windows, f"the {windows} windows per step")
 
 
-# ModelConfig(vocab_size, hidden_size, intermediate_size, layers, heads, key/value heads, context)
+# ModelConfig(vocab_size, hidden_size, intermediate_size, layers, heads, key/value heads, context),
+# TrainConfig(max_steps, batch_tokens)
+_CI_TRAINING = TrainConfig(
+    40, 1024, warmup_steps=4, eval_every_steps=20, eval_tokens=4096, log_every_steps=5
+)
+_SEED_MODEL = ModelConfig(
+    30000, 512, 2048, 6, 8, None, 512, tie_word_embeddings=False, linear="weight_only", block="seed"
+)
+_ADAMW: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 1e-4, "weight_decay": 0.01}
+_ADAMW |= {"adam_beta2": 0.999, "max_grad_norm": 0.0, "warmup_steps": 0}
+_SEED_TRAINING = TrainConfig(3000, 8192, cooldown_fraction=0.0, save_every_epoch=True, **_ADAMW)
 PRESETS: dict[str, tuple[ModelConfig, DataConfig, TrainConfig]] = {
-    "ci": (
-        ModelConfig(512, 64, 192, 2, 2, 1, 64),
-        DataConfig(),
-        TrainConfig(
-            max_steps=40,
-            batch_tokens=1024,
-            warmup_steps=4,
-            eval_every_steps=20,
-            eval_tokens=4096,
-            log_every_steps=5,
-        ),
-    ),
-    "demo": (
-        ModelConfig(),
-        DataConfig(),
-        TrainConfig(
-            max_steps=400, batch_tokens=2048, save_every_steps=100, eval_every_steps=100, patience=3
-        ),
-    ),
+    "ci": (ModelConfig(512, 64, 192, 2, 2, 1, 64), DataConfig(), _CI_TRAINING),
+    "demo": (ModelConfig(), DataConfig(), TrainConfig(400, 2048, save_every_steps=100, patience=3)),
     "laptop": (
         ModelConfig(8192, 512, 1024, 6, 8, 4, 256),
-        DataConfig(data="wikitext-2"),
-        TrainConfig(max_steps=750, batch_tokens=8192, eval_every_steps=75, patience=3),
+        DataConfig("wikitext-2"),
+        TrainConfig(750, 8192, eval_every_steps=75, patience=3),
     ),
     "t4-1h": (
         ModelConfig(8192, 512, 1536, 8, 8, 4, 512),
-        DataConfig(data="tinystories", max_train_tokens=150_000_000),
-        TrainConfig(max_steps=2500, batch_tokens=65_536, warmup_steps=100, eval_every_steps=250),
+        DataConfig("tinystories", max_train_tokens=150_000_000),
+        TrainConfig(2500, 65_536, warmup_steps=100, eval_every_steps=250),
     ),
     "t4-3h": (
         ModelConfig(16_384, 768, 2048, 7, 12, 4, 512),
-        DataConfig(data="fineweb-edu", max_train_tokens=300_000_000),
-        TrainConfig(max_steps=4000, batch_tokens=65_536, warmup_steps=100, eval_every_steps=250),
+        DataConfig("fineweb-edu", max_train_tokens=300_000_000),
+        TrainConfig(4000, 65_536, warmup_steps=100, eval_every_steps=250),
     ),
-    "seed": (
-        ModelConfig(
-            *(30_000, 512, 2048, 6, 8, None, 512),
-            tie_word_embeddings=False,
-            linear="weight_only",
-            block="seed",
-        ),
-        DataConfig(data="wikitext-2", tokenizer="wordpiece"),
-        TrainConfig(
-            max_steps=3000,
-            batch_tokens=8192,
-            optimizer="adamw",
-            learning_rate=1e-4,
-            weight_decay=0.01,
-            adam_beta2=0.999,
-            max_grad_norm=0.0,
-            warmup_steps=0,
-            cooldown_fraction=0.0,
-            save_every_epoch=True,
-        ),
-    ),
+    "seed": (_SEED_MODEL, DataConfig("wikitext-2", tokenizer="wordpiece"), _SEED_TRAINING),
 }
 """Name -> (ModelConfig, DataConfig, TrainConfig). t4-* are sized by arithmetic, not measured."""
 
@@ -516,19 +385,10 @@ _SCALE_FLOOR = 1e-5  # the reference's clamp [1]
 
 
 def weight_quant(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a weight matrix to {-1, 0, 1} times one scale (absmean).
+    """Round a weight matrix, (O, I), to {-1, 0, 1} times one scale (absmean; [1], eq. 1-3).
 
-    Args:
-        weight: full-precision master weight, (out_features, in_features).
-
-    Returns:
-        ternary: float32, like `weight`, values in {-1, 0, 1}.
-        scale: float32, shape (); weight is approximated by ternary * scale.
-
-    Raises:
-        ValueError: `weight` is not a matrix.
-
-    Source: BitNet b1.58 [1], eq. 1-3. The authors' function returns the product.
+    Returns ternary, (O, I), and scale, (), both float32, of which the authors' function returns
+    the product: it approximates weight. ValueError where `weight` is not a matrix.
     """
     if weight.ndim != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected a matrix")
@@ -545,25 +405,13 @@ def _to_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def activation_quant(x: Tensor) -> Tensor:
-    """Round each token's vector to 8 bits and back (absmax).
-
-    Args:
-        x: activations, (..., features), any float type.
-
-    Returns:
-        float32, like `x`; each vector holds at most 255 different values n * absmax / 127.
-
-    Source: [1], "Training Tips, Code and FAQ", activation_quant.
-    """
+    """Round each token's vector of x, (..., I), to 8 bits and back: float32 (absmax; [1], FAQ)."""
     integers, scale = _to_8_bits(x)
     return integers / scale
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Forward: what was computed from x. Backward: the gradient unchanged ([1], FAQ).
-
-    `x + (q(x) - x).detach()` is the same mathematics, but three times slower when compiled.
-    """
+    """`x + (q(x) - x).detach()` is the same, but three times slower when compiled."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, quantized: Tensor) -> Tensor:
@@ -576,7 +424,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def straight_through(x: Tensor, quantized: Tensor) -> Tensor:
-    """`quantized`, which was computed from x; its gradient reaches x unchanged."""
+    """`quantized`, which was computed from x; its gradient reaches x unchanged ([1], FAQ)."""
     return _StraightThrough.apply(x, quantized) if torch.is_grad_enabled() else quantized
 
 
@@ -585,24 +433,11 @@ def quantize_input(x: Tensor, linear: str) -> Tensor:
     return straight_through(x, activation_quant(x.detach())) if linear == "ternary" else x
 
 
-def pack_trits(trits: Tensor) -> Tensor:
-    """Trits, (O, I), at two bits each: byte j of a row holds inputs j + k * ceil(I / 4)."""
-    codes = F.pad(trits + 1, (0, -trits.shape[1] % 4)).to(torch.uint8)
-    a, b, c, d = codes.chunk(4, dim=1)
-    return a | b << 2 | c << 4 | d << 6  # (O, ceil(I / 4))
-
-
-def unpack_trits(packed: Tensor, in_features: int) -> Tensor:
-    """The reverse of `pack_trits`: int8, (O, I)."""
-    codes = torch.cat([packed >> 2 * k & 3 for k in range(4)], dim=1)
-    return codes[:, :in_features].to(torch.int8) - 1
-
-
 KERNELS: list[Any] = []
-"""Faster inference, used instead of plain torch where it is ready. Importing bitllm.cpu adds one.
+"""Faster inference; importing bitllm.cpu adds one.
 
-Each has `ready(x) -> bool`; `rms_norm(x, weight, eps)`, which returns what `RMSNorm` does; and
-`ternary_linear(x, layers)`, which returns what `project` does for frozen layers, bit for bit.
+Each has `ready(x) -> bool`, `rms_norm(x, weight, eps)` and `ternary_linear(x, layers)`, which
+return what `RMSNorm` and, for frozen layers, `project` do without them, bit for bit.
 """
 
 
@@ -610,18 +445,14 @@ def kernels_for(x: Tensor) -> Any:
     """The first of KERNELS that is ready; None where a gradient is wanted or torch compiles."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    for kernels in KERNELS:
-        if kernels.ready(x):
-            return kernels
-    return None
+    return next((kernels for kernels in KERNELS if kernels.ready(x)), None)
 
 
 def project(x: Tensor, layers: Sequence[BitLinear]) -> Sequence[Tensor]:
     """Each layer's output for one input, (..., I), which is quantized once for all of them."""
     first = layers[0]
     packed = first.frozen and first.linear == "ternary" and first.held is None
-    kernels = kernels_for(x) if packed else None
-    if kernels is not None:
+    if packed and (kernels := kernels_for(x)) is not None:
         return kernels.ternary_linear(x, layers)
     if not first.frozen:  # the inference form quantizes its input itself
         x = quantize_input(x, first.linear)
@@ -631,16 +462,12 @@ def project(x: Tensor, layers: Sequence[BitLinear]) -> Sequence[Tensor]:
 class BitLinear(nn.Linear):
     """A matrix without bias that computes with ternary weights and learns in full precision.
 
-    Call it through `project`, which quantizes the input.
+    Call it through `project`. "weight_only" does not quantize the input, "dense" nothing at all.
 
-    Args:
-        in_features, out_features: sizes; the weight is (out_features, in_features).
-        linear: "ternary" or "weight_only" (both quantize the weight), or "dense" (neither).
-
-    `freeze` turns the layer into its inference form, two bits per weight: `packed`, uint8
-    (O, ceil(I / 4)), and `weight_scale`, float32 (), replace the weight. The output equals the
-    training form's to float rounding. Where activations are quantized too, it consists of sums of
-    integers, and every way to compute it gives the same bits.
+    `freeze` replaces the weight by its inference form at two bits each: `packed`, uint8
+    (O, ceil(I / 4)), whose byte j of a row holds inputs j + k * ceil(I / 4), and `weight_scale`,
+    float32 (). The output stays the same to float rounding; "ternary" adds up integers, so that
+    every way to compute it gives the same bits.
     Never quantize t * s again: the mean of weights that are already ternary is below their scale.
     """
 
@@ -649,21 +476,14 @@ class BitLinear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, linear: str = "ternary") -> None:
         super().__init__(in_features, out_features, bias=False)
-        self.linear = linear
+        self.shape, self.linear, self.frozen = self.weight.shape, linear, False
         self.held: Tensor | None = None  # see BitLM.hold_weights
-
-    @property
-    def frozen(self) -> bool:
-        return "packed" in self._buffers
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((self.out_features, self.in_features))
 
     @property
     def trits(self) -> Tensor:
         """The trits of the inference form: int8, (O, I)."""
-        return unpack_trits(self.packed, self.in_features)
+        codes = torch.cat([self.packed >> 2 * k & 3 for k in range(4)], dim=1)
+        return codes[:, : self.in_features].to(torch.int8) - 1
 
     def effective_weight(self) -> Tensor:
         """The weight that multiplies: t * s, or the dense weight. (O, I)"""
@@ -692,16 +512,17 @@ class BitLinear(nn.Linear):
 
     def freeze(self) -> None:
         """Keep only trits and scale. A dense or already frozen layer stays as it is."""
-        if self.frozen or self.linear == "dense":
-            return
-        trits, scale = self.ternary()
-        del self.weight
-        self.set_ternary(trits, scale)
+        if not self.frozen and self.linear != "dense":
+            self.set_ternary(*self.ternary())
 
     def set_ternary(self, trits: Tensor, scale: Tensor) -> None:
-        """Give a frozen layer its trits, (O, I), and their scale, float32 ()."""
-        self.register_buffer("packed", pack_trits(trits))
+        """Take the inference form with these trits, (O, I), and their scale, float32 ()."""
+        codes = F.pad(trits + 1, (0, -self.in_features % 4)).to(torch.uint8)
+        a, b, c, d = codes.chunk(4, dim=1)
+        self.register_parameter("weight", None)
+        self.register_buffer("packed", a | b << 2 | c << 4 | d << 6)
         self.register_buffer("weight_scale", scale)
+        self.frozen = True
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.frozen:
@@ -719,38 +540,21 @@ class BitLinear(nn.Linear):
 # and, with the same classes, the seed guide's.
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Divide by the root mean square and multiply by a learned weight, in float32."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         kernels = kernels_for(x)
-        if kernels is not None:
-            return kernels.rms_norm(x, self.weight, self.eps)
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+        return kernels.rms_norm(x, self.weight, self.eps) if kernels else super().forward(x.float())
 
 
 def _norm(config: ModelConfig, size: int) -> nn.Module:
-    if config.block == "seed":
-        return nn.LayerNorm(size)
-    return RMSNorm(size, config.rms_norm_eps)
-
-
-def _rope_table(config: ModelConfig) -> Tensor:
-    """cos and sin of every position and feature pair, (2, T, K/2) [4]."""
-    K = config.head_dim
-    frequencies = config.rope_theta ** (-torch.arange(0, K, 2, dtype=torch.float64) / K)
-    angles = torch.outer(torch.arange(config.max_position_embeddings).double(), frequencies)
-    return torch.stack([angles.cos(), angles.sin()]).float()
+    return nn.LayerNorm(size) if config.block == "seed" else RMSNorm(size, config.rms_norm_eps)
 
 
 def _rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate the pairs (k, k + K/2) of x, (B, H, T, K), by rope, (2, B or 1, T, K/2)."""
-    cos, sin = rope.unsqueeze(2)  # (B or 1, 1, T, K/2) each
+    """Rotate the pairs (k, k + K/2) of x, (B, H, T, K), by rope, (2, B or 1, 1, T, K/2) [4]."""
+    cos, sin = rope
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
@@ -761,16 +565,14 @@ class KVCache:
     def __init__(self, config: ModelConfig, batch: int, device: torch.device) -> None:
         layers, G = config.num_hidden_layers, config.num_kv_heads
         shape = (layers, batch, G, config.max_position_embeddings, config.head_dim)
-        self.keys = torch.zeros(shape, device=device)
-        self.values = torch.zeros(shape, device=device)
+        self.keys, self.values = (torch.zeros(shape, device=device) for _ in range(2))
         self.length = 0
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append (B, G, T, K) and return all so far, (B, G, length + T, K)."""
-        end = self.length + keys.shape[2]
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        new = slice(self.length, self.length + keys.shape[2])
+        self.keys[layer, :, :, new], self.values[layer, :, :, new] = keys, values
+        return self.keys[layer, :, :, : new.stop], self.values[layer, :, :, : new.stop]
 
 
 class Attention(nn.Module):
@@ -778,7 +580,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.config, self.layer = config, layer
+        self.head_dim, self.layer = config.head_dim, layer
         D, kv = config.hidden_size, config.num_kv_heads * config.head_dim
         self.q_proj = BitLinear(D, D, config.linear)
         self.k_proj = BitLinear(D, kv, config.linear)
@@ -786,14 +588,10 @@ class Attention(nn.Module):
         self.o_proj = BitLinear(D, D, config.linear)
         self.attn_sub_norm = nn.Identity() if config.block == "seed" else _norm(config, D)
 
-    def forward(
-        self, x: Tensor, rope: Tensor | None, cache: KVCache | None, mask: Tensor | None
-    ) -> Tensor:
-        (B, T, D), K = x.shape, self.config.head_dim
-        q, k, v = (
-            y.view(B, T, -1, K).transpose(1, 2)  # (B, H or G, T, K)
-            for y in project(x, (self.q_proj, self.k_proj, self.v_proj))
-        )
+    def forward(self, x: Tensor, rope: Tensor | None, cache: Any, mask: Tensor | None) -> Tensor:
+        (B, T, D), K = x.shape, self.head_dim
+        projected = project(x, (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.view(B, T, -1, K).transpose(1, 2) for y in projected)  # (B, H or G, T, K)
         if rope is not None:
             q, k = _rotate(q, rope), _rotate(k, rope)
         if cache is not None:
@@ -814,7 +612,6 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
         D, M = config.hidden_size, config.intermediate_size
         self.gate_proj = None if config.block == "seed" else BitLinear(D, M, config.linear)
         self.up_proj = BitLinear(D, M, config.linear)
@@ -840,27 +637,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = _norm(config, config.hidden_size)
         self.mlp = FeedForward(config)
 
-    def forward(
-        self, x: Tensor, rope: Tensor | None, cache: KVCache | None, mask: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor | None, cache: Any, mask: Tensor | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, cache, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class _Trunk(nn.Module):
-    """Everything but the head, so that the parameters have Hugging Face's names."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        if config.block == "seed":
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = _norm(config, config.hidden_size)
-
-
-CHUNK_BYTES = 32 << 20  # of logits in float32 at once; smaller is slower: docs/log.md
-IGNORE_INDEX = -100  # the target of a position that does not count, as in F.cross_entropy
+CHUNK_BYTES = 32 << 20  # of float32 logits at once on a CPU; smaller is slower: docs/log.md
+GPU_CHUNK_BYTES = 256 << 20  # H200: within 7% of the fastest; 32 MB takes 4 to 5 times as long
 
 
 def token_probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -870,42 +653,33 @@ def token_probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Head and cross-entropy in one, a chunk of tokens at a time.
+    """Head and cross-entropy in one, a chunk of tokens at a time: all logits would be too large.
 
-    All logits of a step would be its largest tensor by far (half a gigabyte at a vocabulary of
-    30,000), written and read several times. Here a chunk's gradient is taken while its logits are
-    there, and what is kept for the backward pass is the finished gradient of hidden states and
-    weight. The idea is that of Liger Kernel's fused linear cross-entropy [6], in plain torch.
+    A chunk's gradient is taken while its logits are there, and only the finished gradients of
+    hidden states and weight are kept, as in Liger Kernel [6], but in plain torch. Without `softmax`
+    there is no gradient.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        probabilities: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softmax: Any) -> Tensor:
         kind = hidden.device.type
-        reduced = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if reduced else hidden.dtype
-        learning = any(ctx.needs_input_grad[:2])
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         nats = torch.zeros((), device=hidden.device)
         with torch.autocast(kind, enabled=False):
             w = weight.to(dtype)
-            d_hidden, d_weight = (torch.zeros_like(t) if learning else t for t in (hidden, w))
+            d_hidden, d_weight = (torch.zeros_like(t) if softmax else t for t in (hidden, w))
             ctx.save_for_backward(d_hidden, d_weight)
-            rows = max(1, CHUNK_BYTES // (4 * len(w)))
+            rows = max(1, (CHUNK_BYTES if kind == "cpu" else GPU_CHUNK_BYTES) // (4 * len(w)))
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
-                ignored = (targets[part] == IGNORE_INDEX)[:, None]  # (rows, 1)
+                ignored = (targets[part] == -100)[:, None]  # (rows, 1)
                 x = hidden[part].to(dtype).masked_fill(ignored, 0)  # adds 0 to the weight's
                 logits = x @ w.T  # (rows, V)
-                if not learning:
+                if softmax is None:
                     nats += F.cross_entropy(logits.float(), targets[part], reduction="sum")
                     continue
                 counted = targets[part].clamp(min=0)
-                log_p, d_logits = probabilities(logits, counted[:, None])
+                log_p, d_logits = softmax(logits, counted[:, None])
                 nats -= log_p.masked_fill(ignored, 0).sum()
                 # the gradient of the logits is p, less 1 at the target
                 at = torch.arange(len(x), device=x.device)  # scatter_ would copy all the logits
@@ -921,32 +695,32 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 class BitLM(nn.Module):
-    """The language model: token ids in, logits of each next token out.
-
-    Args:
-        config: the shape.
-        seed: of the initial weights (see `initialize`); None leaves them to the caller.
-    """
+    """The language model. `seed`: of the initial weights; None leaves them to the caller."""
 
     rope: Tensor
 
     def __init__(self, config: ModelConfig, seed: int | None = 0) -> None:
         super().__init__()
-        self.config = config
-        self.model = _Trunk(config)
-        self.lm_head: BitLinear | None = None
-        self.held_head: Tensor | None = None  # the tied head's weight, see hold_weights
-        if not config.tie_word_embeddings:
-            self.lm_head = BitLinear(config.hidden_size, config.vocab_size, config.linear)
+        self.config, V, D = config, config.vocab_size, config.hidden_size
+        trunk: Any = nn.Module()  # all but the head: so parameters have Hugging Face's names
+        trunk.embed_tokens = nn.Embedding(V, D)
+        if config.block == "seed":
+            trunk.embed_positions = nn.Embedding(config.max_position_embeddings, D)
+        trunk.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        trunk.norm = _norm(config, D)
+        self.model = trunk
+        self.lm_head = None if config.tie_word_embeddings else BitLinear(D, V, config.linear)
         self.fill_rope()
         if seed is not None:
             initialize(self, torch.Generator().manual_seed(seed))
 
     def fill_rope(self) -> None:
-        """Compute the rotary table, again where the model was built on the meta device."""
-        bitnet = self.config.block == "bitnet"
-        table = _rope_table(self.config) if bitnet else torch.zeros(0)
-        self.register_buffer("rope", table, persistent=False)
+        """Compute cos and sin of position and feature pair, (2, T, K/2) [4]; again after `meta`."""
+        config, K = self.config, self.config.head_dim
+        frequencies = config.rope_theta ** (-torch.arange(0, K, 2, dtype=torch.float64) / K)
+        angles = torch.outer(torch.arange(config.max_position_embeddings).double(), frequencies)
+        rope = torch.stack([angles.cos(), angles.sin()]).float()
+        self.register_buffer("rope", rope, persistent=False)
 
     def bit_linears(self) -> dict[str, BitLinear]:
         """Every BitLinear under its parameter name."""
@@ -960,161 +734,128 @@ class BitLM(nn.Module):
 
     @contextlib.contextmanager
     def hold_weights(self, dtype: torch.dtype = torch.float32) -> Iterator[None]:
-        """Quantize each weight once, to `dtype`, for an optimizer step, an evaluation or a text.
-
-        Gradients reach the parameters; changes of the parameters have no effect inside the block.
-        """
+        """Quantize each weight once, to `dtype`. Gradients reach it; updates only after this."""
         layers = self.bit_linears().values()
         try:
-            with torch.no_grad():
-                for layer in layers:
-                    layer.hold(dtype)
-                if self.lm_head is None:
-                    self.held_head = self.model.embed_tokens.weight.detach().to(dtype)
+            for layer in layers:
+                layer.hold(dtype)
             yield
         finally:
-            self.held_head = None
             for layer in layers:
                 layer.held = None
 
-    def hidden(
-        self,
-        input_ids: Tensor,
-        cache: KVCache | None = None,
-        left_pad: Tensor | None = None,
-        blocks: Sequence[Callable[..., Tensor]] | None = None,
+    def embed(self, input_ids: Tensor, at: Tensor) -> Tensor:
+        """What the first block reads, (B, T, D), of tokens at the positions `at`, (T) or (B, T)."""
+        x = self.model.embed_tokens(input_ids)
+        return x + self.model.embed_positions(at) if self.config.block == "seed" else x
+
+    def blocks(
+        self, x: Tensor, at: Tensor, cache: Any = None, mask: Any = None, blocks: Sequence[Any] = ()
     ) -> Tensor:
-        """The normed output of the last block, (B, T, D); arguments as in `forward` and `loss`."""
-        T, past = input_ids.shape[1], cache.length if cache else 0
-        limit = self.config.max_position_embeddings
-        if past + T > limit:
-            raise ValueError(f"{past + T} tokens, but max_position_embeddings={limit}")
-        keys = torch.arange(past + T, device=input_ids.device)
-        at, mask = keys[past:], None
-        if left_pad is not None:
-            seen = (keys <= at[:, None]) & (keys >= left_pad[:, None, None])  # (B, T, past + T)
-            own = keys == at[:, None]  # padding attends to itself: no keys at all would be NaN
-            mask = (seen | own)[:, None]  # (B, 1, T, past + T)
-            at = (at - left_pad[:, None]).clamp(min=0)  # (B, T)
-        elif past and T > 1:
-            mask = keys <= at[:, None]  # (T, past + T)
-        x, rope = self.model.embed_tokens(input_ids), None  # (B, T, D)
-        if self.config.block == "seed":
-            x = x + self.model.embed_positions(at)
-        else:
-            rope = self.rope[:, at].view(2, -1, T, self.config.head_dim // 2)
+        """The normed output of the last block, (B, T, D), of what `embed` returns.
+
+        `mask`, (..., T, keys), is True where a token attends to a key; None: to all up to itself.
+        `blocks` may be compiled versions of the model's own.
+        """
+        rope = None
+        if self.config.block == "bitnet":
+            rope = self.rope[:, at].view(2, -1, 1, x.shape[1], self.config.head_dim // 2)
         for block in blocks or self.model.layers:
             x = block(x, rope, cache, mask)
-        if cache:
-            cache.length += T
         return self.model.norm(x)
-
-    def head_weight(self) -> Tensor:
-        """The matrix that turns hidden states into logits, (V, D)."""
-        if self.lm_head is not None:
-            return self.lm_head.effective_weight()
-        weight = self.model.embed_tokens.weight
-        return weight if self.held_head is None else straight_through(weight, self.held_head)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states, (..., V)."""
         if self.lm_head is not None:
             return project(hidden, (self.lm_head,))[0]
-        return F.linear(hidden, self.head_weight())
+        return F.linear(hidden, self.model.embed_tokens.weight)
 
     def forward(
         self, input_ids: Tensor, cache: KVCache | None = None, left_pad: Tensor | None = None
     ) -> Tensor:
-        """Logits of the token after each given one.
+        """Logits of the token after each given one, (B, T, V); ValueError beyond the context.
 
-        Args:
-            input_ids: (B, T), int64; with `cache`, only the tokens that are not in it.
-            cache: keys and values of earlier calls; this call appends to it.
-            left_pad: (B,), how many tokens at the start of each row are padding.
-
-        Returns:
-            (B, T, V).
-
-        Raises:
-            ValueError: more tokens than `max_position_embeddings`.
+        `cache` has keys and values of the tokens before these; those of these are appended to it.
+        `left_pad`, (B,), says how many tokens at the start of each row are padding.
         """
-        return self.head(self.hidden(input_ids, cache, left_pad))
+        T, past = input_ids.shape[1], cache.length if cache else 0
+        limit = self.config.max_position_embeddings
+        require(past + T <= limit, "tokens", past + T, f"at most max_position_embeddings={limit}")
+        keys = torch.arange(past + T, device=input_ids.device)
+        at, mask = keys[past:], None
+        if left_pad is not None:
+            own = keys == at[:, None]  # padding attends to itself: no keys at all would be NaN
+            seen = (keys <= at[:, None]) & (keys >= left_pad[:, None, None]) | own
+            mask = seen[:, None]  # (B, 1, T, past + T)
+            at = (at - left_pad[:, None]).clamp(min=0)  # (B, T)
+        elif past and T > 1:
+            mask = keys <= at[:, None]  # (T, past + T)
+        hidden = self.blocks(self.embed(input_ids, at), at, cache, mask)
+        if cache:
+            cache.length += T
+        return self.head(hidden)
 
     def loss(
-        self,
-        input_ids: Tensor,
-        targets: Tensor,
-        blocks: Sequence[Callable[..., Tensor]] | None = None,
-        probabilities: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = token_probabilities,
+        self, input_ids: Tensor, targets: Tensor, blocks: Any = (), probabilities: Any = None
     ) -> Tensor:
         """Cross-entropy in nats, summed over the tokens of `targets`, (B, T), that are not -100.
 
         `blocks` and `probabilities` may be compiled versions of the model's own. Float32.
         """
-        hidden = self.hidden(input_ids, blocks=blocks).flatten(0, 1)  # (N, D)
+        at = torch.arange(input_ids.shape[1], device=input_ids.device)
+        hidden = self.blocks(self.embed(input_ids, at), at, blocks=blocks).flatten(0, 1)  # (N, D)
+        weight = self.model.embed_tokens.weight  # (V, D)
         if self.lm_head is not None:
             hidden = quantize_input(hidden, self.config.linear)
-        return _ChunkedLoss.apply(hidden, self.head_weight(), targets.flatten(), probabilities)
+            weight = self.lm_head.effective_weight()
+        softmax = (probabilities or token_probabilities) if torch.is_grad_enabled() else None
+        return _ChunkedLoss.apply(hidden, weight, targets.flatten(), softmax)
 
 
 @torch.no_grad()
-def initialize(
-    model: BitLM, generator: torch.Generator, keep: Callable[[Tensor, Tensor], Any] | None = None
-) -> None:
-    """Fill every parameter, in the order of their names, from one generator.
+def initialize(model: BitLM, generator: torch.Generator, keep: Any = Tensor.copy_) -> None:
+    """Make values on the CPU from one generator and call `keep(parameter, values)` for each.
 
-        parameter                            distribution
+        parameter, in the order of names     distribution
         embed_tokens, embed_positions        normal, std 0.02 (the tied head starts near uniform)
         q, k, v, gate, up, untied head       uniform, std 1/sqrt(in_features): unit gain
         o_proj, down_proj                    the same / sqrt(2 num_hidden_layers); bitnet: / 10 more
         norms                                weight 1, bias 0
 
-    A ternary layer's output is proportional to its weights' scale, so the last two rows of matrices
-    differ in gain exactly as dense ones would. Blocks that start by adding little learned a little
-    faster with five Newton-Schulz steps, and as fast with three (docs/results.md).
-
-    With `keep`, values are made on the CPU and `keep(parameter, values)` is called instead.
+    A ternary layer's output is proportional to its weights' scale: gains act as in a dense model.
     """
     depth = (2 * model.config.num_hidden_layers) ** -0.5
     depth *= 0.1 if model.config.block == "bitnet" else 1.0
     for name, parameter in sorted(model.named_parameters()):
-        values = torch.empty(parameter.shape) if keep else parameter
+        values = torch.empty(parameter.shape, device="cpu")
         if "norm" in name:
             values.fill_(0.0 if name.endswith("bias") else 1.0)
         elif "embed" in name:
             values.normal_(0.0, 0.02, generator=generator)
         else:
             bound = (3 / values.shape[1]) ** 0.5
-            gain = depth if "o_proj" in name or "down_proj" in name else 1.0
-            values.uniform_(-gain * bound, gain * bound, generator=generator)
-        if keep:
-            keep(parameter, values)
+            bound *= depth if "o_proj" in name or "down_proj" in name else 1.0
+            values.uniform_(-bound, bound, generator=generator)
+        keep(parameter, values)
 
 
 _SEED_NAMES = {
-    "token_embedding": "model.embed_tokens",
-    "position_embedding": "model.embed_positions",
-    "output_layer": "lm_head",
-    "layers.": "model.layers.",
-    ".norm1.": ".input_layernorm.",
-    ".norm2.": ".post_attention_layernorm.",
-    ".attn.out_proj.": ".self_attn.o_proj.",
-    ".attn.": ".self_attn.",
-    ".ff.w_1.": ".mlp.up_proj.",
-    ".ff.w_2.": ".mlp.down_proj.",
+    "model.output_layer": "lm_head",
+    "token_embedding": "embed_tokens",
+    "position_embedding": "embed_positions",
+    "norm1": "input_layernorm",
+    "norm2": "post_attention_layernorm",
+    "attn.out_proj": "attn.o_proj",
+    "attn": "self_attn",
+    "ff.w_1": "mlp.up_proj",
+    "ff.w_2": "mlp.down_proj",
 }
 
 
 def import_seed_checkpoint(path: str | Path, num_attention_heads: int = 8) -> BitLM:
-    """Turn a checkpoint of the seed guide's script into a `BitLM` with the same logits.
+    """Turn the seed script's `mi_llm_checkpoint.pth` or `mi_llm_epoch_N.pth` into a `BitLM`.
 
-    Args:
-        path: `mi_llm_checkpoint.pth` or `mi_llm_epoch_N.pth`.
-        num_attention_heads: the only size that is not in the file; the script's is 8.
-
-    Raises:
-        FileNotFoundError: nothing at `path`.
-        ValueError: not such a checkpoint. Nothing in the file is executed.
+    The file does not have the number of heads. Nothing in it is executed; ValueError if it differs.
     """
     path = Path(path)
     if not path.is_file():
@@ -1123,37 +864,24 @@ def import_seed_checkpoint(path: str | Path, num_attention_heads: int = 8) -> Bi
         with zipfile.ZipFile(path) as archive:  # torch stores; a bomb would be compressed
             if sum(item.file_size for item in archive.infolist()) > path.stat().st_size:
                 raise ValueError("it is compressed")
-        weights = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
-        renamed = {_seed_name(name): tensor.float() for name, tensor in weights.items()}
-        model = BitLM(_seed_config(renamed, num_attention_heads), seed=None)
-        model.load_state_dict(renamed)
+        saved = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
+        weights = {}
+        for name, tensor in saved.items():
+            name = f"model.{name}"
+            for old, new in _SEED_NAMES.items():
+                name = name.replace(old, new)
+            weights[name] = tensor.float()
+        V, D = weights["model.embed_tokens.weight"].shape
+        T = len(weights["model.embed_positions.weight"])
+        ups = [tensor for name, tensor in weights.items() if "up_proj" in name]  # one per layer
+        shape = (V, D, len(ups[0]), len(ups), num_attention_heads, None, T)
+        config = ModelConfig(*shape, tie_word_embeddings=False, linear="weight_only", block="seed")
+        model = BitLM(config, seed=None)
+        model.load_state_dict(weights)
     except Exception as error:
-        raise ValueError(
-            f"{path}: not a checkpoint of the seed script "
-            f"({type(error).__name__}: {first_line(error)}); "
-            "expected a dictionary with 'model_state_dict' as its torch.save wrote it"
-        ) from error
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{path}: not a checkpoint of the seed script ({why})") from error
     return model
-
-
-def _seed_name(name: str) -> str:
-    for old, new in _SEED_NAMES.items():
-        name = name.replace(old, new)
-    return "model." + name if name.startswith("norm.") else name
-
-
-def _seed_config(weights: dict[str, Tensor], num_attention_heads: int) -> ModelConfig:
-    vocab_size, hidden_size = weights["model.embed_tokens.weight"].shape
-    layers = {int(name.split(".")[2]) for name in weights if name.startswith("model.layers.")}
-    return dataclasses.replace(
-        PRESETS["seed"][0],
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=weights["model.layers.0.mlp.up_proj.weight"].shape[0],
-        num_hidden_layers=len(layers),
-        num_attention_heads=num_attention_heads,
-        max_position_embeddings=weights["model.embed_positions.weight"].shape[0],
-    )
 
 
 # -----------------------------------------------------------------------------
@@ -1162,16 +890,10 @@ def _seed_config(weights: dict[str, Tensor], num_attention_heads: int) -> ModelC
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: str = "bpe") -> Any:
-    """Train a tokenizer in one pass over `texts`.
+    """Train a tokenizers.Tokenizer of at most `vocab_size` tokens in one pass over `texts`.
 
-    Args:
-        texts: pieces of text; they need not fit into memory.
-        vocab_size: the most tokens, special ones included; a small text gives fewer.
-        kind: "bpe", byte-level with GPT-2's pre-tokenizer: decode(encode(x)) == x for every
-            string; or "wordpiece", the seed's, which loses white space and unknown characters.
-
-    Returns:
-        tokenizers.Tokenizer. Special tokens inside a text are encoded as text.
+    `kind` is "bpe", byte-level with GPT-2's pre-tokenizer: decode(encode(x)) == x for every string;
+    or "wordpiece", the seed's, which loses white space and unknown characters.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -1187,16 +909,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: str = "bpe") ->
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, **options
-        )
+        options["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(special_tokens=[END_OF_TEXT], **options)
     tokenizer.train_from_iterator(texts, trainer=trainer)
-    tokenizer.encode_special_tokens = True
+    tokenizer.encode_special_tokens = True  # inside a text, they are text
     return tokenizer
-
-
-_TOKENIZER_BYTES = 64 << 20  # a tokenizer.json of 100,000 tokens has 7 MB
 
 
 def tokenizer_from(text: str, path: Path) -> Any:
@@ -1214,25 +931,18 @@ def tokenizer_from(text: str, path: Path) -> Any:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """Read a `tokenizer.json`, ours or the seed script's.
-
-    Raises FileNotFoundError or ValueError naming the file.
-    """
+    """Read a tokenizer.json, ours or the seed script's; FileNotFoundError, ValueError name it."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a tokenizer.json")
-    if path.stat().st_size > _TOKENIZER_BYTES:
-        raise ValueError(f"{path}: not a tokenizer.json ({path.stat().st_size:,} bytes)")
     return tokenizer_from(path.read_text(encoding="utf-8", errors="replace"), path)
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int, path: Path) -> None:
     """Raise a ValueError naming the file if an id has no row in the embedding."""
-    ids = tokenizer.get_vocab(with_added_tokens=True).values()
-    if len(ids) > vocab_size or max(ids, default=0) >= vocab_size:
-        raise ValueError(
-            f"{path}: token ids up to {max(ids):,}, but the model has vocab_size={vocab_size:,}"
-        )
+    most = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    if most >= vocab_size:
+        raise ValueError(f"{path}: token ids up to {most:,}, but the model's {vocab_size=:,}")
 
 
 def end_of_text_id(tokenizer: Any) -> int | None:
@@ -1242,11 +952,7 @@ def end_of_text_id(tokenizer: Any) -> int | None:
 
 def valid_unicode(text: str) -> str:
     """`text` with U+FFFD for every lone surrogate, which has no UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -1263,227 +969,161 @@ def tokenizer_hash(tokenizer: Any) -> str:
 # 5 Data
 # Text is read in pieces, never whole; the tokens are memory-mapped files in the run folder.
 
-
-@dataclass(frozen=True)
-class HubSource:
-    """A data set on the Hugging Face hub."""
-
-    name: str
-    config: str | None = None
-    column: str | None = None
-    validation: str | None = None
-    """its validation split, if it has one"""
-    lines: bool = False
-    """rows are lines of one long text; otherwise each row is a document"""
-
-
 KNOWN_DATA = {
-    "wikitext-2": HubSource("Salesforce/wikitext", "wikitext-2-raw-v1", "text", "validation", True),
-    "wikitext-103": HubSource(
-        "Salesforce/wikitext", "wikitext-103-raw-v1", "text", "validation", True
-    ),
-    "tinystories": HubSource("roneneldan/TinyStories", None, "text", "validation"),
-    "fineweb-edu": HubSource("HuggingFaceFW/fineweb-edu", "sample-10BT", "text"),
-    "wikipedia-es": HubSource("wikimedia/wikipedia", "20231101.es", "text"),
+    "wikitext-2": "hf:Salesforce/wikitext:wikitext-2-raw-v1#text",
+    "wikitext-103": "hf:Salesforce/wikitext:wikitext-103-raw-v1#text",
+    "tinystories": "hf:roneneldan/TinyStories#text",
+    "fineweb-edu": "hf:HuggingFaceFW/fineweb-edu:sample-10BT#text",
+    "wikipedia-es": "hf:wikimedia/wikipedia:20231101.es#text",
 }
-_PIECE_CHARS = 1 << 16  # lines are joined to pieces of about this length
-_LONGEST_PIECE = 1 << 20  # a longer row is cut at white space
+_OF_LINES = ("wikitext-2", "wikitext-103")  # rows are lines of one long text, not documents
+_WITH_VALIDATION = (*_OF_LINES, "tinystories")  # have a validation split
+_SUFFIXES = (".txt", ".jsonl", ".parquet")
+_PIECE_CHARS, _LONGEST_PIECE = 1 << 16, 1 << 20  # lines are joined, longer rows are cut
+_STREAMING = "max_train_tokens with a folder or a data set of the hub"
 _TOKENIZER_CHARS = 100_000_000  # text a tokenizer is trained on at most
+_FIRST_ROWS = 100  # decide which column is the text
+_warn_once = lru_cache(log.warning)  # a source is read several times
 
 Piece = tuple[str, bool]  # text, and whether a document ends with it
-SplitPiece = tuple[str, str, bool]  # the same after "train" or "validation"
+Part = tuple[Iterator[str], bool, bool]  # rows; whether they are lines; whether the last ends one
 
 
-def choose_column(row: dict[str, Any], wanted: str | None, source: object) -> str:
-    """The column that holds the text, chosen by a source's first row.
-
-    ValueError names the columns where `wanted` is not among them or nothing decides.
-    """
-    texts = [name for name, value in row.items() if isinstance(value, str)]
+def _row_texts(rows: Iterable[dict[Any, Any]], wanted: str | None, source: Any) -> Iterator[str]:
+    """The text of each row, "" where it has none; ValueError where no column holds text."""
+    rows, kinds, skipped = iter(rows), {}, 0
+    first = list(itertools.islice(rows, _FIRST_ROWS))
+    for name, value in (item for row in first for item in row.items()):
+        if isinstance(value, str) or kinds.get(name, "NoneType") == "NoneType":
+            kinds[name] = type(value).__name__
+    texts = [name for name, kind in kinds.items() if kind == "str"]
     column = wanted or ("text" if "text" in texts else texts[0] if len(texts) == 1 else None)
-    if column is None or column not in row:
-        raise ValueError(
-            f"text_column={column!r}: data='{source}' has columns {', '.join(row) or 'none'}; "
-            "name the one that holds the text with --text-column"
-        )
-    return column
+    columns = ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "none"
+    expected = f"a column of text; {source} has columns {columns}; name one with --text-column"
+    fits = not first or kinds.get(column) in ("str", "NoneType")
+    require(fits, "text_column", column, expected)
+    for row in itertools.chain(first, rows):
+        value = row.get(column)
+        skipped += not isinstance(value, str | None)
+        yield valid_unicode(value) if isinstance(value, str) else ""
+    if skipped:
+        _warn_once("%s: skipped %d rows whose %s is not text", source, skipped, column)
 
 
-def _text_in(row: dict[str, Any], column: str, where: object) -> str:
-    """The text of a row, "" where it has none."""
-    value = row.get(column)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        kind = type(value).__name__
-        raise ValueError(f"{where}: column {column!r} holds a value of type {kind}, expected text")
-    return value
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file, a byte order mark dropped and every line end made \\n."""
-    with path.open(encoding="utf-8-sig") as file:
-        yield from file
-
-
-def _jsonl_rows(path: Path, wanted: str | None) -> Iterator[str]:
-    column = None
-    for number, line in enumerate(_lines(path), 1):
-        where = f"{path}, line {number}"
-        if line.isspace():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: cannot be read as JSON ({first_line(error)})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f'{where}: expected an object such as {{"text": "..."}}')
-        column = column or choose_column(row, wanted, path)
-        yield valid_unicode(_text_in(row, column, where))
-
-
-def _parquet_rows(path: Path, wanted: str | None) -> Iterator[str]:
-    pyarrow = library("pyarrow", f"reading {path.name}")
-    parquet = library("pyarrow.parquet", f"reading {path.name}")
+def _file_rows(path: Path) -> Iterator[Any]:
+    """The lines of a .txt, every line end made \\n, or the rows of another file as dicts."""
+    suffix, number = path.suffix.lower(), 0
     try:
-        with parquet.ParquetFile(path) as file:
-            if file.metadata.num_rows == 0:
-                return
-            column = choose_column(next(file.iter_batches(1)).to_pylist()[0], wanted, path)
-            for batch in file.iter_batches(1000, columns=[column]):
-                for row in batch.to_pylist():
-                    yield _text_in(row, column, path)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: cannot be read as .parquet ({first_line(error)})") from error
-
-
-_READERS: dict[str, Callable[[Path, str | None], Iterator[str]]] = {
-    ".txt": lambda path, _: _lines(path),
-    ".jsonl": _jsonl_rows,
-    ".parquet": _parquet_rows,
-}
-
-
-def file_rows(path: Path, column: str | None = None) -> Iterator[str]:
-    """The rows of a local file: lines of a .txt, or the text of each row, "" where it has none.
-
-    Raises ValueError naming the file where it is not what its name says.
-    """
-    try:
-        yield from _READERS[path.suffix](path, column)
+        if suffix == ".parquet":
+            with library("pyarrow.parquet", f"reading {path.name}").ParquetFile(path) as file:
+                columns = [x.name for x in file.schema_arrow if "string" in str(x.type)]
+                for batch in file.iter_batches(_FIRST_ROWS, columns=columns):
+                    yield from batch.to_pylist()
+            return
+        with path.open(encoding="utf-8-sig") as file:
+            for line in file:
+                number += 1
+                if suffix == ".txt":
+                    yield line
+                elif not line.isspace():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError('expected an object such as {"text": "..."}')
+                    yield row
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({first_line(error)})") from error
+    except (OSError, ValueError, RecursionError, NotImplementedError) as error:
+        where = f"{path}, line {number}" if number else path
+        raise ValueError(f"{where}: cannot be read as {suffix} ({first_line(error)})") from error
 
 
 def local_files(source: str, split: str = "train") -> list[Path]:
-    """The files of a source, sorted. In a folder, valid*, dev* and test* are not training text."""
+    """The files of a source, sorted.
+
+    In a folder, names that begin with the word valid, validation, dev or test are not training
+    text; hidden files and a run's metrics.jsonl are left out.
+    """
     path = Path(source).expanduser()
-    if path.is_file():
-        files = [path] if split == "train" else []
-    else:
-        found = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _READERS)
-        files = [p for p in found if _split_of(p) == split]
-    if any(p.suffix not in _READERS for p in files) or (split == "train" and not files):
-        raise ValueError(
-            f"data={source!r}: expected {', '.join(_READERS)} files"
-            + (" in the folder" if path.is_dir() else f", not {path.suffix or 'no suffix'}")
-        )
+    files = [path] if path.is_file() and split == "train" else []
+    for file in sorted(path.rglob("*")) if path.is_dir() else ():
+        parts, word = file.relative_to(path).parts, re.split(r"[\W\d_]", file.stem.lower())[0]
+        held = "validation" if word in ("valid", "validation", "dev") else word
+        hidden = any(part.startswith((".", "__MACOSX")) for part in parts)
+        if split == (held if held in ("validation", "test") else "train") and not hidden:
+            files += [file] if file.is_file() and file.name != "metrics.jsonl" else []
+    files = [file for file in files if file.suffix.lower() in _SUFFIXES]
+    place = " in the folder" if path.is_dir() else f", not {path.suffix or 'no suffix'}"
+    expected = f"{', '.join(_SUFFIXES)} files{place}"
+    require(split != "train" or bool(files), "data", source, expected)
     return files
 
 
-def _split_of(path: Path) -> str:
-    for prefix, split in (("valid", "validation"), ("dev", "validation"), ("test", "test")):
-        if path.stem.lower().startswith(prefix):
-            return split
-    return "train"
-
-
 def is_local(source: str) -> bool:
-    return Path(source).expanduser().exists()
+    return source not in ("pydocs", *KNOWN_DATA) and Path(source).expanduser().exists()
 
 
-def hub_source(source: str) -> HubSource:
-    """The data set that a known name or hf:OWNER/NAME[:CONFIG][#COLUMN] stands for."""
-    if source in KNOWN_DATA:
-        return KNOWN_DATA[source]
-    if not source.startswith("hf:"):
-        known = ", ".join(["pydocs", *KNOWN_DATA])
+def text_parts(source: str, split: str, config: DataConfig) -> Iterator[Part]:
+    """Files, a hub's data set or its shards (of a stream); nothing without such a split."""
+    if is_local(source):
+        for path in local_files(source, split):
+            rows, lines = _file_rows(path), path.suffix.lower() == ".txt"
+            yield rows if lines else _row_texts(rows, config.text_column, path), lines, True
+        return
+    if source == "pydocs" and split == "train":
+        from pydoc_data.topics import topics  # the interpreter's own
+
+        yield (topics[name].strip() + "\n" for name in sorted(topics)), False, True
+    if source == "pydocs" or not (split == "train" or source in _WITH_VALIDATION):
+        return
+    pattern = r"hf:([^/:#]+/[^/:#]+)(?::([^#]+))?(?:#(.+))?"
+    found = re.fullmatch(pattern, KNOWN_DATA.get(source, source))
+    if not found:
         raise FileNotFoundError(
-            f"data={source!r}: no such file or folder, and no known data set; expected a "
-            f".txt, .jsonl or .parquet file, a folder of them, hf:OWNER/NAME, or one of {known}"
+            f"data={source!r}: no such file or folder, and no known data set; expected a .txt, "
+            ".jsonl or .parquet file, a folder of them, hf:OWNER/NAME[:CONFIG][#COLUMN], or one "
+            f"of {', '.join(['pydocs', *KNOWN_DATA])}"
         )
-    name, _, column = source[3:].partition("#")
-    name, _, config = name.partition(":")
-    require(name.count("/") == 1, "data", source, "hf:OWNER/NAME[:CONFIG][#COLUMN]")
-    return HubSource(name, config or None, column or None)
-
-
-def hub_rows(hub: HubSource, split: str, streaming: bool) -> Any:
-    """The rows of a split, as `datasets` gives them; ConnectionError where the hub does not."""
-    datasets = library("datasets", f"data={hub.name!r} from the Hugging Face hub")
+    name, subset, column = found.groups()
+    datasets = library("datasets", f"data={name!r} from the Hugging Face hub")
+    streaming = config.max_train_tokens is not None
     try:
-        return datasets.load_dataset(hub.name, hub.config, split=split, streaming=streaming)
-    except (OSError, datasets.exceptions.DatasetsError) as error:
+        data = datasets.load_dataset(name, subset, split=split, streaming=streaming)
+    except Exception as error:  # each layer of the hub's clients has kinds of its own
         raise ConnectionError(
-            f"the data set {hub.name} could not be loaded from the Hugging Face hub "
+            f"the data set {name} could not be loaded from the Hugging Face hub "
             f"({' '.join(str(error).split())[:200]}). Without a connection, give a local file "
             "(--data FILE.txt) or the text that comes with Python (--data pydocs)"
         ) from error
+    count = data.num_shards if streaming else 1
+    for shard in (data.shard(count, i) if streaming else data for i in range(count)):
+        rows = (
+            dict(zip(batch, values, strict=True))
+            for batch in shard.iter(_FIRST_ROWS)
+            for values in zip(*batch.values(), strict=True)
+        )
+        yield _row_texts(rows, column or config.text_column, name), source in _OF_LINES, False
 
 
-def join_lines(lines: Iterable[str]) -> Iterator[str]:
-    """Join lines to pieces, cut where no token could join them: before a line without indent."""
-    piece, size = [], 0
-    for line in lines:
-        if size >= _PIECE_CHARS and not line[:1].isspace():
-            yield "".join(piece)
-            piece, size = [], 0
-        piece.append(line)
-        size += len(line)
-    if piece:
-        yield "".join(piece)
+def text_pieces(rows: Iterable[str], lines: bool, ends: bool) -> Iterator[Piece]:
+    """Rows as documents, or lines joined up to one without indent, which no token could join;
+    cut at white space, where there is any, after a million characters."""
 
-
-def cut_long(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Cut what is longer than a million characters, at white space where there is any."""
-    for text, ends in pieces:
+    def cut(text: str, last: bool) -> Iterator[Piece]:
         while len(text) > _LONGEST_PIECE:
-            cut = text.rfind(" ", 1, _LONGEST_PIECE)
-            cut = cut if cut > 0 else _LONGEST_PIECE
-            yield text[:cut], False
-            text = text[cut:]
-        yield text, ends
+            at = max(text.rfind(" ", 1, _LONGEST_PIECE), 0) or _LONGEST_PIECE
+            yield text[:at], False
+            text = text[at:]
+        yield text, last
 
-
-def _file_pieces(path: Path, column: str | None) -> Iterator[Piece]:
-    rows = filter(None, file_rows(path, column))
-    if path.suffix != ".txt":
-        yield from ((text, True) for text in rows)
-        return
-    previous = None
-    for text in join_lines(rows):
-        if previous is not None:
-            yield previous, False
-        previous = text
-    if previous is not None:
-        yield previous, True  # the file is one document
-
-
-def _hub_pieces(hub: HubSource, split: str, config: DataConfig) -> Iterator[Piece]:
-    rows = hub_rows(hub, split, streaming=config.max_train_tokens is not None)
-    column = choose_column(next(iter(rows), {}), hub.column or config.text_column, hub.name)
-    texts = (text for batch in rows.iter(batch_size=1000) for text in batch[column] if text)
-    return ((text, not hub.lines) for text in (join_lines(texts) if hub.lines else texts))
-
-
-def _pydocs() -> Iterator[Piece]:
-    """Python's reference texts by topic, from the interpreter itself."""
-    from pydoc_data.topics import topics
-
-    for name in sorted(topics):
-        yield topics[name].strip() + "\n", True
+    piece, size = [], 0
+    for row in filter(None, rows):
+        if size and (not lines or (size >= _PIECE_CHARS and not row[:1].isspace())):
+            yield from cut("".join(piece), not lines)
+            piece, size = [], 0
+        piece.append(row)
+        size += len(row)
+    if size:
+        yield from cut("".join(piece), ends or not lines)
 
 
 def read_pieces(
@@ -1491,65 +1131,33 @@ def read_pieces(
 ) -> Iterator[Piece]:
     """Text of a source in pieces of bounded length, each with whether a document ends there.
 
-    Args:
-        source: as `DataConfig.data`. A .txt file is one document; a row of any other is one.
-        split: "train", or "validation", which is empty where the source has no such split.
+    A .txt is one document; a row of anything else is one. No text where there is no such split.
 
     Raises:
         FileNotFoundError, ValueError: no such source, or not readable as what its name says.
         ConnectionError: the hub cannot be reached (after the library's own few tries).
     """
-    config = config or DataConfig(data=source)
-    pieces: Iterator[Piece] = iter(())
-    if is_local(source):
-        paths = local_files(source, split)
-        pieces = (piece for path in paths for piece in _file_pieces(path, config.text_column))
-    elif source == "pydocs":
-        pieces = _pydocs() if split == "train" else pieces
-    else:
-        hub = hub_source(source)
-        name = hub.validation if split == "validation" else "train"
-        pieces = _hub_pieces(hub, name, config) if name else pieces
-    return cut_long(pieces)
+    for part in text_parts(source, split, config or DataConfig(data=source)):
+        yield from text_pieces(*part)
 
 
-def _split_tail(pieces: Iterable[Piece], train_chars: int) -> Iterator[SplitPiece]:
-    """The first `train_chars` characters train, the rest validates."""
-    seen = 0
+def _part_of(pieces: Iterable[Piece], chars: int, head: bool) -> Iterator[Piece]:
+    """The first `chars` characters, or those after them."""
     for text, ends in pieces:
-        room = train_chars - seen
-        seen += len(text)
-        if room >= len(text):
-            yield "train", text, ends
-        elif room <= 0:
-            yield "validation", text, ends
-        else:
-            cut = max(text.rfind("\n", 0, room), text.rfind(" ", 0, room)) + 1 or room
-            yield "train", text[:cut], True
-            yield "validation", text[cut:], ends
-            seen, train_chars = 1, 0
+        if 0 < chars < len(text):
+            cut = max(text.rfind("\n", 0, chars), text.rfind(" ", 0, chars)) + 1 or chars
+            yield (text[:cut], True) if head else (text[cut:], ends)
+        elif head == (chars > 0):
+            yield text, ends
+        chars -= len(text)
 
 
-def _splits(config: DataConfig) -> Callable[[], Iterator[SplitPiece]]:
-    """A function that reads the source from its beginning, each piece with its split."""
-    source = config.validation_data
-    held = (source, "train") if source else (config.data, "validation")
-
-    def read_both() -> Iterator[SplitPiece]:
-        yield from (("train", *piece) for piece in read_pieces(config.data, "train", config))
-        yield from (("validation", *piece) for piece in read_pieces(*held, config))
-
-    if next(read_pieces(*held, config), None) is not None:
-        return read_both
-    total = sum(len(text) for text, _ in read_pieces(config.data, "train", config))
-    train_chars = round(total * (1 - config.validation_fraction))
-    return lambda: _split_tail(read_pieces(config.data, "train", config), train_chars)
-
-
-def is_streamed(config: DataConfig) -> bool:
-    """Whether tokens arrive while training runs: a budget of a hub's set or a folder."""
-    whole = config.data == "pydocs" or Path(config.data).expanduser().is_file()
-    return config.max_train_tokens is not None and not whole
+def limited(texts: Iterable[str], chars: int) -> Iterator[str]:
+    for text in texts:
+        yield text
+        chars -= len(text)
+        if chars <= 0:
+            return
 
 
 def open_new(path: Path) -> Any:
@@ -1567,57 +1175,12 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):  # a full disk needs the room
-            beside.unlink(missing_ok=True)
-        raise
-
-
-def tokenize(
-    tokenizer: Any, pieces: Iterable[SplitPiece], folder: Path, budget: int | None
-) -> dict[str, Any]:
-    """Write train.bin and validation.bin; return the manifest's entries for them."""
-    from tqdm.auto import tqdm
-
-    dtype = "uint16" if tokenizer.get_vocab_size() <= 1 << 16 else "uint32"
-    eot, pieces = end_of_text_id(tokenizer), iter(pieces)
-    counts: dict[str, Any] = {s: {"tokens": 0, "bytes": 0} for s in ("train", "validation")}
-    with contextlib.ExitStack() as stack:
-        files = {s: stack.enter_context(open_new(folder / f"{s}.tmp")) for s in counts}
-        bar = stack.enter_context(
-            tqdm(unit="B", unit_scale=True, desc="tokenizing", mininterval=0.5)
-        )
-        while batch := list(itertools.islice(pieces, 64)):
-            texts = [text for _, text, _ in batch]
-            encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            for (split, text, ends), tokens in zip(batch, encoded, strict=True):
-                ids = tokens.ids + ([eot] if ends and eot is not None else [])
-                files[split].write(np.asarray(ids, dtype=dtype).tobytes())
-                counts[split]["tokens"] += len(ids)
-                counts[split]["bytes"] += len(text.encode())
-            bar.update(sum(count["bytes"] for count in counts.values()) - bar.n)
-            if budget and counts["train"]["tokens"] >= budget:
-                break
-        for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
-    for split, count in counts.items():
-        path = (folder / f"{split}.tmp").replace(folder / f"{split}.bin")
-        count["sha256"] = file_hash(path)
-    return {"dtype": dtype, **counts}
-
-
-def limited(texts: Iterable[str], chars: int) -> Iterator[str]:
-    """Texts until there are `chars` characters of them."""
-    for text in texts:
-        yield text
-        chars -= len(text)
-        if chars <= 0:
-            return
+    finally:
+        with contextlib.suppress(OSError):  # there after an error; a full disk needs the room
+            beside.unlink()
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -1625,25 +1188,50 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def source_fingerprint(source: str) -> str | None:
-    """sha256 of a local source's files; None for any other source, or where it is not there."""
-    if not is_local(source):
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is none, or none that can be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
-    paths = [path for split in ("train", "validation") for path in local_files(source, split)]
-    return hashlib.sha256("".join(map(file_hash, paths)).encode()).hexdigest()
+    return value if isinstance(value, dict) else None
+
+
+def encode_pieces(tokenizer: Any, pieces: Iterable[Piece]) -> Iterator[tuple[list[int], int]]:
+    """The tokens of each piece, <|endoftext|> where a document ends, and its bytes of UTF-8."""
+    eot, pieces = end_of_text_id(tokenizer), iter(pieces)
+    while batch := list(itertools.islice(pieces, 64)):
+        encoded = tokenizer.encode_batch_fast([t for t, _ in batch], add_special_tokens=False)
+        for (text, ends), tokens in zip(batch, encoded, strict=True):
+            yield tokens.ids + [eot] * (ends and eot is not None), len(text.encode())
+
+
+def tokenize(
+    tokenizer: Any, pieces: Iterable[Piece], path: Path, dtype: str, budget: int | None = None
+) -> dict[str, Any]:
+    """Write a token file of at most `budget` tokens; return the manifest's entry for it."""
+    from tqdm.auto import tqdm
+
+    tokens, size, most = 0, 0, budget or sys.maxsize
+    with open_new(path) as file, tqdm(desc=path.name, unit="B", unit_scale=True) as bar:
+        for ids, length in encode_pieces(tokenizer, pieces):
+            file.write(np.asarray(ids[: most - tokens], dtype=dtype).tobytes())
+            tokens, size = min(tokens + len(ids), most), size + length
+            bar.update(length)
+            if tokens == most:
+                break
+    return {"tokens": tokens, "bytes": size, "sha256": file_hash(path)}
 
 
 @dataclass
 class TokenData:
-    """The tokens of a run: two memory-mapped arrays, and the manifest that describes them."""
+    """The tokens of a run, memory-mapped, and the manifest that describes them."""
 
     training: np.ndarray
     validation: np.ndarray
     manifest: dict[str, Any]
-    streamed: bool = False
-    """whether tokens arrive while training runs; then ask whether a step is `ready`"""
-    error: Exception | None = None
-    """what ended a stream early"""
+    streamed: bool = False  # tokens arrive while training runs: ask whether a step is `ready`
+    error: Exception | None = None  # what ended a stream early
 
     def ready(self, config: TrainConfig, context: int, step: int) -> bool:
         """Whether the tokens of a step are there."""
@@ -1654,17 +1242,6 @@ class TokenData:
         return contextlib.nullcontext()
 
     @property
-    def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text per validation token, on average."""
-        counts = self.manifest["validation"]
-        return counts["bytes"] / max(counts["tokens"], 1)
-
-    @property
-    def sha256(self) -> str:
-        """The hash that identifies these tokens."""
-        return self.manifest["train"]["sha256"]
-
-    @property
     def epoch_tokens(self) -> int:
         return len(self.training)
 
@@ -1672,20 +1249,15 @@ class TokenData:
         return (self.epoch_tokens // context) / (config.batch_tokens // context)
 
     def batch(self, config: TrainConfig, context: int, step: int) -> np.ndarray:
-        """The windows of optimizer step `step` (from 0), (windows, context + 1), int64.
-
-        A pure function of (seed, step). The text is read as a ring, so no token is left out.
-        """
+        """The windows of optimizer step `step` (from 0), (windows, context + 1), int64: a pure
+        function of (seed, step). The text is read as a ring, so no token is left out."""
         windows, N = config.batch_tokens // context, self.epoch_tokens
         numbers = np.arange(step * windows, (step + 1) * windows)
         starts = self.window_starts(numbers, context, config.seed)
         return self.training[(starts[:, None] + np.arange(context + 1)) % N].astype(np.int64)
 
     def window_starts(self, numbers: np.ndarray, context: int, seed: int) -> np.ndarray:
-        """Where the windows of these numbers, counted from the first step, start in the text.
-
-        Each epoch shuffles all windows anew and starts to cut at another place.
-        """
+        """Where windows start: each epoch shuffles them anew and cuts at another place."""
         starts, per_epoch = np.empty(len(numbers), dtype=np.int64), self.epoch_tokens // context
         for epoch in np.unique(numbers // per_epoch):
             here = numbers // per_epoch == epoch
@@ -1700,89 +1272,74 @@ def _epoch_order(seed: int, epoch: int, windows: int, tokens: int) -> tuple[int,
     return int(generator.integers(tokens)), generator.permutation(windows)
 
 
-def _read_split(folder: Path, manifest: dict[str, Any], split: str) -> np.ndarray | None:
-    """A token file, or None where it is missing or differs from the manifest."""
-    path, expected, dtype = folder / f"{split}.bin", manifest[split], manifest["dtype"]
-    if dtype not in ("uint16", "uint32") or not path.is_file() or not expected["tokens"]:
-        return None
-    same_size = path.stat().st_size == expected["tokens"] * np.dtype(dtype).itemsize
-    if not same_size or file_hash(path) != expected["sha256"]:
-        return None
-    tokens = np.memmap(path, dtype=dtype, mode="r")
-    return tokens if tokens.max() < manifest["asked"]["vocab_size"] else None
-
-
-_STREAMING = "max_train_tokens with a folder or a data set of the hub"
-
-
-def _read_tokens(folder: Path, manifest: dict[str, Any]) -> TokenData | None:
-    """The data that a manifest describes, or None where a file differs from it."""
-    validation = _read_split(folder, manifest, "validation")
-    if validation is None:
-        return None
-    if "stream_state" in manifest:
-        return extension("streaming", _STREAMING).open_stream(folder, validation, manifest)
-    training = _read_split(folder, manifest, "train")
-    return None if training is None else TokenData(training, validation, manifest)
-
-
-_JSON_BYTES = 16 << 20  # configurations and manifests have a few thousand
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is none, or none that can be read."""
-    try:
-        if path.stat().st_size > _JSON_BYTES:
-            return None
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def same_data(out: Path, config: DataConfig, vocab_size: int) -> bool:
     """Whether a run folder's token files were made with these settings."""
     manifest = read_json(out / "data" / "manifest.json") or {}
     return manifest.get("asked") == {"data": asdict(config), "vocab_size": vocab_size}
 
 
-def _prepared_data(out: Path, config: DataConfig, vocab_size: int) -> tuple[TokenData, Any] | None:
-    """What `prepare_data` made before; None where a part is missing or has changed.
-
-    ValueError where it is the local text that has changed.
-    """
-    if not same_data(out, config, vocab_size) or not (out / "tokenizer.json").is_file():
-        return None
-    tokenizer = load_tokenizer(out / "tokenizer.json")
-    manifest = read_json(out / "data" / "manifest.json") or {}
+def _open_data(out: Path) -> tuple[TokenData, Any] | None:
+    """What `prepare_data` wrote; None where a part is missing or differs from the manifest."""
+    folder, arrays = out / "data", {}
+    manifest = read_json(folder / "manifest.json") or {}
+    streamed = "stream_state" in manifest
     try:
-        tokens = _read_tokens(out / "data", manifest)
-        made_with, read_from = manifest["tokenizer_sha256"], manifest["source_sha256"]
-    except (KeyError, TypeError, ValueError):  # a manifest that is not ours
+        tokenizer = load_tokenizer(out / "tokenizer.json")
+        same = manifest["tokenizer_sha256"] == tokenizer_hash(tokenizer)
+        require(manifest["dtype"] in ("uint16", "uint32"), "dtype", manifest["dtype"], "integers")
+        for split in ("train", "validation")[streamed:]:
+            path, expected = folder / f"{split}.bin", manifest[split]
+            tokens = arrays[split] = np.memmap(path, dtype=manifest["dtype"], mode="r")
+            same &= len(tokens) == expected["tokens"] and file_hash(path) == expected["sha256"]
+            same &= bool(tokens.max() < manifest["asked"]["vocab_size"])
+    except (OSError, KeyError, TypeError, ValueError):
         return None
-    if tokens is None or made_with != tokenizer_hash(tokenizer):
+    if not same:
         return None
-    now = None if tokens.streamed else source_fingerprint(config.data)  # not all is read again
-    if now is not None and now != read_from:
-        raise ValueError(
-            f"data={config.data!r}: the text has changed since this run started. Put the old text "
-            "back, or train on the new one in another folder (--out)"
-        )
-    return tokens, tokenizer
+    if streamed:
+        streaming = extension("streaming", _STREAMING)
+        data = streaming.open_stream(folder, arrays["validation"], manifest)
+        return data and (data, tokenizer)
+    return TokenData(arrays["train"], arrays["validation"], manifest), tokenizer
 
 
-def _run_tokenizer(path: Path, texts: Iterable[str], config: DataConfig, vocab_size: int) -> Any:
-    """The tokenizer at `path`, or one trained on `texts` where there is none."""
+def _write_data(config: DataConfig, context: int, out: Path, manifest: dict[str, Any]) -> None:
+    """Train a tokenizer where there is none, and write the token files and their manifest."""
+    folder, path, vocab_size = out / "data", out / "tokenizer.json", manifest["asked"]["vocab_size"]
+    folder.mkdir(parents=True, exist_ok=True)
+    chars, other = sys.maxsize, config.validation_data
+    read = partial(read_pieces, config.data, "train", config)
+    held = read_pieces(other or config.data, "train" if other else "validation", config)
+    first = next(held, None)
+    held = itertools.chain([first], held) if first else None
+    streaming = extension("streaming", _STREAMING) if "stream_state" in manifest else None
+    if not held and not streaming:
+        chars = round(sum(len(text) for text, _ in read()) * (1 - config.validation_fraction))
+    head = (text for text, _ in _part_of(read(), chars, head=True))
+    texts = streaming.tokenizer_texts(config) if streaming else limited(head, _TOKENIZER_CHARS)
     if path.is_file():
         tokenizer = load_tokenizer(path)
         log.info("tokenizer: reusing %s", path)
     else:
-        start = time.perf_counter()
         tokenizer = train_tokenizer(texts, vocab_size, config.tokenizer)
-        size, seconds = tokenizer.get_vocab_size(), time.perf_counter() - start
-        log.info("tokenizer: %d tokens, %.1f s", size, seconds)
+        log.info("tokenizer: %d tokens", tokenizer.get_vocab_size())
     check_tokenizer(tokenizer, vocab_size, path)
-    return tokenizer
+    manifest["tokenizer_sha256"] = tokenizer_hash(tokenizer)
+    manifest["dtype"] = "uint16" if tokenizer.get_vocab_size() <= 1 << 16 else "uint32"
+    write = partial(tokenize, tokenizer, dtype=manifest["dtype"])
+    if streaming:
+        manifest |= streaming.begin_stream(config, held, write, folder)
+    else:
+        most, head = config.max_train_tokens, _part_of(read(), chars, head=True)
+        held = held or _part_of(read(), chars, head=False)
+        manifest["train"] = write(head, folder / "train.bin", budget=most)
+        manifest["validation"] = write(held, folder / "validation.bin")
+    for split, needed in (("train", context + 1), ("validation", 2)):
+        tokens, more = manifest[split]["tokens"], "more text or a smaller max_position_embeddings"
+        expected = f"at least {needed} {split} tokens (one window), not {tokens}. Give {more}"
+        require(tokens >= needed, "data", config.data, expected)
+    write_atomically(path, tokenizer.to_str(pretty=True).encode())
+    write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
 
 
 def prepare_data(
@@ -1796,56 +1353,35 @@ def prepare_data(
     Raises:
         ValueError: too little text, or the local source has changed since the files were made.
     """
-    out = Path(out)
-    folder, path = out / "data", out / "tokenizer.json"
-    found = _prepared_data(out, config, vocab_size)
-    if found:
-        return found
-    if is_streamed(config):
-        streaming = extension("streaming", _STREAMING)
-        fingerprint, texts = None, streaming.tokenizer_texts(config)
-        write = partial(streaming.begin_stream, config)
-    else:
-        fingerprint, read = source_fingerprint(config.data), _splits(config)
-        train_texts = (text for split, text, _ in read() if split == "train")
-        texts = limited(train_texts, _TOKENIZER_CHARS)
-
-        def write(tokenizer: Any, folder: Path) -> dict[str, Any]:
-            return tokenize(tokenizer, read(), folder, config.max_train_tokens)
-
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _run_tokenizer(path, texts, config, vocab_size)
-    manifest = {
-        "format_version": 1,
-        "asked": {"data": asdict(config), "vocab_size": vocab_size},
-        "source_sha256": fingerprint,
-        "tokenizer_sha256": tokenizer_hash(tokenizer),
-        **write(tokenizer, folder),
-    }
-    for split, needed in (("train", context + 1), ("validation", 2)):
-        if manifest[split]["tokens"] < needed:
-            raise ValueError(
-                f"data={config.data!r}: {manifest[split]['tokens']} {split} tokens; expected at "
-                f"least {needed} (one window). Give more text or a smaller max_position_embeddings"
-            )
-    write_atomically(path, tokenizer.to_str(pretty=True).encode())
-    write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
-    tokens = _read_tokens(folder, manifest)
-    assert tokens is not None, "token files differ from what was just written"
-    return tokens, tokenizer
-
-
-def say(line: str) -> None:
-    log.info(line)
+    out, asked = Path(out), {"data": asdict(config), "vocab_size": vocab_size}
+    manifest = {"format_version": 1, "asked": asked, "source_sha256": None}
+    whole = config.data == "pydocs" or Path(config.data).expanduser().is_file()
+    if config.max_train_tokens and not whole:
+        manifest["stream_state"] = None
+    elif is_local(config.data):
+        paths = [p for split in ("train", "validation") for p in local_files(config.data, split)]
+        digests = "".join(map(file_hash, paths))
+        manifest["source_sha256"] = hashlib.sha256(digests.encode()).hexdigest()
+    found = _open_data(out) if same_data(out, config, vocab_size) else None
+    if found and manifest["source_sha256"]:
+        same = manifest["source_sha256"] == found[0].manifest.get("source_sha256")
+        expected = "the text that this run began with; it has changed. Choose another --out for it"
+        require(same, "data", config.data, expected)
+    if not found:
+        _write_data(config, context, out, manifest)
+        found = _open_data(out)
+    assert found, "token files differ from what was just written"
+    return found
 
 
 # -----------------------------------------------------------------------------
 # 6 Generation
 
+DECODERS: dict[str, Any] = {}
+"""Device type -> a faster step for one new token per row, made of model, cache and left_pad."""
 
-def _choose(
-    logits: Tensor, seen: Tensor, config: SamplingConfig, generator: torch.Generator
-) -> Tensor:
+
+def _choose(logits: Tensor, seen: Tensor, config: SamplingConfig, rng: torch.Generator) -> Tensor:
     """The next token of each row, (B), from logits, (B, V), and the tokens so far, (B, T)."""
     if config.repetition_penalty != 1:
         old, penalty = logits.gather(1, seen), config.repetition_penalty
@@ -1861,16 +1397,7 @@ def _choose(
         probabilities = ordered.softmax(dim=-1)
         before = probabilities.cumsum(dim=-1) - probabilities
         logits = logits.masked_fill((before >= config.top_p).gather(1, index.argsort()), -math.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
-
-
-def _can_stay_packed(model: BitLM, rows: int) -> bool:
-    """Whether some kernels can generate from packed weights, a token of each row at a time."""
-    layers = model.bit_linears().values()
-    if not all(layer.frozen and layer.linear == "ternary" for layer in layers):
-        return False
-    device = next(model.buffers()).device
-    return kernels_for(torch.empty(rows, model.config.hidden_size, device=device)) is not None
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=rng).squeeze(1)
 
 
 @torch.inference_mode()
@@ -1883,103 +1410,73 @@ def generate_tokens(
 ) -> Iterator[list[int | None]]:
     """Yield one new token id for each prompt at a time; None for those that have ended.
 
-    Text may be longer than `max_position_embeddings`: when the context is full, its older half is
-    dropped and the newer half read again.
-
-    Args:
-        prompts: token ids, at least one each; lengths may differ.
-        end_id: a row ends before this token.
-        num_tokens: choose among the first `num_tokens` rows of the head only.
+    A row ends before `end_id`, and consists of tokens below `num_tokens`. When the context is full,
+    its older half is dropped and the newer half read again: text may be longer than the context.
     """
     device, limit = next(model.buffers()).device, model.config.max_position_embeddings
     width = max(map(len, prompts))
-    rows = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])  # (B, T), on the CPU
     pad = torch.tensor([width - len(p) for p in prompts])
-    start, unread = max(0, width - limit), min(width, limit)
+    rows = torch.tensor([[p[0]] * (width - len(p)) + list(p) for p in prompts])  # (B, T), CPU
+    unread, ended = min(width, limit), [False] * len(prompts)
     cache = KVCache(model.config, len(prompts), device)
-    generator = torch.Generator()
-    generator.manual_seed(config.seed) if config.seed is not None else generator.seed()
-    ended, was_training = [False] * len(prompts), model.training
-    packed = _can_stay_packed(model, len(prompts))
-    model.eval()
-    try:
-        with contextlib.nullcontext() if packed else model.hold_weights():
-            for _ in range(config.max_new_tokens):
-                if cache.length + unread > limit:
-                    start, unread, cache.length = rows.shape[1] - limit // 2, limit // 2, 0
-                left_pad = (pad - start).clamp(min=0)  # less than the window: a row's own are newer
-                padded = left_pad.to(device) if left_pad.any() else None
-                logits = model(rows[:, -unread:].to(device), cache, padded)[:, -1]
-                filling = torch.arange(rows.shape[1]) < pad[:, None]
-                seen = torch.where(filling, rows[:, -1:], rows)  # no penalty for the filling
-                chosen = _choose(logits[:, :num_tokens].float().cpu(), seen, config, generator)
-                rows, unread = torch.cat([rows, chosen[:, None]], dim=1), 1
-                tokens = chosen.tolist()
-                ended = [e or token == end_id for e, token in zip(ended, tokens, strict=True)]
-                yield [None if e else token for e, token in zip(ended, tokens, strict=True)]
-                if all(ended):
-                    return
-    finally:
-        model.train(was_training)
+    rng = torch.Generator()
+    rng.manual_seed(config.seed) if config.seed is not None else rng.seed()
+    x = torch.empty(len(prompts), model.config.hidden_size, device=device)
+    ternary = all(m.frozen and m.linear == "ternary" for m in model.bit_linears().values())
+    packed = ternary and kernels_for(x) is not None  # kernels read packed weights as they are
+    decoder, step = DECODERS.get(device.type), model
+    with contextlib.nullcontext() if packed else model.hold_weights():
+        for _ in range(config.max_new_tokens):
+            if cache.length + unread > limit:
+                unread, cache.length, step = limit // 2, 0, model
+            start = rows.shape[1] - unread - cache.length  # of the context
+            left_pad = (pad - start).clamp(min=0)  # less than the context: a row's own are newer
+            padded = left_pad.to(device) if left_pad.any() else None
+            if decoder and unread == 1 and step is model:
+                step = decoder(model, cache, padded)
+            logits = step(rows[:, -unread:].to(device), cache, padded)[:, -1, :num_tokens]
+            chosen = _choose(logits.float().cpu(), rows, config, rng)
+            rows, unread = torch.cat([rows, chosen[:, None]], dim=1), 1
+            tokens = chosen.tolist()
+            ended = [e or token == end_id for e, token in zip(ended, tokens, strict=True)]
+            yield [None if e else token for e, token in zip(ended, tokens, strict=True)]
+            if all(ended):
+                return
 
 
-def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """An empty prompt starts where a document ends."""
-    return encode(tokenizer, prompt) or [end_of_text_id(tokenizer) or 0]
+def _pieces(
+    model: BitLM, tokenizer: Any, prompts: Sequence[str], sampling: SamplingConfig | None
+) -> Iterator[list[str]]:
+    """Yield the next piece of each prompt's continuation, in complete characters."""
+    from tokenizers.decoders import DecodeStream
 
-
-def _continuations(
-    model: BitLM, tokenizer: Any, prompts: list[list[int]], sampling: SamplingConfig | None
-) -> Iterator[list[int | None]]:
     eot, size = end_of_text_id(tokenizer), tokenizer.get_vocab_size()
-    return generate_tokens(model, prompts, sampling or SamplingConfig(), eot, size)
+    ids = [encode(tokenizer, p) or [eot or 0] for p in prompts]  # empty: where a document ends
+    decoders = [DecodeStream(skip_special_tokens=True) for _ in ids]
+    for decoder, row in zip(decoders, ids, strict=True):
+        for token in row:  # word pieces join what came before
+            decoder.step(tokenizer, token)
+    for tokens in generate_tokens(model, ids, sampling or SamplingConfig(), eot, size):
+        rows = zip(decoders, tokens, strict=True)
+        yield ["" if t is None else decoder.step(tokenizer, t) or "" for decoder, t in rows]
 
 
 def stream(
     model: BitLM, tokenizer: Any, prompt: str, sampling: SamplingConfig | None = None
 ) -> Iterator[str]:
     """Yield the continuation of `prompt` piece by piece, in complete characters."""
-    from tokenizers.decoders import DecodeStream
-
-    decoder, ids = DecodeStream(skip_special_tokens=True), _prompt_ids(tokenizer, prompt)
-    for token in ids:  # word pieces join what came before
-        decoder.step(tokenizer, token)
-    for (token,) in _continuations(model, tokenizer, [ids], sampling):
-        text = None if token is None else decoder.step(tokenizer, token)
-        if text:
-            yield text
+    yield from (piece for (piece,) in _pieces(model, tokenizer, [prompt], sampling) if piece)
 
 
 def generate(
-    model: BitLM,
-    tokenizer: Any,
-    prompt: str | Sequence[str],
-    sampling: SamplingConfig | None = None,
-    on_text: Callable[[str], None] | None = None,
+    model: BitLM, tokenizer: Any, prompt: Sequence[str], sampling: SamplingConfig | None = None
 ) -> Any:
-    """The continuation of a prompt, or a list of those of several prompts at once.
-
-    Args:
-        prompt: one text or several; the results do not contain it.
-        on_text: called with every piece of text as it is generated (one prompt only).
-    """
-    if isinstance(prompt, str):
-        pieces = []
-        for piece in stream(model, tokenizer, prompt, sampling):
-            pieces.append(piece)
-            if on_text:
-                on_text(piece)
-        return "".join(pieces)
-    if on_text:
-        raise ValueError("on_text goes with one prompt: expected a string, got several prompts")
-    if not prompt:
-        return []
-    ids = [_prompt_ids(tokenizer, p) for p in prompt]
-    generated: list[list[int]] = [[] for _ in ids]
-    for tokens in _continuations(model, tokenizer, ids, sampling):
-        for row, token in zip(generated, tokens, strict=True):
-            row += [] if token is None else [token]
-    return [tokenizer.decode(row) for row in generated]
+    """The continuation of `prompt`, a text; or, of a list of texts, those of all, made at once."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    texts = [""] * len(prompts)
+    for pieces in _pieces(model, tokenizer, prompts, sampling) if prompts else ():
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+    return texts[0] if isinstance(prompt, str) else texts
 
 
 # -----------------------------------------------------------------------------
@@ -2461,12 +1958,8 @@ def choose_device(device: str = "auto", dtype: str = "auto") -> Device:
 
     Raises ValueError for a device that this machine does not have.
     """
-    present = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    there = [name for name, ok in present.items() if ok]
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    there.append("cpu")
     device = there[0] if device == "auto" else device
     require(device in there, "device", device, f"one that this machine has: {', '.join(there)}")
     found = torch.device(device)
@@ -2630,12 +2123,12 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """All that an exact resume needs; complete in the main process, but all call it."""
-        gather, names = self.processes.gather, self._parameter_names()
+        names: Any = {parameter: name for name, parameter in self.model.named_parameters()}
         optimizers = []
         for optimizer in self.optimizers:
             tensors = {(names[p], k): t for p, s in optimizer.state.items() for k, t in s.items()}
             state: dict[str, dict[str, Tensor]] = {}
-            for (name, key), tensor in gather(tensors).items():
+            for (name, key), tensor in self.processes.gather(tensors).items():
                 state.setdefault(name, {})[key] = tensor
             optimizers.append({"state": state})
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -2660,7 +2153,7 @@ class TrainState:
             setattr(self, name, saved[name])
         scatter, own = self.processes.scatter, self.model.state_dict()
         self.model.load_state_dict({n: scatter(own[n], w) for n, w in saved["model"].items()})
-        names = self._parameter_names()
+        names: Any = {parameter: name for name, parameter in self.model.named_parameters()}
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             numbered = {}
             for number, parameter in enumerate(parameters_of([optimizer])):
@@ -2681,9 +2174,6 @@ class TrainState:
             if trits is not None and trits.shape != layer.weight.shape:
                 raise ValueError(f"trits of {name} have shape {tuple(trits.shape)}")
         self.trits = dict(saved["trits"]) if self.processes.is_main else {}
-
-    def _parameter_names(self) -> dict[Tensor, str]:
-        return {parameter: name for name, parameter in self.model.named_parameters()}
 
 
 class Callback:
@@ -2724,6 +2214,7 @@ class ProgressBar(Callback):
 
         total = state.config.max_steps
         self.bar = tqdm(total=total, initial=state.step, unit="step", dynamic_ncols=True)
+        self.print = partial(self.bar.write, file=sys.stderr)
 
     def on_step(self, state: TrainState, metrics: dict[str, Any] | None) -> None:
         if metrics:
@@ -2733,21 +2224,18 @@ class ProgressBar(Callback):
 
     def on_eval(self, state: TrainState, metrics: dict[str, Any]) -> None:
         loss, perplexity = metrics["val_loss"], metrics["val_perplexity"]
-        self._print(f"step {state.step}: validation loss {loss:.4f}, perplexity {perplexity:.1f}")
+        self.print(f"step {state.step}: validation loss {loss:.4f}, perplexity {perplexity:.1f}")
 
     def on_sample(self, state: TrainState, text: str) -> None:
-        self._print(f"  | {' '.join(text.split())[:160]}")
+        self.print(f"  | {' '.join(text.split())[:160]}")
 
     def on_mirror(self, state: TrainState, status: str) -> None:
         if (state.mirror.errors > 0) != self.mirror_failing:  # when it begins and when it ends
             self.mirror_failing = not self.mirror_failing
-            self._print(status)
+            self.print(status)
 
     def on_end(self, state: TrainState) -> None:
         self.bar.close()
-
-    def _print(self, line: str) -> None:
-        self.bar.write(line, file=sys.stderr)
 
 
 class MetricsLog:
@@ -2781,23 +2269,20 @@ class MetricsLog:
         return json.dumps({k: None if k in odd else v for k, v in line.items()}) + "\n"
 
     def write(self, line: dict[str, Any]) -> None:
-        if not self.path:
-            return
-        self.waiting.append(line)
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(map(self._text, self.waiting)))
-            self.waiting.clear()
-        except OSError as error:
-            if len(self.waiting) == 1:
-                log.warning(f"metrics.jsonl cannot be written ({error}); its lines wait")
+        if self.path:
+            self.waiting.append(line)
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write("".join(map(self._text, self.waiting)))
+                self.waiting.clear()
+            except OSError as error:
+                if len(self.waiting) == 1:
+                    log.warning(f"metrics.jsonl cannot be written ({error}); its lines wait")
 
 
 def log_to(stream: Any) -> None:
     """Show what "bitllm" logs on `stream`, a line per message, instead of where it went before."""
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log.handlers, log.propagate = [handler], False
+    log.handlers, log.propagate = [logging.StreamHandler(stream)], False
     log.setLevel(logging.INFO)
 
 
@@ -2829,10 +2314,9 @@ MAX_SKIPPED_STEPS = 25
 """Non-finite steps in a row that end a run. float16's first loss scale takes some to settle."""
 LOCK_NAME = ".lock"
 _SET_ASIDE = "set-aside-"
-_MAY_CHANGE = ("micro_batch_size", "device", "dtype", "compile", "deterministic", "max_steps")
-_MAY_CHANGE += ("patience", "fsdp", "sample_prompt", "keep_checkpoints", "log_every_steps")
-_MAY_CHANGE += ("eval_every_steps", "eval_tokens")
-_MAY_CHANGE += ("save_every_steps", "save_every_minutes", "save_every_epoch")
+_MAY_CHANGE = "micro_batch_size device dtype compile deterministic max_steps patience fsdp "
+_MAY_CHANGE += "sample_prompt keep_checkpoints log_every_steps eval_every_steps eval_tokens "
+_MAY_CHANGE += "save_every_steps save_every_minutes save_every_epoch"
 
 
 def check_same_settings(where: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -2841,7 +2325,7 @@ def check_same_settings(where: Path, saved: dict[str, Any], now: dict[str, Any])
         f"{name} (run: {saved[part][name]}, asked: {value})"
         for part in ("model", "data", "train")
         for name, value in now[part].items()
-        if saved[part][name] != value and not (part == "train" and name in _MAY_CHANGE)
+        if saved[part][name] != value and not (part == "train" and name in _MAY_CHANGE.split())
     ]
     if found:
         raise ValueError(
@@ -2854,16 +2338,13 @@ def check_run_folder(folder: Path) -> None:
     """ValueError for a file, or a folder of something else. Nothing is written."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: a file; expected a folder for the run, choose another")
-    names = [path.name for path in folder.iterdir()] if folder.exists() else []
-    if "config.json" in names or "checkpoints" in names:
-        return
-    ours = ("tokenizer.json", "metrics.jsonl", "data", "lock.json")
-    ignored = [n for n in names if n[0] == "." or ".tmp" in n or _SET_ASIDE in n]
-    strange = sorted(set(names) - {*ours, *ignored})
-    if strange:
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    ours = {"tokenizer.json", "metrics.jsonl", "data", "lock.json"}
+    strange = {n for n in names - ours if n[0] != "." and ".tmp" not in n and _SET_ASIDE not in n}
+    if strange and not {"config.json", "checkpoints"} & names:
         raise ValueError(
             f"{folder}: not a run folder (no config.json) and not empty "
-            f"({', '.join(strange[:3])}); choose another"
+            f"({', '.join(sorted(strange)[:3])}); choose another"
         )
 
 
@@ -2888,22 +2369,21 @@ def _lock(folder: Path) -> Any:
     path = folder / LOCK_NAME
     if path.is_symlink():
         path.unlink()
-    lock = filelock.FileLock(path, timeout=0, thread_local=False)
     try:
-        return lock.acquire()
+        return filelock.FileLock(path, timeout=0, thread_local=False).acquire()
     except filelock.Timeout:
         raise ValueError(
             f"{folder}: another process is training in it. Stop that one or choose another folder"
         ) from None
 
 
-def open_run(out: Path, settings: dict[str, Any], resume: str, mirror: Any) -> Any:
+def _open_run(out: Path, settings: dict[str, Any], resume: str, mirror: Any) -> Any:
     """The checkpoint to resume from; None to begin. Nothing is changed but what a mirror returns.
 
     Raises:
         ValueError: other settings, remains of which nothing is whole, or `resume` does not fit.
     """
-    folder = out / "checkpoints"
+    folder, path = out / "checkpoints", out / "tokenizer.json"
     try:
         checkpoint = mirror.newest_checkpoint(settings) if mirror else newest_checkpoint(folder)
         remains = list_checkpoints(folder) or (mirror and mirror.has_checkpoints())
@@ -2929,7 +2409,6 @@ def open_run(out: Path, settings: dict[str, Any], resume: str, mirror: Any) -> A
     require(now >= done, "max_steps", now, f"at least {done}, which this run has done already")
     if before != now:
         log.info(f"max_steps: {before} -> {now}; the schedule now ends there, and the rate with it")
-    path = out / "tokenizer.json"
     try:
         load_tokenizer(path)
     except (ValueError, FileNotFoundError) as error:
@@ -2940,19 +2419,18 @@ def open_run(out: Path, settings: dict[str, Any], resume: str, mirror: Any) -> A
 
 
 def memory_in_use(device: Device) -> int:
-    """Most bytes held so far: on the GPU, or by this process."""
+    """Most bytes held so far: on the GPU, or by this process; 0 where the system hides it."""
     if device.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(OSError):  # not ru_maxrss: it begins with that of the parent
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        if found:
-            return int(found[1]) << 10
-    try:
+    with contextlib.suppress(OSError):  # not ru_maxrss, which begins with that of the parent
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB|$", status)[1] or 0) << 10  # pyright: ignore
+    with contextlib.suppress(ImportError):
         import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return 0
 
 
 def versions() -> dict[str, str]:
@@ -2961,7 +2439,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **libraries}
 
 
-class _Session:
+class Session:
     """One call of `train`: what it holds in memory, and its steps."""
 
     def __init__(
@@ -2974,76 +2452,48 @@ class _Session:
         self.device = choose_device(self.config.device, self.config.dtype)
         prepare = partial(prepare_data, data_config, vocab_size, self.context, out)
         self.data, self.tokenizer = processes.run_on_main(prepare) or prepare()
-        size = processes.world_size
+        size, device = processes.world_size, self.device.device
         self.micro_batch = windows_at_once(self.model_config, self.config, self.device, size)
         torch.manual_seed(self.config.seed)  # nothing draws from it yet; a checkpoint holds it
-        model = processes.build_model(self.model_config, self.config.seed, self.device.device)
+        model = processes.build_model(self.model_config, self.config.seed, device)
         optimizers = processes.make_optimizers(model, self.config)
         self.state = TrainState(model, optimizers, self.device.scaler(), self.config, processes)
-        self.loss: Callable[[Tensor, Tensor], Tensor] = model.loss
-        self.unproven = False  # compiled, but no step has shown yet that it works
+        self.loss: Any = model.loss  # bitllm/compiling.py replaces these two and micro_step
+        self.hold: Any = model.hold_weights
         self.log = MetricsLog(None, 0)
 
     def notify(self, event: str, *values: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(self.state, *values)
 
-    def compile(self) -> None:
-        """Compile the loss where asked to, or where it pays: it takes ten seconds and more."""
-        model, config = self.model_config, self.config
-        worth = 1e15 if self.device.device.type == "cuda" else 5e12  # a minute's work, guessed
-        work = 6 * model.num_parameters * config.batch_tokens * config.max_steps
-        if config.compile == "off" or (config.compile == "auto" and work <= worth):
-            return
-        try:
-            compiling = extension("compiling", "torch.compile")
-            require(not self.processes.sharded, "fsdp", True, "False to compile")
-            self.loss = compiling.compiled_loss(self.state.model)
-            self.unproven = True
-            log.info("torch.compile: on; the first step takes some ten seconds longer")
-        except Exception as error:  # of whatever kind: it also imports the compiler
-            self.back_to_eager(error)
-
-    def back_to_eager(self, error: Exception) -> None:
-        log.warning(f"torch.compile: off ({type(error).__name__}: {first_line(error)})")
-        self.loss, self.unproven = self.state.model.loss, False
-
     def gradients(self, windows: Tensor) -> Tensor:
-        """Accumulate the gradients of this process' windows, (N, T + 1); return their loss.
+        """Add up the gradients of this process' windows, (N, T + 1); return their loss.
 
-        With half the micro-batch when a GPU runs out of memory, eager when compiling fails.
+        With half the micro-batch when a GPU runs out of memory.
         """
+        x, y, device = windows[:, :-1], windows[:, 1:], self.device.device  # (N, T)
         while True:
             try:
-                total = self._backward(windows)
-                self.unproven = False
+                total = torch.zeros((), device=device)
+                with self.hold(self.device.dtype):
+                    for pair in self.processes.micro_batches(x, y, self.micro_batch):
+                        parts = (part.to(device, non_blocking=True).contiguous() for part in pair)
+                        total += self.micro_step(*parts)
                 return total
             except torch.OutOfMemoryError:
                 if self.micro_batch == 1 or self.processes.sharded:
                     raise
-                self.micro_batch //= 2
-                log.warning(f"out of GPU memory: {self.micro_batch} windows at once from here on")
-            except Exception as error:
-                if not self.unproven:
-                    raise
-                if self.state.stop_signal:  # it reaches the compiler's helpers too
-                    raise KeyboardInterrupt from error
-                self.back_to_eager(error)
+            self.micro_batch //= 2
+            log.warning(f"out of GPU memory: {self.micro_batch} windows at once from here on")
             self.state.model.zero_grad()
-            if self.device.device.type == "cuda":
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
 
-    def _backward(self, windows: Tensor) -> Tensor:
-        device, total = self.device.device, torch.zeros((), device=self.device.device)
-        x, y = windows[:, :-1], windows[:, 1:]  # (N, T)
-        with self.state.model.hold_weights(self.device.dtype):
-            for pair in self.processes.micro_batches(x, y, self.micro_batch):
-                x, y = (part.to(device, non_blocking=True).contiguous() for part in pair)
-                with self.device.autocast():
-                    loss = self.loss(x, y) / self.config.batch_tokens
-                self.state.scaler.scale(loss).backward()
-                total += loss.detach()
-        return total
+    def micro_step(self, x: Tensor, y: Tensor) -> Tensor:
+        """The loss of windows x and targets y, (B, T) each; their gradients are added up."""
+        with self.device.autocast():
+            loss = self.loss(x, y) / self.config.batch_tokens
+        self.state.scaler.scale(loss).backward()
+        return loss.detach()
 
     def run(self, saver: _Saver) -> None:
         """Steps until all are done, a signal came, or the loss stays non-finite."""
@@ -3060,34 +2510,27 @@ class _Session:
             state.loss, norm = apply_gradients(
                 state.optimizers, state.scaler, factor, config.max_grad_norm, loss, processes
             )
-            self.count_step(math.isfinite(norm), time.perf_counter() - start)
-            steps, metrics = steps + 1, None
+            state.step, steps, metrics = state.step + 1, steps + 1, None
+            state.train_seconds += time.perf_counter() - start
+            state.skipped += not math.isfinite(norm)
+            state.skipped_in_a_row = 0 if math.isfinite(norm) else state.skipped_in_a_row + 1
             if state.step % config.log_every_steps == 0 or state.step == config.max_steps:
                 speed = steps * config.batch_tokens / (time.perf_counter() - since)
-                metrics = self.step_metrics(norm, factor, speed)
-                self.log.write(metrics)
+                metrics = self.log_step(norm, factor, speed)
             self.notify("on_step", metrics)
+            if state.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+                raise FloatingPointError(
+                    f"{MAX_SKIPPED_STEPS} steps in a row had no finite gradient; stopped at step "
+                    f"{state.step}. The last checkpoint in {self.out} is from before. Try a lower "
+                    "learning_rate, or --dtype float32"
+                )
             if config.eval_every_steps and state.step % config.eval_every_steps == 0:
-                _evaluate(self)
-                _sample(self)
+                self.evaluate()
                 saver.keep_best()
             saver.save_where_due()
             if metrics:
                 steps, since = 0, time.perf_counter()
             since += self.wait_while_paused(saver)
-
-    def count_step(self, finite: bool, seconds: float) -> None:
-        state = self.state
-        state.step += 1
-        state.train_seconds += seconds
-        state.skipped += not finite
-        state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
-        if state.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-            raise FloatingPointError(
-                f"{MAX_SKIPPED_STEPS} steps in a row had no finite gradient; stopped at step "
-                f"{state.step}. The last checkpoint in {self.out} is from before. Try a lower "
-                "learning_rate, or --dtype float32"
-            )
 
     def stop_asked(self) -> bool:
         """Whether any process has been told to stop; the same answer in all."""
@@ -3122,8 +2565,8 @@ class _Session:
             time.sleep(0.1)
         return time.perf_counter() - start
 
-    def step_metrics(self, norm: float, factor: float, tokens_per_s: float) -> dict[str, Any]:
-        return {
+    def log_step(self, norm: float, factor: float, tokens_per_s: float) -> dict[str, Any]:
+        metrics = {
             "step": self.state.step,
             "loss": self.state.loss,
             "learning_rate": peak_rates(self.model_config, self.config)[0] * factor,
@@ -3134,6 +2577,33 @@ class _Session:
             "train_seconds": round(self.state.train_seconds, 3),
             **_telemetry(self.state),
         }
+        self.log.write(metrics)
+        return metrics
+
+    def evaluate(self, final: bool = False) -> None:
+        """Validation loss: on the same first tokens each time, with a text; at the end on all."""
+        state, data, prompt = self.state, self.data, self.config.sample_prompt
+        tokens = data.validation if final else data.validation[: self.config.eval_tokens]
+        first, processes = end_of_text_id(self.tokenizer) or 0, self.processes
+        counts = data.manifest["validation"]
+        nats = total_loss(state.model, tokens, first, self.device, processes=processes)
+        state.val_loss = nats / len(tokens)
+        metrics = {
+            "step": state.step,
+            "val_loss": state.val_loss,
+            "val_perplexity": safe_exp(state.val_loss),
+            "val_bits_per_byte": state.val_loss
+            / math.log(2)
+            / (counts["bytes"] / counts["tokens"]),
+            "val_tokens": len(tokens),
+            **({"final": True} if final else {}),
+        }
+        self.log.write(metrics)
+        self.notify("on_eval", metrics)
+        model = None if final else processes.whole_model(state.model)
+        if model and self.callbacks:
+            text = generate(model, self.tokenizer, prompt, SamplingConfig(60, seed=0))
+            self.notify("on_sample", prompt + text)
 
 
 def _settings(configs: tuple[Any, Any, Any]) -> dict[str, Any]:
@@ -3157,40 +2627,12 @@ def _telemetry(state: TrainState) -> dict[str, list[float]]:
     return {name: (counts / sizes).round(6).tolist() for name, counts in found.items()}
 
 
-def _evaluate(session: _Session, final: bool = False) -> None:
-    """Validation loss: on a slice of the tokens, the same each time; at the end on all of them."""
-    state, data = session.state, session.data
-    tokens = data.validation if final else data.validation[: session.config.eval_tokens]
-    first = end_of_text_id(session.tokenizer) or 0
-    nats = total_loss(state.model, tokens, first, session.device, processes=state.processes)
-    state.val_loss = loss = nats / len(tokens)
-    metrics = {
-        "step": state.step,
-        "val_loss": loss,
-        "val_perplexity": safe_exp(loss),
-        "val_bits_per_byte": loss / math.log(2) / data.bytes_per_token,
-        "val_tokens": len(tokens),
-        **({"final": True} if final else {}),
-    }
-    session.log.write(metrics)
-    session.notify("on_eval", metrics)
-
-
-def _sample(session: _Session) -> None:
-    """Generate a text of fixed seed, to look at."""
-    model, prompt = session.processes.whole_model(session.state.model), session.config.sample_prompt
-    if model and session.callbacks:
-        text = generate(model, session.tokenizer, prompt, SamplingConfig(60, seed=0))
-        session.notify("on_sample", prompt + text)
-
-
 class _Saver:
     """Checkpoints of a session, written by a thread: training only waits for copies of tensors."""
 
-    def __init__(self, session: _Session) -> None:
+    def __init__(self, session: Session) -> None:
         self.session, self.state, self.mirror = session, session.state, session.state.mirror
-        self.folder = Folder(session.out / "checkpoints")
-        self.keep = keep_of(session.config)
+        self.folder, self.keep = Folder(session.out / "checkpoints"), keep_of(session.config)
         self.worker = ThreadPoolExecutor(1, "checkpoints")
         self.running: tuple[str, Future[Path]] | None = None
         self.begun_step = self.state.step or -1  # of the newest checkpoint begun
@@ -3231,31 +2673,25 @@ class _Saver:
 
     def save(self, kind: str = "step") -> None:
         """Begin a checkpoint; a disk that refuses does not end the training."""
-        start, step = time.perf_counter(), self.state.step
+        start, state, session = time.perf_counter(), self.state, self.session
         if kind == "step":
-            self.state.save_requested = False
-            if not any(self.state.processes.all_reduce_max([self.begun_step != step])):
+            state.save_requested = False
+            if not any(state.processes.all_reduce_max([self.begun_step != state.step])):
                 return
-            self.last_save, self.begun_step = time.monotonic(), step
-        contents = self.contents(kind)  # every process gives its part
-        if self.state.processes.is_main:
-            self.collect(wait=True)  # one copy at a time
-            name = f"{kind}_{step:08d}.safetensors"
-            write = partial(write_snapshot, self.folder, name, *snapshot(contents))
-            self.running = name, self.worker.submit(write)
-        self.state.save_seconds += time.perf_counter() - start
-
-    def contents(self, kind: str) -> dict[str, Any]:
-        """All of a run but its tokens; of the best, what generating needs."""
-        session, state = self.session, self.state
-        if kind == "best":
+            self.last_save, self.begun_step = time.monotonic(), state.step
+        if kind == "best":  # what generating needs
             weights = state.processes.whole(state.model.state_dict())
             contents = {"step": state.step, "val_loss": state.val_loss, "model": weights}
-        else:
+        else:  # all of a run but its tokens; every process gives its part
             contents = {**state.state_dict(), **_circumstances(session)}
             contents["micro_batch"] = session.micro_batch
-        text = session.tokenizer.to_str()
-        return {**contents, "config": session.settings, "tokenizer": text, "versions": versions()}
+        if state.processes.is_main:
+            self.collect(wait=True)  # one copy at a time
+            contents |= {"config": session.settings, "tokenizer": session.tokenizer.to_str()}
+            name = f"{kind}_{state.step:08d}.safetensors"
+            write = partial(write_snapshot, self.folder, name, *snapshot(contents))
+            self.running = name, self.worker.submit(write)
+        state.save_seconds += time.perf_counter() - start
 
     def collect(self, wait: bool = False) -> None:
         """Report the checkpoint on its way, once it is safe or could not be saved."""
@@ -3303,18 +2739,18 @@ def keep_of(config: TrainConfig) -> dict[str, int]:
     return {"step": config.keep_checkpoints, "best": 1}
 
 
-def _circumstances(session: _Session) -> dict[str, Any]:
+def _circumstances(session: Session) -> dict[str, Any]:
     """What a checkpoint holds for a resume to compare."""
     return {
         "tokenizer_sha256": session.data.manifest["tokenizer_sha256"],
-        "data_sha256": session.data.sha256,
+        "data_sha256": session.data.manifest["train"]["sha256"],
         "device": str(session.device),
         "processes": session.processes.world_size,
-        "threads": torch.get_num_threads() if session.device.device.type == "cpu" else 0,
+        "versions": versions(),
     }
 
 
-def _restore(session: _Session, checkpoint: dict[str, Any]) -> None:
+def _restore(session: Session, checkpoint: dict[str, Any]) -> None:
     """Resume from a checkpoint; other versions or another device are logged, not refused."""
     now, state = _circumstances(session), session.state
     try:
@@ -3322,7 +2758,7 @@ def _restore(session: _Session, checkpoint: dict[str, Any]) -> None:
             if checkpoint[name] != now[name]:
                 raise ValueError(f"{name} differs; put its tokenizer.json and data/ back")
         before = {**checkpoint["config"]["train"], **checkpoint, **checkpoint["versions"]}
-        now |= {**versions(), "fsdp": session.config.fsdp}
+        now |= {**now.pop("versions"), "fsdp": session.config.fsdp}
         changed = [f"{k} {before[k]} -> {v}" for k, v in now.items() if before.get(k, v) != v]
         if changed:
             log.info(f"note: not bit for bit as before, for these changed: {', '.join(changed)}")
@@ -3339,7 +2775,7 @@ def _restore(session: _Session, checkpoint: dict[str, Any]) -> None:
     state.last_saved_step = state.step
 
 
-def _write_settings(session: _Session) -> None:
+def _write_settings(session: Session) -> None:
     """What a run folder holds beside its checkpoints, where it is missing or has changed."""
     path, text = session.out / "config.json", session.tokenizer.to_str(pretty=True)
     config = {"format_version": FORMAT_VERSION, **session.settings}
@@ -3349,22 +2785,20 @@ def _write_settings(session: _Session) -> None:
         write_atomically(session.out / "tokenizer.json", text.encode())
 
 
-def _announce(session: _Session) -> None:
-    """What is going to happen, in a few lines."""
+def _announce(session: Session) -> None:
+    """Log what is going to happen."""
     model, config, counts = session.model_config, session.config, session.data.manifest
     epochs = config.max_steps / session.data.steps_per_epoch(config, session.context)
-    several = f" on each of {session.processes.world_size} processes"
-    for line in (
-        f"model: {model.num_parameters / 1e6:.2f}M parameters, {model.linear}, {session.device}",
+    size, step = session.processes.world_size, session.state.step
+    log.info(
+        f"model: {model.num_parameters / 1e6:.2f}M parameters, {model.linear}, {session.device}\n"
         f"data: {counts['train']['tokens']:,} training and {counts['validation']['tokens']:,} "
-        f"validation tokens; {epochs:.1f} epochs",
+        f"validation tokens; {epochs:.1f} epochs\n"
         f"steps: {config.max_steps} of {config.batch_tokens:,} tokens, {session.micro_batch} "
-        f"windows of {session.context} at once{several * (session.processes.world_size > 1)}",
-        *(f"note: not every client will load this model: {limit}" for limit in model.export_limits),
-    ):
-        log.info(line)
-    if session.state.step:
-        log.info(f"resuming from step {session.state.step} of {config.max_steps}")
+        f"windows of {session.context} at once" + f" on each of {size} processes" * (size > 1)
+    )
+    if step:
+        log.info(f"resuming from step {step} of {config.max_steps}")
 
 
 def _join_processes(model: ModelConfig, config: TrainConfig) -> Processes:
@@ -3403,15 +2837,17 @@ def _open(
     if resume == "never":
         for folder in {out, place}:
             set_aside(folder, same_data(folder, configs[1], configs[0].vocab_size))
-    return copier, open_run(out, _settings(configs), resume, copier)
+    return copier, _open_run(out, _settings(configs), resume, copier)
 
 
-def _finish(session: _Session) -> None:
-    """Train what is left of a run, if anything."""
-    state, out = session.state, session.out
+def _finish(session: Session) -> None:
+    """Train what is left of a run, if anything, and leave everything safe."""
+    state, out, config = session.state, session.out, session.config
+    coming = contextlib.nullcontext()
     if session.processes.is_main:
         _write_settings(session)
         session.log = MetricsLog(out / "metrics.jsonl", state.step)
+        coming = session.data.coming(session.tokenizer)
     if state.mirror:
         state.mirror.offer_newest()
     final = [x for x in session.log.lines if x.get("final") and x["step"] == state.step]
@@ -3420,14 +2856,9 @@ def _finish(session: _Session) -> None:
         return
     _announce(session)
     if not state.finished:
-        session.compile()
-    _train(session, _Saver(session))
-
-
-def _train(session: _Session, saver: _Saver) -> None:
-    """Train to the end or to a stop, and leave everything safe."""
-    main, state, config = session.processes.is_main, session.state, session.config
-    coming = session.data.coming(session.tokenizer) if main else contextlib.nullcontext()
+        with contextlib.suppress(ImportError):
+            extension("compiling", "torch.compile").prepare(session)
+    saver = _Saver(session)
     with _stop_on_signals(state), coming:
         session.notify("on_start")
         try:
@@ -3442,7 +2873,7 @@ def _train(session: _Session, saver: _Saver) -> None:
                 )
             saver.save_and_wait()
             if not stopped:
-                _evaluate(session, final=True)
+                session.evaluate(final=True)
         finally:
             saver.collect(wait=True)
             saver.worker.shutdown()
@@ -3504,7 +2935,7 @@ def train(
         if step is not None and not checkpoint:
             path = out / "checkpoints" / f"step_{step:08d}.safetensors"
             checkpoint = load_checkpoint(path, mapped=train_config.fsdp)
-        session = _Session(configs, out, processes, callbacks if processes.is_main else ())
+        session = Session(configs, out, processes, callbacks if processes.is_main else ())
         state, state.mirror = session.state, copier
         if checkpoint:
             _restore(session, checkpoint)
@@ -3517,46 +2948,25 @@ def train(
 
 
 # -----------------------------------------------------------------------------
-# -----------------------------------------------------------------------------
 # 10 Command line
-# Every field of a configuration is a flag. Where the package is there, bitllm/cli.py adds commands.
-
-
-def _field_help(config: type) -> dict[str, str]:
-    """The string under each field, which Python itself forgets."""
-    try:
-        body = ast.parse(inspect.getsource(config)).body[0]
-    except OSError:  # no source file, as in a notebook cell
-        return {}
-    assert isinstance(body, ast.ClassDef)
-    found = {}
-    for item, after in itertools.pairwise(body.body):
-        if isinstance(item, ast.AnnAssign) and isinstance(after, ast.Expr):
-            assert isinstance(item.target, ast.Name)
-            assert isinstance(after.value, ast.Constant)
-            found[item.target.id] = str(after.value.value).replace("%", "%%")
-    return found
+# Every field of a configuration is a flag. The package's bitllm/cli.py adds commands and help.
 
 
 def _parse_bool(text: str) -> bool:
-    if text.lower() in ("true", "1", "yes", "on"):
-        return True
-    if text.lower() in ("false", "0", "no", "off"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r}: expected true or false")
+    yes, no = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+    if text.lower() not in yes + no:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected true or false")
+    return text.lower() in yes
 
 
-def add_fields(parser: argparse.ArgumentParser, config: type, defaults: bool) -> None:
-    """One flag per field, with its default where no preset gives it."""
-    group, texts = parser.add_argument_group(config.__name__), _field_help(config)
+def add_fields(parser: argparse.ArgumentParser, config: type) -> None:
+    """One flag per field, without a default: what is not given is not in the namespace."""
+    group = parser.add_argument_group(config.__name__)
     for item in fields(config):
         kind = str(item.type).split(" | ")[0]
         options: dict[str, Any] = {"type": {"int": int, "float": float}.get(kind, str)}
         if kind == "bool":
             options = {"type": _parse_bool, "nargs": "?", "const": True}
-        options["help"] = texts.get(item.name, "") + (
-            f" (default: {item.default})" if defaults else ""
-        )
         flag = "--" + item.name.replace("_", "-")
         group.add_argument(flag, default=argparse.SUPPRESS, metavar=kind.upper(), **options)
 
@@ -3584,13 +2994,13 @@ def command_parser(prog: str = "bitllm_core.py") -> tuple[argparse.ArgumentParse
     command.add_argument("--resume", default="auto", help="auto, never or must")
     command.add_argument("--mirror", metavar="DIR", help="second folder for the checkpoints")
     for config in (ModelConfig, DataConfig, TrainConfig):
-        add_fields(command, config, defaults=False)
+        add_fields(command, config)
     command.set_defaults(run=train_command)
 
     command = commands.add_parser("generate", help="write text")
     add_model_flags(command)
     command.add_argument("--prompt", default="", help="beginning of the text")
-    add_fields(command, SamplingConfig, defaults=True)
+    add_fields(command, SamplingConfig)
     command.set_defaults(run=generate_command)
 
     command = commands.add_parser("evaluate", help="loss on a text, as one JSON object")
@@ -3617,54 +3027,47 @@ def preset(name: str) -> tuple[ModelConfig, DataConfig, TrainConfig]:
     return PRESETS[name]
 
 
-def _settings_of_run(out: Path, mirror: str | None) -> dict[str, Any] | None:
-    """What the run in `out`, or in its mirror, was made with; None: there is none."""
-    for place in (out, Path(mirror)) if mirror else (out,):
-        if (place / "config.json").is_file():
-            with contextlib.suppress(ValueError):  # train reports it
-                return read_run_config(place)
-        found = newest_checkpoint(place / "checkpoints")
-        if found:
-            return checked_settings(found.get("config"), place / "checkpoints")
-    return None
-
-
-def _configs_from_flags(flags: argparse.Namespace) -> tuple[Any, Any, Any]:
+def _configs_from_flags(flags: argparse.Namespace) -> list[Any]:
     """The preset's, or the run's own where no preset is named, with the flags laid over."""
     kinds = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
-    saved = None if flags.preset else _settings_of_run(Path(flags.out), flags.mirror)
     bases = preset("demo" if flags.preset is None else flags.preset)
-    if saved:
-        bases = tuple(kind(**saved[part]) for part, kind in kinds.items())
-    model, data, config = map(from_flags, kinds.values(), [flags] * 3, bases)
-    return model, data, config
+    for place in map(Path, filter(None, [flags.out, flags.mirror])) if not flags.preset else ():
+        saved = None
+        if (place / "config.json").is_file():
+            with contextlib.suppress(ValueError):  # train reports it
+                saved = read_run_config(place)
+        elif found := newest_checkpoint(place / "checkpoints"):
+            saved = checked_settings(found.get("config"), place / "checkpoints")
+        if saved:
+            bases = [kind(**saved[part]) for part, kind in kinds.items()]
+            break
+    return [from_flags(kind, flags, base) for kind, base in zip(kinds.values(), bases, strict=True)]
 
 
 def train_command(flags: argparse.Namespace, callbacks: Sequence[Callback] = ()) -> int:
-    configs, out = _configs_from_flags(flags), Path(flags.out)
-    options = {"resume": flags.resume, "mirror": flags.mirror}
-    state = train(*configs, out, callbacks=[ProgressBar(), *callbacks], **options)
+    out, more = Path(flags.out), {"resume": flags.resume, "mirror": flags.mirror}
+    model, data, config = _configs_from_flags(flags)
+    state = train(model, data, config, out, callbacks=[ProgressBar(), *callbacks], **more)
     if state.stop_signal:
-        log.info(f"stopped at step {state.step} of {state.config.max_steps}; saved in {out}")
+        log.info(f"stopped at step {state.step} of {config.max_steps}; saved in {out}")
         return 128 + state.stop_signal
     if not state.processes.is_main:
         return 0
-    model, tokenizer = load_model(out, "best" if state.out_of_patience else "last")
-    prompt, size = state.config.sample_prompt, model.config.vocab_size
-    text = generate(model, tokenizer, prompt, SamplingConfig(120, seed=0))
+    net, tokenizer = load_model(out, "best" if state.out_of_patience else "last")
+    text = generate(net, tokenizer, config.sample_prompt, SamplingConfig(120, seed=0))
     speed = state.tokens / state.train_seconds if state.train_seconds else 0
-    print(f"\n{prompt}{text}\n")
-    print(f"complete: {state.step} steps, {state.tokens:,} tokens, {speed:,.0f} tokens/s")
-    print(f"last training loss {state.loss:.4f}, {state.skipped} steps skipped")
     print(
+        f"\n{config.sample_prompt}{text}\n\n"
+        f"complete: {state.step} steps, {state.tokens:,} tokens, {speed:,.0f} tokens/s\n"
+        f"last training loss {state.loss:.4f}, {state.skipped} steps skipped\n"
         f"validation loss {state.val_loss:.4f}, perplexity {safe_exp(state.val_loss):.1f} "
-        f"(a uniform guess: {math.log(size):.4f}, {size})"
+        f"(a uniform guess: {math.log(model.vocab_size):.4f}, {model.vocab_size})\n"
+        f"checkpoint: {list_checkpoints(out / 'checkpoints')[-1]}"
     )
-    print(f"checkpoint: {list_checkpoints(out / 'checkpoints')[-1]}")
     if state.out_of_patience:
         print(
-            f"ended early: {state.config.patience} evaluations without a better validation loss; "
-            f"the text above is from the best checkpoint, {state.best_val_loss:.4f} at step "
+            f"ended early: {config.patience} evaluations without a better validation loss; the "
+            f"text above is from the best checkpoint, {state.best_val_loss:.4f} at step "
             f"{state.best_step} (--checkpoint best)"
         )
     return 0
@@ -3684,8 +3087,7 @@ def print_text(prompt: str, pieces: Iterable[str]) -> None:
 
 
 def _evaluate_command(flags: argparse.Namespace) -> int:
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    require(flags.dtype in dtypes, "dtype", flags.dtype, f"one of {', '.join(dtypes)}")
+    TrainConfig(dtype=flags.dtype)  # checks it
     model, tokenizer = load_model(flags.model, checkpoint_flag(flags))
     device = choose_device("auto", flags.dtype)
     options = {"text_column": flags.text_column, "stride": flags.stride, "device": device}
@@ -3711,23 +3113,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: that of the package where it is there."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        cli = extension("cli", " ".join(arguments[:1]))
+        return extension("cli", " ".join(arguments[:1])).main(arguments)
     except ImportError as error:
         if arguments[:1] and arguments[0] in ("export", "plan", "bench", "info"):
             print(f"error: {error}", file=sys.stderr)
             return 2
-        return run_command(command_parser()[0], arguments)
-    return cli.main(arguments)
-
-
-def exit_with(status: int) -> None:
-    """End the process; at once after an error among several."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # gloo's threads abort a process that ends in order, and NCCL's may wait for the dead
-        sys.stdout.flush()
-        os._exit(status)
-    sys.exit(status)
+    return run_command(command_parser()[0], arguments)
 
 
 if __name__ == "__main__":
-    exit_with(main())
+    sys.exit(main())

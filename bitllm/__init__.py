@@ -9,7 +9,6 @@ Each name is imported where it is first used, so that `import bitllm` is quick.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 from typing import Any
 
@@ -23,6 +22,7 @@ _MODULES = {
         "export_gguf",
         "export_hf",
         "export_html",
+        "export_limits",
         "export_packed",
         "llama_cpp_stream",
         "push_to_hub",
@@ -63,5 +63,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-with contextlib.suppress(ModuleNotFoundError):
-    importlib.import_module("bitllm.cpu")  # registers its kernels
+for _module in ("cpu", "cuda"):  # they register what is faster than plain torch
+    importlib.import_module(f"bitllm.{_module}")

@@ -1,7 +1,8 @@
 """`python -m bitllm COMMAND`."""
 
+import sys
+
 from bitllm.cli import main
-from bitllm_core import exit_with
 
 if __name__ == "__main__":
-    exit_with(main())
+    sys.exit(main())

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import contextlib
+import inspect
+import itertools
 import json
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 
+import torch.distributed as dist
+
 import bitllm_core as core
-from bitllm.export import add_export_flags, llama_cpp_stream, run_export
-from bitllm_core import ModelConfig, SamplingConfig, TrainConfig, require
+from bitllm.export import add_export_flags, export_limits, llama_cpp_stream, run_export
+from bitllm_core import DataConfig, ModelConfig, SamplingConfig, TrainConfig, require
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,7 +28,9 @@ def parser() -> argparse.ArgumentParser:
     text = "curves at Weights & Biases too (default: bitllm)"
     train.add_argument("--wandb", nargs="?", const="bitllm", metavar="PROJECT", help=text)
     train.set_defaults(run=_train)
+    _add_help(train, (ModelConfig, DataConfig, TrainConfig), defaults=False)
     commands.choices["generate"].set_defaults(run=_generate)
+    _add_help(commands.choices["generate"], (SamplingConfig,), defaults=True)
 
     export = commands.add_parser("export", help="write a model for other programs")
     core.add_model_flags(export)
@@ -40,14 +50,37 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--preset", help="plan this, or what the flags change in it")
         command.add_argument("--gpus", type=int, metavar="N", help="plan for so many GPUs")
         for config in (ModelConfig, TrainConfig):
-            core.add_fields(command, config, defaults=False)
+            core.add_fields(command, config)
+        _add_help(command, (ModelConfig, TrainConfig), defaults=False)
     return whole
+
+
+def field_help(config: type) -> dict[str, str]:
+    """The string under each field of a configuration. OSError: its source is not there."""
+    body = ast.parse(inspect.getsource(config)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for item, after in itertools.pairwise(body.body):
+        if isinstance(item, ast.AnnAssign) and isinstance(after, ast.Expr):
+            assert isinstance(item.target, ast.Name)
+            assert isinstance(after.value, ast.Constant)
+            found[item.target.id] = str(after.value.value)
+    return found
+
+
+class _ExportNotes(core.Callback):
+    """Say before a training why not every program could load the model."""
+
+    def on_start(self, state: core.TrainState) -> None:
+        for limit in export_limits(state.model.config):
+            core.log.info(f"note: not every client will load this model: {limit}")
 
 
 def _train(flags: argparse.Namespace) -> int:
     from bitllm.loggers import TensorBoard, WandB
 
-    callbacks: list[core.Callback] = [TensorBoard(flags.out)] if flags.tensorboard else []
+    callbacks: list[core.Callback] = [_ExportNotes()]
+    callbacks += [TensorBoard(flags.out)] if flags.tensorboard else []
     callbacks += [WandB(flags.out, flags.wandb)] if flags.wandb else []
     return core.train_command(flags, callbacks)
 
@@ -97,6 +130,24 @@ def _info(flags: argparse.Namespace) -> int:
     return 0
 
 
+def _add_help(command: argparse.ArgumentParser, configs: Sequence[type], defaults: bool) -> None:
+    """Give each field's flag the comment behind the field, which Python itself forgets."""
+    texts, values = {}, {}
+    for config in configs:
+        with contextlib.suppress(OSError):  # no source file, as in a notebook cell
+            texts |= field_help(config)
+        values |= {item.name: item.default for item in fields(config)}
+    for action in command._actions:
+        if action.dest in texts:
+            default = f" (default: {values[action.dest]})" if defaults else ""
+            action.help = (texts[action.dest] + default).replace("%", "%%")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for a user's mistake, 130 after Ctrl-C."""
-    return core.run_command(parser(), arguments)
+    status = core.run_command(parser(), arguments)
+    if dist.is_available() and dist.is_initialized():
+        # gloo's threads abort a process that ends in order, and NCCL's may wait for the dead
+        sys.stdout.flush()
+        os._exit(status)
+    return status

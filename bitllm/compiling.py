@@ -1,7 +1,8 @@
-"""torch.compile for the blocks and the softmax of a model."""
+"""torch.compile for the blocks and the softmax of a model, and CUDA graphs for its micro-steps."""
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import shutil
 import sys
@@ -11,7 +12,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bitllm_core import BitLM, token_probabilities
+from bitllm_core import (
+    BitLM,
+    Session,
+    extension,
+    first_line,
+    log,
+    parameters_of,
+    token_probabilities,
+)
 
 
 def why_not_compile(device: torch.device) -> str:
@@ -42,3 +51,37 @@ def compiled_loss(model: BitLM) -> Callable[[Tensor, Tensor], Tensor]:
             return model.loss(input_ids, targets, blocks, probabilities)
 
     return loss
+
+
+def prepare(session: Session) -> None:
+    """Compile a training session's loss and record its micro-step, where asked to or it pays.
+
+    Compiling takes ten seconds and more. One micro-step of zeros shows whether it works; where it
+    does not, the session stays eager and the log says why.
+
+    Args:
+        session: the core's `Session`; its `loss`, `micro_step` and `hold` may be replaced.
+    """
+    config, model, device = session.config, session.state.model, session.device.device
+    worth = 1e15 if device.type == "cuda" else 5e12  # a minute's work, guessed
+    work = 6 * model.config.num_parameters * config.batch_tokens * config.max_steps
+    if config.compile == "off" or session.processes.sharded:
+        return
+    if config.compile == "on" or work > worth:
+        eager = session.loss
+        try:
+            session.loss = compiled_loss(model)
+            log.info("torch.compile: on; the first step takes some ten seconds longer")
+            zeros = torch.zeros(session.micro_batch, session.context, dtype=torch.int64)
+            with contextlib.suppress(torch.OutOfMemoryError):  # the first step will halve it
+                with session.hold(session.device.dtype):
+                    session.micro_step(zeros.to(device), zeros.to(device))
+        except Exception as error:  # of whatever kind: it also imports the compiler
+            log.warning(f"torch.compile: off ({type(error).__name__}: {first_line(error)})")
+            session.loss = eager
+        model.zero_grad()
+    if device.type == "cuda":
+        parameters = parameters_of(session.state.optimizers)
+        recorded = extension("cuda", "CUDA graphs").RecordedStep
+        session.micro_step = recorded(session.micro_step, model, session.device.dtype, parameters)
+        session.hold = contextlib.nullcontext  # the recording holds the weights itself

@@ -18,6 +18,7 @@ from bitllm.distributed import BUCKET_NUMBERS, MESSAGES_AT_ONCE
 from bitllm.machine import estimate_seconds, product_rate
 from bitllm_core import (
     CHUNK_BYTES,
+    GPU_CHUNK_BYTES,
     MIN_VOCAB_SIZE,
     PRESETS,
     BitLM,
@@ -76,12 +77,14 @@ def memory_parts(
     dtype: torch.dtype,
     processes: int = 1,
     windows: int = 1,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> dict[str, int]:
     """Bytes on each of so many devices, by part, at the moment of a step that takes the most.
 
     That is when the loss of the second micro-batch, of so many windows, is computed: gradients of
     the first and activations of the second. Or the update, where those are small. Only tensors are
-    counted, not what an allocator keeps beyond them (docs/scaling.md).
+    counted, not what an allocator keeps beyond them (docs/scaling.md). `chunk_bytes` are of logits
+    at once: GPU_CHUNK_BYTES on a GPU.
     """
     D, V, P = model.hidden_size, model.vocab_size, model.num_parameters
     kv, up = model.num_kv_heads * model.head_dim, 2 if model.block == "seed" else 3
@@ -97,7 +100,7 @@ def memory_parts(
     reduced, quantized = size < 4, model.linear != "dense"  # else what multiplies is the weight
     head = size * V * D if reduced or (quantized and not model.tie_word_embeddings) else 0
     held = head + (size * matrices if reduced or quantized else 0)
-    logits = min(CHUNK_BYTES, 4 * V * tokens)
+    logits = min(chunk_bytes, 4 * V * tokens)
     work = {
         "quantized weights": head if train.fsdp else held,
         "gradient of the head": size * V * D,
@@ -159,7 +162,7 @@ def plan(model: ModelConfig, config: TrainConfig, gpus: int) -> Iterator[str]:
     )
     tokens = config.batch_tokens * config.max_steps
     per_token = 6 * P + 6 * layers * context * model.hidden_size  # and causal attention's
-    memory = partial(memory_parts, model, config, dtype, gpus)
+    memory = partial(memory_parts, model, config, dtype, gpus, chunk_bytes=GPU_CHUNK_BYTES)
     parts, window = memory(), activation_bytes(model, dtype) * layers * context
     share = -(-config.batch_tokens // context // gpus)
     yield f"parameters: {P:,}"

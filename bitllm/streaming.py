@@ -12,8 +12,9 @@ import json
 import logging
 import os
 import threading
+import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,25 +23,15 @@ import numpy as np
 
 from bitllm_core import (
     DataConfig,
-    HubSource,
     Piece,
-    SplitPiece,
     TokenData,
     TrainConfig,
-    choose_column,
-    cut_long,
-    end_of_text_id,
-    file_rows,
+    encode_pieces,
     first_line,
-    hub_rows,
-    hub_source,
-    is_local,
-    join_lines,
     limited,
-    local_files,
     read_json,
-    read_pieces,
-    tokenize,
+    text_parts,
+    text_pieces,
     write_atomically,
 )
 
@@ -54,55 +45,46 @@ RETRY_S = (1.0, 60.0, 10)
 """Seconds until a broken stream is opened again (doubling from the first to the second), and how
 often in a row."""
 
-State = dict[str, Any]
-"""Where to resume: the number of a local file and of its row, or the state of `datasets`."""
-Rows = tuple[list[str], State]  # texts, and where to resume after them
-
-
-def _file_rows(path: Path, column: str | None, start: int) -> Iterator[Rows]:
-    """The rows of a local file from number `start`, `ROWS` at a time."""
-    rows = itertools.islice(file_rows(path, column), start, None)
-    while batch := list(itertools.islice(rows, ROWS)):
-        start += len(batch)
-        yield batch, {"rows": start}
-
-
-def _hub_rows(hub: HubSource, wanted: str | None, state: State) -> Iterator[Rows]:
-    """The rows of a data set on the hub from a state of `datasets`, `ROWS` at a time."""
-    rows, column = hub_rows(hub, "train", streaming=True), state.get("column")
-    if not column:  # choosing it reads the first rows: once is enough
-        column = choose_column(next(iter(rows), {}), hub.column or wanted, hub.name)
-    if state.get("rows"):
-        rows.load_state_dict(state["rows"])
-    for batch in rows.iter(batch_size=ROWS):
-        yield batch[column], {"column": column, "rows": rows.state_dict()}
+State = dict[str, Any]  # where to resume: the number of a local file or shard, and of its row
 
 
 def stream_pieces(
     config: DataConfig, state: State | None = None
 ) -> Iterator[tuple[list[Piece], State]]:
     """The training text, some rows at a time, each with the state that resumes after it."""
-    state = state or {"source": 0}
-    files = local_files(config.data) if is_local(config.data) else []
-    for number in range(state["source"], len(files) or 1):
-        if files:
-            path, lines = files[number], files[number].suffix == ".txt"
-            batches = _file_rows(path, config.text_column, state.get("rows") or 0)
-        else:
-            hub = hub_source(config.data)
-            lines, batches = hub.lines, _hub_rows(hub, config.text_column, state)
-        for rows, position in batches:
-            texts = filter(None, rows)
-            pieces = [(text, not lines) for text in (join_lines(texts) if lines else texts)]
-            yield list(cut_long(pieces)), {"source": number, **position}
-        state = {"source": number + 1}
-        if lines:
-            yield [("", True)], state
+    first, start = (state or {}).get("source", 0), (state or {}).get("rows", 0)
+    parts = enumerate(text_parts(config.data, "train", config))
+    for number, (rows, lines, ends) in itertools.islice(parts, first, None):
+        rows = itertools.islice(rows, start, None)
+        while batch := list(itertools.islice(rows, ROWS)):
+            start += len(batch)
+            yield list(text_pieces(batch, lines, False)), {"source": number, "rows": start}
+        if lines and ends and start:
+            yield [("", True)], {"source": number + 1}
+        start = 0
+
+
+def first_pieces(config: DataConfig) -> Iterator[tuple[list[Piece], State]]:
+    """`stream_pieces` from the start, opened again where it broke off, three times at most."""
+    state = None
+    for tries in (3, 2, 1, 0):
+        try:
+            for pieces, after in stream_pieces(config, state):
+                yield pieces, after
+                state = after
+            return
+        except (ValueError, FileNotFoundError, ImportError):
+            raise
+        except Exception as error:  # each layer of the hub's clients has kinds of its own
+            if not tries:
+                raise
+            log.warning("data: %s; trying again in %.0f s", first_line(error), RETRY_S[0])
+            time.sleep(RETRY_S[0])
 
 
 def tokenizer_texts(config: DataConfig) -> Iterator[str]:
     """The text to train a tokenizer on, from the start of the stream."""
-    texts = (text for pieces, _ in stream_pieces(config) for text, _ in pieces)
+    texts = (text for pieces, _ in first_pieces(config) for text, _ in pieces)
     return limited(texts, min(TOKENIZER_CHARS, 8 * (config.max_train_tokens or 0)))
 
 
@@ -122,11 +104,8 @@ class StreamedData(TokenData):
     def __init__(self, folder: Path, validation: np.ndarray, manifest: dict[str, Any]) -> None:
         super().__init__(np.empty(0, dtype=manifest["dtype"]), validation, manifest)
         self.streamed, self.folder, self.ended = True, folder, False
+        manifest["train"]["sha256"] = manifest["validation"]["sha256"]  # start of the same source
         self.budget: int = manifest["asked"]["data"]["max_train_tokens"]
-
-    @property
-    def sha256(self) -> str:
-        return self.manifest["validation"]["sha256"]  # the start of the same source
 
     @property
     def epoch_tokens(self) -> int:
@@ -210,17 +189,12 @@ class StreamedData(TokenData):
 
     def _read(self, tokenizer: Any, closed: threading.Event) -> None:
         """Append tokens from where the last part ended until the budget is reached."""
-        config, eot = DataConfig(**self.manifest["asked"]["data"]), end_of_text_id(tokenizer)
+        config = DataConfig(**self.manifest["asked"]["data"])
         parts = _PartWriter(self.folder, self.manifest, closed)
         at_once = min(BLOCK_TOKENS, self.budget // 16)
         try:
             for pieces, after in stream_pieces(config, parts.state):
-                texts = [text for text, _ in pieces]
-                encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-                ids: list[int] = []
-                for (_, ends), tokens in zip(pieces, encoded, strict=True):
-                    ids += tokens.ids + ([eot] if ends and eot is not None else [])
-                parts.add(ids, sum(len(text.encode()) for text in texts), after)
+                parts.add(list(encode_pieces(tokenizer, pieces)), after)
                 if closed.is_set():
                     return
                 if parts.tokens >= self.budget:
@@ -251,9 +225,10 @@ class _PartWriter:
     def tokens(self) -> int:
         return self.done + len(self.new)
 
-    def add(self, ids: list[int], text_bytes: int, state: State) -> None:
-        self.new.extend(ids)
-        self.text_bytes += text_bytes
+    def add(self, encoded: list[tuple[list[int], int]], state: State) -> None:
+        for ids, length in encoded:
+            self.new.extend(ids)
+            self.text_bytes += length
         self.state = state
 
     def write(self, ended: bool = False) -> None:
@@ -283,39 +258,39 @@ def _write_progress(folder: Path, parts: list[dict[str, Any]], ended: bool) -> N
     write_atomically(folder / "progress.json", text.encode())
 
 
-def begin_stream(config: DataConfig, tokenizer: Any, folder: Path) -> dict[str, Any]:
-    """Write validation.bin; return the manifest's entries for the stream that starts after it."""
+def begin_stream(
+    config: DataConfig, held: Iterator[Piece] | None, write: Callable[..., Any], folder: Path
+) -> dict[str, Any]:
+    """Write validation.bin; return the manifest's entries for the stream.
+
+    Args:
+        held: the text to validate on; otherwise it is the start of the stream.
+        write: writes pieces to a file, and returns the manifest's entry for it.
+    """
     for name in ("train.bin", "progress.json"):
         (folder / name).unlink(missing_ok=True)
     state: State = {}
-    source = config.validation_data
-    own = read_pieces(source or config.data, "train" if source else "validation", config)
-    first = next(own, None)
     share = 4 * config.validation_fraction * (config.max_train_tokens or 0)
     limit, seen = min(VALIDATION_CHARS, share), 0.0
 
-    def pieces() -> Iterator[SplitPiece]:
+    def start_of_stream() -> Iterator[Piece]:
         nonlocal seen
-        if first is not None:
-            yield from (("validation", *piece) for piece in itertools.chain([first], own))
-            seen = limit
-            return
-        for batch, after in stream_pieces(config):
-            yield from (("validation", *piece) for piece in batch)
+        for batch, after in first_pieces(config):
+            yield from batch
             seen += sum(len(text) for text, _ in batch)
             state.update(after)
             if seen >= limit:
                 return
 
-    counts = tokenize(tokenizer, pieces(), folder, None)
-    if seen < limit:
+    validation = write(held or start_of_stream(), folder / "validation.bin")
+    if not held and seen < limit:
         raise ValueError(
             f"data={config.data!r}: the start of a stream is held out for validation, and that "
             f"would be all of its {seen:,.0f} characters; leave max_train_tokens out for a text as "
             "short as this"
         )
     train = {"tokens": config.max_train_tokens, "bytes": 0, "sha256": ""}
-    return {**counts, "train": train, "stream_state": state or None}
+    return {"train": train, "validation": validation, "stream_state": state or None}
 
 
 def open_stream(
@@ -323,13 +298,13 @@ def open_stream(
 ) -> StreamedData | None:
     """The stream that `begin_stream` started, as far as train.bin holds what was written.
 
-    None where it must be read again from the start: earlier versions kept the position in a local
-    folder as a state of `datasets`. The tokens are the same.
+    None where it must be read again from the start: earlier versions kept the position as a state
+    of `datasets`. The tokens are the same.
     """
     progress = _progress(folder)
     states = [manifest["stream_state"], *(part["state"] for part in progress["parts"])]
     old = any(isinstance(state and state.get("rows"), dict) for state in states)
-    if old and is_local(manifest["asked"]["data"]["data"]) and not progress["ended"]:
+    if old and not progress["ended"]:
         return None
     itemsize, good, end = np.dtype(manifest["dtype"]).itemsize, [], 0
     with contextlib.suppress(FileNotFoundError), (folder / "train.bin").open("rb") as file:

@@ -138,7 +138,7 @@ exports = [
     bit.export_packed(run, folder / f"{run.name}.safetensors", overwrite=True),
     bit.export_hf(run, folder / f"{run.name}-hf", overwrite=True),
 ]
-limits = net.config.export_limits
+limits = bit.export_limits(net.config)
 if not limits:
     if importlib.util.find_spec("gguf") is None:
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "gguf"]

@@ -49,6 +49,12 @@ def test_info_lists_the_presets(run_cli):
     assert all(name in text for name in bit.PRESETS)
 
 
+def test_training_announces_which_programs_will_not_load_the_model(run_cli, tmp_path):
+    done = run_cli("train", "--preset", "ci", "--max-steps", 1, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "note: not every client will load this model: llama.cpp" in done.stdout + done.stderr
+
+
 def test_a_plan_needs_no_gpu(run_cli):
     done = run_cli("plan", "--preset", "t4-1h", "--gpus", 2)
     assert done.returncode == 0, done.stderr

@@ -4,12 +4,13 @@ import re
 from pathlib import Path
 
 import bitllm_core as bit
+from bitllm.cli import parser
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_both_commands_are_there_and_ci_runs_the_second():
+def test_readme_has_both_commands_and_ci_runs_the_second():
     for name in ("main", "test"):
         command = re.search(rf"<!-- {name} command -->\n```bash\n(.+?)\n```", TEXT, re.DOTALL)
         assert command
@@ -18,16 +19,15 @@ def test_both_commands_are_there_and_ci_runs_the_second():
     assert "<!-- test command -->" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
-def test_the_commands_shown_are_understood():
+def test_the_commands_shown_are_valid():
     shown = re.findall(r"^.*?python bitllm_core\.py (.+?)(?: +#.*)?$", TEXT, re.MULTILINE)
     assert len(shown) >= 8
-    parser = bit._parser()
     for line in shown:
         words = re.findall(r'"[^"]*"|\S+', line)
-        parser.parse_args([word.strip('"') for word in words])
+        parser().parse_args([word.strip('"') for word in words])
 
 
-def test_the_table_of_presets_is_true():
+def test_the_table_of_presets_matches_the_code():
     for name, (model, data, train) in bit.PRESETS.items():
         row = next(line for line in TEXT.splitlines() if line.startswith(f"| `{name}`"))
         cells = [cell.strip() for cell in row.split("|")[1:-1]]
@@ -37,12 +37,12 @@ def test_the_table_of_presets_is_true():
         assert int(cells[4].replace(",", "")) == train.max_steps
 
 
-def test_the_files_named_exist():
+def test_the_files_in_the_table_exist():
     table = TEXT.split("## Files")[1].split("##")[0]
     for name in re.findall(r"^\| `([^`]+)`", table, re.MULTILINE):
         assert (ROOT / name).exists(), name
 
 
-def test_requirements_bound_torch_just_above_what_was_tested():
+def test_torch_is_bounded_above_the_last_version_tested():
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8")
     assert re.search(r"^torch>=2\.9,<2\.13\.1$", lines, re.MULTILINE)

@@ -16,8 +16,8 @@ import pytest
 import bitllm_core as bit
 from bitllm import streaming
 from tests.conftest import ROOT, assert_same_bits, state_of, without_times
+from tests.core.test_training import DieAt, StopAt
 from tests.hub import Hub
-from tests.test_training import DieAt, StopAt
 
 BUDGET = 20_000
 
@@ -97,7 +97,7 @@ def test_a_stream_of_an_earlier_version_is_read_again_to_the_same_tokens(whole, 
         part["state"] |= {"column": "text", "rows": {"examples_iterable": {"shard_idx": 0}}}
     path.write_text(json.dumps(progress))
     again, tokenizer = streamed(stories, tmp_path)
-    assert again.sha256 == data.sha256
+    assert again.manifest["train"]["sha256"] == data.manifest["train"]["sha256"]
     assert len(again.training) == 0
     assert wait(again, tokenizer).training.tolist() == whole[0].training.tolist()
 

@@ -1,10 +1,10 @@
-"""Memory as `info` plans it beside what training takes: `python tools/plan_check.py`, on Linux.
+"""Compare the memory that `info` plans with what training takes; on Linux.
 
-Each case trains in processes of its own, on this machine's processor in float32, one step and the
-gradients of a second, in two micro-batches each. Measured is the most memory that the first process
-held (VmHWM) less what it held before its model was made; a small model was trained there before, so
-that all libraries are loaded, and their code (RssFile) is not counted. glibc is asked to give every
-block back that is freed (mmap_threshold); with --glibc, a second figure is without that.
+Each case trains in processes of its own, on the CPU in float32: one step and the gradients of a
+second, in two micro-batches each. The measured figure is the peak memory of the first process
+(VmHWM) less what it held before training. A small model is trained in it first, so that all
+libraries are loaded; their code (RssFile) is not counted. glibc is told to return each freed block
+(mmap_threshold); with --glibc, a second figure shows what it takes by itself.
 
     python tools/plan_check.py                                     # the cases of docs/scaling.md
     python tools/plan_check.py --preset t4-1h --windows 3          # one of your own
@@ -23,6 +23,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -55,7 +57,7 @@ LARGE = {  # 0.3 billion parameters
 class Case:
     preset: str = "t4-1h"
     windows: int = 1
-    """at once on each process; a step has no more"""
+    """per micro-batch in each process; a step has two micro-batches"""
     processes: int = 1
     fsdp: bool = False
     changes: dict[str, int | str] = dataclasses.field(default_factory=dict)
@@ -69,7 +71,7 @@ class Case:
             train,
             batch_tokens=tokens,
             micro_batch_size=self.windows,
-            save_every_minutes=0,  # the first process gathers all for that
+            save_every_minutes=0,  # a save gathers everything in the first process
             fsdp=self.fsdp,
             device="cpu",
             dtype="float32",
@@ -83,8 +85,8 @@ class Case:
             changes = " (see LARGE)"
         return (
             f"{self.preset}{changes}, {model.num_parameters / 1e6:.0f}M, {self.windows} x "
-            f"{model.max_position_embeddings} tokens on {self.processes}"
-            + (" with fsdp" if self.fsdp else "")
+            f"{model.max_position_embeddings} tokens in {self.processes} "
+            f"process{'es' * (self.processes > 1)}" + " with fsdp" * self.fsdp
         )
 
 
@@ -102,41 +104,38 @@ QUICK = [Case(changes=SHAPE), Case(processes=2, fsdp=True, changes=SHAPE)]
 
 
 def held(name: str) -> int:
-    """Bytes of this process as Linux counts them: VmRSS now, VmHWM at most."""
+    """Bytes of this process as Linux counts them, such as VmHWM, its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) << 10
 
 
-def train_and_tell(case: Case, folder: Path) -> None:
-    """Train in this process, print its memory before the second update and end there."""
-    before, steps, plain_init, plain_apply = 0, 0, bit.BitLM.__init__, bit.apply_gradients
-
-    def init(*arguments, **named):
-        nonlocal before
-        before = before or held("RssAnon")
-        plain_init(*arguments, **named)
-
-    def apply(*arguments):
-        nonlocal steps
-        steps += 1
-        if steps == 2:
-            print(json.dumps(held("VmHWM") - held("RssFile") - before), flush=True)
-            arguments[-1].barrier()
-            os._exit(0)
-        return plain_apply(*arguments)
-
+def train_and_print(case: Case, folder: Path) -> None:
+    """Train in this process, print its memory at the second update and end there."""
     model, train = case.configs()
     data = bit.DataConfig(data=str(folder / "text.txt"))
     small = dataclasses.replace(model, **SMALL)
     warm = dataclasses.replace(train, max_steps=1, batch_tokens=16 * 16, micro_batch_size=1)
     bit.train(small, data, warm, folder / "warm", callbacks=())
+    if os.environ["RANK"] == "0":
+        bit.prepare_data(data, model.vocab_size, model.max_position_embeddings, folder / "run")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    bit.BitLM.__init__, bit.apply_gradients = init, apply
+    before, updates = held("RssAnon"), 0
+
+    def at_update(optimizer, *_):
+        nonlocal updates
+        updates += isinstance(optimizer, torch.optim.AdamW)  # there is one in each update
+        if updates == 2:
+            print(json.dumps(held("VmHWM") - held("RssFile") - before), flush=True)
+            if dist.is_initialized():
+                dist.barrier()  # until the other processes have come as far
+            os._exit(0)
+
+    register_optimizer_step_pre_hook(at_update)
     bit.train(model, data, train, folder / "run", callbacks=())
 
 
 def measure(case: Case, glibc: bool = False) -> int:
-    """Bytes that training took; `glibc`: with what that keeps of what was freed."""
+    """Bytes that training took; `glibc`: with the freed memory that glibc keeps."""
     words = random.Random(0).choices([f"w{i:x}" for i in range(4000)], k=20_000)
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         Path(folder, "text.txt").write_text(" ".join(words))
@@ -170,13 +169,13 @@ def planned(case: Case) -> int:
 
 
 def compare(cases: list[Case], glibc: bool = False) -> list[float]:
-    """Print a line for each case; return how far the plan is off, relative to what was measured."""
+    """Print a line for each case; return the errors of the plan, as shares of what is measured."""
     errors = []
     for case in cases:
-        plan, came = planned(case), measure(case)
-        errors.append(plan / came - 1)
+        plan, measured = planned(case), measure(case)
+        errors.append(plan / measured - 1)
         print(
-            f"{case}: planned {plan / 2**20:,.0f} MB, measured {came / 2**20:,.0f} MB, "
+            f"{case}: planned {plan / 2**20:,.0f} MB, measured {measured / 2**20:,.0f} MB, "
             f"{errors[-1]:+.1%}" + (f", {measure(case, True) / 2**20:,.0f} MB" if glibc else ""),
             flush=True,
         )
@@ -187,14 +186,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--preset", help="one case of this preset")
-    parser.add_argument("--windows", type=int, default=1, help="at once on each process")
+    parser.add_argument("--windows", type=int, default=1, help="per micro-batch in each process")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--fsdp", action="store_true")
-    parser.add_argument("--glibc", action="store_true", help="also without tuning its malloc")
+    parser.add_argument("--glibc", action="store_true", help="also without the malloc setting")
     parser.add_argument("changes", nargs="*", metavar="FIELD=VALUE", help="of ModelConfig")
     flags = parser.parse_args()
     if flags.child:
-        train_and_tell(Case(**json.loads(flags.child)), Path(flags.changes[0]))
+        train_and_print(Case(**json.loads(flags.child)), Path(flags.changes[0]))
     elif flags.preset:
         pairs = [item.partition("=") for item in flags.changes]
         changes = {k: int(v) if v.isdecimal() else v for k, _, v in pairs}

@@ -1,14 +1,15 @@
-"""Measure what docs/reliability.md reports: kills, faults, damage, and what saving costs.
+"""Measure what docs/reliability.md reports: kills, faults, damage, and the cost of saving.
 
-    python tools/reliability.py                    # all of it, some 40 minutes on two slow cores
+    python tools/reliability.py                    # everything, some 40 minutes on two slow cores
     python tools/reliability.py --kills 20 --calls 3 --damages 20
 
-Prints a table in Markdown and exits with 1 where a run was lost, ended with other bits, or was
-ended by its mirror. The seed of everything random is printed, and --seed repeats it.
+Prints a table in Markdown. Exits with 1 if a run was lost, ended with other bits, or was ended by
+an error of its mirror. Prints the seed of all random choices; --seed repeats them.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import random
 import shutil
@@ -21,24 +22,28 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import bitllm_core as bit  # noqa: E402
+from bitllm import mirror  # noqa: E402
+from bitllm.planner import machine  # noqa: E402
 from tests import test_reliability as trial  # noqa: E402
 from tests.faults import corrupt, inject, killed_run, matrix  # noqa: E402
 
 TEXT = "".join(f"{i} cats sat on {i + 1} mats.\n\n" for i in range(250))
 
 
-def say(*cells):
+def print_row(*cells):
     print("|", " | ".join(str(cell) for cell in cells), "|", flush=True)
 
 
+def counts(outcomes: Counter[str]) -> str:
+    return ", ".join(f"{number} {outcome}" for outcome, number in sorted(outcomes.items()))
+
+
 def kills(folder: Path, chance: random.Random, wanted: int) -> int:
-    """SIGKILL a real process at random moments, `wanted` times in all; return the failures."""
+    """SIGKILL a real process at random moments, `wanted` times; return the number of failures."""
     command = [sys.executable, str(ROOT / "bitllm_core.py"), *trial.CLI, "--out"]
     whole = folder / "whole"
     start = time.monotonic()
@@ -56,13 +61,13 @@ def kills(folder: Path, chance: random.Random, wanted: int) -> int:
         except (AssertionError, TypeError):
             wrong += 1
         shutil.rmtree(run)
-    say(f"SIGKILL at random moments of {runs} runs", done, f"{wrong} runs with another end")
+    print_row(f"SIGKILL at random moments of {runs} runs", done, f"{wrong} runs with other bits")
     return wrong
 
 
 def faults(folder: Path, text: Path, calls: int) -> int:
-    """Every fault at every call of a save, in the run folder and in the mirror."""
-    bit.MIRROR_RETRY_S, bit.SAVE_RETRY_S = (0.01, 0.05), 0.0
+    """Every fault at each call of a save, in the run folder and in the mirror."""
+    mirror.RETRY_S, bit.SAVE_RETRY_S = (0.01, 0.05), 0.0
     (folder / "plain").mkdir()
     with inject(folder / "plain") as counted:
         trial.train(folder / "plain", text)
@@ -80,13 +85,13 @@ def faults(folder: Path, text: Path, calls: int) -> int:
             shutil.rmtree(where, ignore_errors=True)
         for kind, found in outcomes.items():
             reached = sum(found.values()) - found.pop("not reached", 0)
-            told = ", ".join(f"{number} {outcome}" for outcome, number in sorted(found.items()))
-            say(f"{kind}, {'run folder' if place == 'run' else 'mirror'}", reached, told)
+            shown = "run folder" if place == "run" else "mirror"
+            print_row(f"{kind}, {shown}", reached, counts(found))
     return wrong
 
 
 def damages(folder: Path, text: Path, chance: random.Random, times: int) -> int:
-    """Damage three files of a run at random places, and go on."""
+    """Damage three files of a run at random places and resume it."""
     (folder / "whole").mkdir()
     trial.train(folder / "whole", text)
     expected, found = trial.result_of(folder / "whole" / "run"), Counter()
@@ -103,85 +108,84 @@ def damages(folder: Path, text: Path, chance: random.Random, times: int) -> int:
             found["LOST"] += 1
             print(repr(error), file=sys.__stderr__)
         shutil.rmtree(case)
-    told = ", ".join(f"{number} {outcome}" for outcome, number in sorted(found.items()))
-    say("three files damaged at random", times, told)
+    print_row("three files damaged at random", times, counts(found))
     return found["LOST"]
 
 
-def costs(folder: Path) -> None:
-    """What a save of the seed preset (50M parameters) costs training."""
-    model_config, _, train_config = bit.PRESETS["seed"]
-    model = bit.BitLM(model_config)
-    optimizers = bit.make_optimizers(model, train_config)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    for optimizer in optimizers:
-        optimizer.step()
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    state = bit.TrainState(model, optimizers, scaler, train_config)
-    state.trits = {name: layer.ternary()[0] for name, layer in model.bit_linears().items()}
-    writer = bit.CheckpointWriter(folder / "checkpoints", {"step": 2})
-    stalls, whole = [], []
-    for state.step in range(1, 6):
-        start = time.perf_counter()
-        writer.save(state.state_dict())
-        stalls.append(time.perf_counter() - start)
-        writer.finished(wait=True)
-        whole.append(time.perf_counter() - start)
-    size = bit.list_checkpoints(folder / "checkpoints")[-1].stat().st_size
-    say(
-        f"training waits for a save of {size / 1e6:.0f} MB",
-        "5",
-        f"{statistics.median(stalls):.2f} s",
+def saving(folder: Path, text: Path) -> None:
+    """What saving the seed preset (50M parameters) costs: the training, and the thread."""
+    saves = 3
+    model, _, train = bit.PRESETS["seed"]
+    train = dataclasses.replace(
+        train,
+        max_steps=2 * saves,
+        batch_tokens=1024,
+        save_every_steps=2,
+        eval_every_steps=0,
+        dtype="float32",
+        compile="off",
     )
-    say("until it is safe on the disk", "5", f"{statistics.median(whole):.2f} s")
+    data, run = bit.DataConfig(data=str(text)), folder / "run"
+    state = bit.train(model, data, train, run, callbacks=())
+    size = bit.list_checkpoints(run / "checkpoints")[-1].stat().st_size
+    seconds = state.save_seconds / saves
+    print_row(f"training waits for a save of {size / 1e6:.0f} MB", saves, f"{seconds:.2f} s")
+    contents, taken = state.state_dict(), []
+    for contents["step"] in range(1, saves + 1):
+        start = time.perf_counter()
+        bit.save_checkpoint(folder / "checkpoints", contents)
+        taken.append(time.perf_counter() - start)
+    print_row("until it is safe on the disk", saves, f"{statistics.median(taken):.2f} s")
     start = time.perf_counter()
     bit.newest_checkpoint(folder / "checkpoints")
-    say("reading it", "1", f"{time.perf_counter() - start:.2f} s")
+    print_row("reading it", "1", f"{time.perf_counter() - start:.2f} s")
 
 
-def start_time(folder: Path, text: Path) -> None:
+def starting(folder: Path, text: Path) -> None:
     """Seconds from the start of a process to its first step, for the seed preset's shape."""
-    text.write_text(TEXT * 20, encoding="utf-8")
     shape = ["train", "--preset", "seed", "--data", str(text), "--batch-tokens", "512"]
     shape += ["--compile", "off", "--dtype", "float32", "--eval-every-steps", "0"]
     command = [sys.executable, str(ROOT / "bitllm_core.py"), *shape, "--out", str(folder / "run")]
-    for name, steps in (("the first start", "1"), ("going on from 617 MB", "2")):
+    for name, steps in (("the first start", "1"), ("resuming from 617 MB", "2")):
         options = ["--max-steps", steps, "--log-every-steps", "1"]
         start, log = time.time(), folder / "run" / "metrics.jsonl"
-        process = subprocess.Popen([*command, *options], stdout=-3, stderr=-3)
+        process = subprocess.Popen(
+            [*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         while process.poll() is None:
             lines = bit.MetricsLog.read(log)
             if any("loss" in line and line["step"] == int(steps) for line in lines):
                 break
             time.sleep(0.05)
-        say(f"{name}, until a step is done", "1", f"{time.time() - start:.1f} s")
+        print_row(f"{name}, until a step is done", "1", f"{time.time() - start:.1f} s")
         process.wait()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--kills", type=int, default=100, help="0: none")
     parser.add_argument("--calls", type=int, default=12, help="of each operation, at most")
-    parser.add_argument("--damages", type=int, default=200)
+    parser.add_argument("--damages", type=int, default=200, help="0: none")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     flags = parser.parse_args()
     chance, wrong = random.Random(flags.seed), 0
-    print(f"seed {flags.seed}; {bit.machine()}\n")
-    say("what", "times", "outcome")
-    say("---", "---", "---")
+    print(f"seed {flags.seed}; {machine()}\n")
+    print_row("what", "times", "outcome")
+    print_row("---", "---", "---")
     with tempfile.TemporaryDirectory() as name:
-        text = Path(name) / "text.txt"
+        folder = Path(name)
+        text, long = folder / "text.txt", folder / "long.txt"
         text.write_text(TEXT, encoding="utf-8")
-        for part in ("kills", "faults", "damages", "costs", "start"):
-            (Path(name) / part).mkdir()
-        silent = io.StringIO()
-        with contextlib.redirect_stderr(silent):
-            wrong += kills(Path(name) / "kills", chance, flags.kills) if flags.kills else 0
-            wrong += faults(Path(name) / "faults", text, flags.calls) if flags.calls else 0
-            wrong += damages(Path(name) / "damages", text, chance, flags.damages)
-            costs(Path(name) / "costs")
-            start_time(Path(name) / "start", Path(name) / "long.txt")
+        long.write_text(TEXT * 20, encoding="utf-8")
+        for part in ("kills", "faults", "damages", "saving", "starting"):
+            (folder / part).mkdir()
+        with contextlib.redirect_stderr(io.StringIO()):
+            wrong += kills(folder / "kills", chance, flags.kills) if flags.kills else 0
+            wrong += faults(folder / "faults", text, flags.calls) if flags.calls else 0
+            if flags.damages:
+                wrong += damages(folder / "damages", text, chance, flags.damages)
+            saving(folder / "saving", long)
+            starting(folder / "starting", long)
     return min(wrong, 1)
 
 

@@ -4,13 +4,15 @@
     python tools/speed.py seed generation          # some of them
     python tools/speed.py growth --figure docs/growth.png
 
-What is compared takes turns in one process, so that a busy machine slows both; ratios are medians
-of such turns. Every part runs in a process of its own, for its memory and its compilations.
+Things that are compared take turns in one process, so that a busy machine slows both; ratios are
+medians over the turns. Each part runs in a process of its own, so that memory and compiled code of
+one do not count in another.
 """
 
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import statistics
@@ -19,10 +21,22 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from unittest import mock
+
+import torch
 
 ROOT = Path(__file__).parents[1]
-SHAPE = {  # of the comparison with the seed script, whose feed-forward is 2048 wide and not gated
+sys.path.insert(0, str(ROOT))
+
+import bitllm_core as bit  # noqa: E402
+from bitllm import bench as steps  # noqa: E402
+from bitllm import estimate_memory, export_hf  # noqa: E402
+from bitllm.planner import machine  # noqa: E402
+from tests.seed_model import MiLLM  # noqa: E402
+
+SHAPE = {  # for the comparison with the seed script, whose feed-forward is 2048 wide, not gated
     "vocab_size": 30_000,
     "hidden_size": 512,
     "intermediate_size": 1536,
@@ -38,12 +52,7 @@ def median_ratio(rounds, slow, fast):
 
 
 def seed(rounds=4):
-    """A step of the seed script's model in float32, as it stands, against one of ours."""
-    import torch
-
-    import bitllm_core as bit
-    from tests.seed_model import MiLLM
-
+    """A step of the seed script's model, in its float32, and one of ours."""
     net = MiLLM(30_000, 512, 8, 2048, 6, 512)
     optimizer, loss = torch.optim.AdamW(net.parameters(), lr=1e-4), torch.nn.CrossEntropyLoss()
     ids = torch.randint(30_000, (16, 512))
@@ -55,7 +64,7 @@ def seed(rounds=4):
         optimizer.step()
         return time.perf_counter() - start
 
-    ours = bit.bench_step(bit.ModelConfig(**SHAPE), bit.choose_device(), 16)
+    ours = steps.bench_step(bit.ModelConfig(**SHAPE), bit.choose_device(), 16)
     theirs()
     ours()
     ratio, pairs = median_ratio(rounds, theirs, ours)
@@ -64,28 +73,26 @@ def seed(rounds=4):
 
 
 def bench():
-    """`bitllm_core.py bench`: ternary against dense, FLOP use, memory."""
+    """`bitllm_core.py bench`: ternary and dense, share of the machine's FLOP/s, memory."""
     command = [sys.executable, str(ROOT / "bitllm_core.py"), "bench"]
     return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
 
 
 def start():
-    """Seconds that the first step of `demo` takes longer than others: eager, compiled, cached."""
-    found = {}
+    """Seconds that compiling adds to the first step of `demo`: empty cache, filled cache."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
-        for name in ("eager", "compiled", "compiled_again"):
-            code = (
-                "import bitllm_core as bit\n"
-                f"if {name == 'eager'}: bit.why_not_compile = lambda device: 'eager'\n"
-                "step = bit.bench_step(bit.PRESETS['demo'][0], bit.choose_device(), 32)\n"
-                "first, others = step(), [step() for _ in range(4)]\n"
-                "print(first - min(others), 4096 / min(others))"
-            )
-            run = [sys.executable, "-c", code]
-            done = subprocess.run(run, capture_output=True, check=True, cwd=ROOT, env=environment)
-            found[f"{name}_s"], found[f"{name}_tokens_per_s"] = map(float, done.stdout.split())
-    return found
+        return {
+            name: in_process("first_step", environment=environment)
+            for name in ("compiled", "compiled_again")
+        }
+
+
+def first_step():
+    """Of `demo`: seconds that the first step takes longer than others, tokens/s of these."""
+    step = steps.bench_step(bit.PRESETS["demo"][0], bit.choose_device(), 32)
+    first, others = step(), [step() for _ in range(4)]
+    return {"seconds": first - min(others), "tokens_per_s": 4096 / min(others)}
 
 
 def importing(rounds=5):
@@ -104,20 +111,17 @@ def importing(rounds=5):
 
 
 def text_of(megabytes):
-    """Python's reference, as often as makes so many megabytes."""
-    import bitllm_core as bit
-
+    """The documentation that comes with Python, repeated up to so many megabytes."""
     pieces = bit.read_pieces("pydocs", "train", bit.DataConfig())
     text = "".join(piece for piece, _ in pieces)
     return (text * (1 + int(megabytes * 1e6) // len(text)))[: int(megabytes * 1e6)]
 
 
 def tokenising(source=None, megabytes=10.0, rounds=3):
-    """`prepare_data` from file to token file against the library's own call on the same text."""
-    import bitllm_core as bit
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "text.txt")
+    """`prepare_data`, from text file to token files, and the library's call on the same text."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path = folder / "text.txt"
         if source:
             path.write_bytes(Path(source).read_bytes())
         else:
@@ -125,11 +129,14 @@ def tokenising(source=None, megabytes=10.0, rounds=3):
         config = bit.DataConfig(data=str(path))
         pieces = [p for p, _ in bit.read_pieces(str(path), "train", config)]
         tokenizer = bit.train_tokenizer(pieces, 8192)
-        size = path.stat().st_size / 1e6
+        size, count = path.stat().st_size / 1e6, itertools.count()
 
         def ours():
+            out = folder / f"run{next(count)}"
+            out.mkdir()
+            tokenizer.save(str(out / "tokenizer.json"))  # which is used, not trained again
             begin = time.perf_counter()
-            bit._tokenize(tokenizer, (("train", p, True) for p in pieces), Path(folder), None)
+            bit.prepare_data(config, 8192, 512, out)
             return time.perf_counter() - begin
 
         def library():
@@ -143,10 +150,9 @@ def tokenising(source=None, megabytes=10.0, rounds=3):
 
 
 def waiting():
-    """Shares of a training's time that making batches and saving take: 40 steps of `demo`."""
-    import bitllm_core as bit
-
+    """Shares of the training time that batches and saves take, in 40 steps of `demo`."""
     model, data, train = bit.PRESETS["demo"]
+    train = replace(train, max_steps=40, eval_every_steps=0, save_every_steps=20)
     spent, batch = [], bit.TokenData.batch
 
     def timed(*arguments):
@@ -155,9 +161,10 @@ def waiting():
         spent.append(time.perf_counter() - begin)
         return result
 
-    bit.TokenData.batch = timed
-    with tempfile.TemporaryDirectory() as folder:
-        train = replace(train, max_steps=40, eval_every_steps=0, save_every_steps=20)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(bit.TokenData, "batch", timed),
+    ):
         state = bit.train(model, data, train, Path(folder, "run"))
     return {
         "data_share": sum(spent) / state.train_seconds,
@@ -167,21 +174,17 @@ def waiting():
 
 
 def memory():
-    """Peak bytes of training the `seed` preset, over its weights, gradients and optimizer."""
-    import torch
-
-    import bitllm_core as bit
-
+    """Peak memory of training the `seed` preset / its weights, gradients and optimizer."""
     device = bit.choose_device()
     before = bit.memory_in_use(device)
     model, _, train = bit.PRESETS["seed"]
-    step = bit.bench_step(model, device, 16, train)
+    step = steps.bench_step(model, device, 16, train)
     for _ in range(2):
         step()
-    state, peak = bit.estimate_memory(model, train), bit.memory_in_use(device)
+    state, peak = estimate_memory(model, train), bit.memory_in_use(device)
     return {
         "peak_bytes": peak,
-        "of_it_before_the_model": before,
+        "bytes_before_the_model": before,
         "weights_gradients_optimizer_bytes": state,
         "ratio": peak / state,
         "ratio_without_libraries": (peak - before) / state,
@@ -190,12 +193,8 @@ def memory():
 
 
 def generation(tokens=248):
-    """Ours, transformers of the exported model, and the seed script without a cache, in turn."""
-    import torch
+    """Tokens/s of ours, of transformers with the exported model, and of the seed script."""
     from transformers import AutoModelForCausalLM
-
-    import bitllm_core as bit
-    from tests.seed_model import MiLLM
 
     model, _, train = bit.PRESETS["t4-1h"]
     model = replace(model, max_position_embeddings=256, vocab_size=4096)
@@ -203,7 +202,7 @@ def generation(tokens=248):
     with tempfile.TemporaryDirectory() as folder:
         bit.train(model, bit.DataConfig(data="pydocs"), train, Path(folder, "run"))
         net, _ = bit.load_model(Path(folder, "run"))
-        exported = bit.export_hf(Path(folder, "run"), Path(folder, "hf"))
+        exported = export_hf(Path(folder, "run"), Path(folder, "hf"))
         theirs = AutoModelForCausalLM.from_pretrained(exported.path).eval()
     script = MiLLM(30_000, 512, 8, 2048, 6, 512).eval()
     ids = torch.tensor([[1]])
@@ -215,7 +214,7 @@ def generation(tokens=248):
 
     @torch.no_grad()
     def no_cache(tokens=24):
-        """The seed's loop: the whole text again for each token, here from 232 to 256 tokens."""
+        """The script reads the whole text for each token, here 232 to 256 tokens."""
         text, begin = torch.ones(1, 232, dtype=torch.int64), time.perf_counter()
         for _ in range(tokens):
             text = torch.cat([text, script(text)[:, -1:].argmax(-1)], dim=1)
@@ -223,7 +222,7 @@ def generation(tokens=248):
 
     transformers()
     ours, hf, loop = zip(
-        *[(bit.bench_generation(net, tokens, 1), transformers(), no_cache()) for _ in range(3)],
+        *[(steps.bench_generation(net, tokens, 1), transformers(), no_cache()) for _ in range(3)],
         strict=True,
     )
     return {
@@ -240,34 +239,35 @@ WIDTHS = {3: (192, 4), 10: (384, 5), 30: (640, 6), 100: (1024, 8)}  # millions: 
 
 
 def growth(figure=None):
-    """Tokens a second and peak memory by size, context and batch; eager, each a process."""
-
-    def measured(hidden=256, layers=4, context=256, windows=4):
-        code = (
-            "import json, bitllm_core as bit\n"
-            "bit.why_not_compile = lambda device: 'eager'\n"
-            "device = bit.choose_device()\n"
-            f"model = bit.ModelConfig(vocab_size=4096, hidden_size={hidden}, "
-            f"intermediate_size={3 * hidden}, num_hidden_layers={layers}, "
-            f"num_attention_heads={hidden // 64}, max_position_embeddings={context})\n"
-            f"step = bit.bench_step(model, device, {windows})\nstep()\n"
-            f"speed = {windows * context} / min(step() for _ in range(2))\n"
-            "print(json.dumps([model.num_parameters, speed, bit.memory_in_use(device)]))"
-        )
-        run = [sys.executable, "-c", code]
-        done = subprocess.run(run, capture_output=True, check=True, cwd=ROOT)
-        return json.loads(done.stdout)
-
+    """Tokens/s and peak memory by parameters, context and batch; eager, a process for each."""
+    measured = partial(in_process, "eager_step")
+    contexts, batches = (128, 256, 512, 1024, 2048), (1, 2, 4, 8, 16, 32)
     found = {
         "parameters": [measured(hidden=h, layers=n) for h, n in WIDTHS.values()],
-        "context": [
-            [c, *measured(context=c, windows=2048 // c)[1:]] for c in (128, 256, 512, 1024, 2048)
-        ],
-        "batch": [[w * 256, *measured(windows=w)[1:]] for w in (1, 2, 4, 8, 16, 32)],
+        "context": [[c, *measured(context=c, windows=2048 // c)[1:]] for c in contexts],
+        "batch": [[w * 256, *measured(windows=w)[1:]] for w in batches],
     }
     if figure:
         draw(found, figure)
     return found
+
+
+def eager_step(hidden=256, layers=4, context=256, windows=4):
+    """Parameters, tokens/s and peak bytes of one shape, not compiled."""
+    device = bit.choose_device()
+    model = bit.ModelConfig(
+        vocab_size=4096,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        max_position_embeddings=context,
+    )
+    with mock.patch.object(steps, "why_not_compile", return_value="eager"):
+        step = steps.bench_step(model, device, windows)
+    step()
+    speed = windows * context / min(step() for _ in range(2))
+    return [model.num_parameters, speed, bit.memory_in_use(device)]
 
 
 def draw(found, path):
@@ -277,7 +277,7 @@ def draw(found, path):
     from matplotlib import pyplot as plt
 
     figure, rows = plt.subplots(2, 3, figsize=(11, 6), layout="constrained", sharex="col")
-    labels = {"parameters": "parameters", "context": "context", "batch": "tokens an optimizer step"}
+    labels = {"parameters": "parameters", "context": "context", "batch": "tokens per step"}
     for column, (name, points) in zip(rows.T, found.items(), strict=True):
         x, speed, peak = zip(*points, strict=True)
         column[0].loglog(x, speed, "o-", label="measured")
@@ -287,7 +287,7 @@ def draw(found, path):
             column[0].legend()
         column[1].loglog(x, [p / 2**20 for p in peak], "o-")
         column[1].set_xlabel(labels[name])
-    rows[0][0].set_ylabel("tokens a second")
+    rows[0][0].set_ylabel("tokens/s")
     rows[1][0].set_ylabel("peak memory, MiB")
     figure.savefig(path, dpi=110)
 
@@ -301,36 +301,35 @@ PARTS = {
 }
 
 
+def in_process(name, environment=None, **options):
+    """What a function of this file returns in a process of its own."""
+    command = [sys.executable, __file__, name, "--options", json.dumps(options)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environment)
+    return json.loads(done.stdout)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--text", help="file to tokenise; default: Python's reference, repeated")
+    parser.add_argument("--text", help="file to tokenise; default: Python's documentation")
     parser.add_argument("--figure", help="PNG file for the part growth")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--options", type=json.loads, help=argparse.SUPPRESS)  # see in_process
     flags = parser.parse_args()
+    if flags.options is not None:
+        with contextlib.redirect_stdout(sys.stderr):
+            found = globals()[flags.parts[0]](**flags.options)
+        print(json.dumps(found))
+        return
     for name in flags.parts:
         if name not in PARTS:
             parser.error(f"no part {name!r}: expected some of {', '.join(PARTS)}")
-    if flags.here:
-        options = {"tokenising": {"source": flags.text}, "growth": {"figure": flags.figure}}
-        with contextlib.redirect_stdout(sys.stderr):
-            found = PARTS[flags.parts[0]](**options.get(flags.parts[0], {}))
-        print(json.dumps(found))
-        return
+    options = {"tokenising": {"source": flags.text}, "growth": {"figure": flags.figure}}
     result = {}
     for name in flags.parts or PARTS:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        command = [sys.executable, __file__, name, "--here"]
-        for option in ("text", "figure"):
-            if getattr(flags, option):
-                command += [f"--{option}", getattr(flags, option)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-        result[name] = json.loads(done.stdout)
-    import bitllm_core as bit
-
-    print(json.dumps({**result, "machine": bit.machine()}, indent=1))
+        result[name] = in_process(name, **options.get(name, {}))
+    print(json.dumps({**result, "machine": machine()}, indent=1))
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()

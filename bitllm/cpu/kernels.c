@@ -13,7 +13,7 @@ void rms_norm(const float *x, const float *weight, float eps, int B, int I, floa
 }
 
 /* The products of x, (B, I), rounded to 8 bits, and n ternary matrices, (O[m], I), packed as by
-   pack_trits, side by side in y, (B, sum of O). q: room for one row of whole numbers. */
+   BitLinear.set_ternary, side by side in y, (B, sum of O). q: room for one row of whole numbers. */
 void ternary_linear(const float *x, int B, int I, int n, const uint8_t **w,
                     const float *weight_scale, const int *O, float *y, int16_t *q, int threads) {
     const int J = (I + 3) / 4;

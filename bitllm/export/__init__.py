@@ -12,6 +12,7 @@ from bitllm.export.command import run_export as run_export
 from bitllm.export.common import CREDITS as CREDITS
 from bitllm.export.common import FORMATS as FORMATS
 from bitllm.export.common import Exported as Exported
+from bitllm.export.common import export_limits as export_limits
 from bitllm.export.common import read_exported as read_exported
 from bitllm.export.gguf import GGUF_KINDS as GGUF_KINDS
 from bitllm.export.gguf import export_gguf as export_gguf

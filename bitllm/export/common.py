@@ -37,6 +37,7 @@ EXPORT_VERSION = 1
 """of what packed files and Hugging Face folders hold"""
 CREDITS = ("name", "author", "licence", "data_licence")
 """what a user may state about a model; each export notes it in what it writes"""
+NO_COUNTERPART = "only block=bitnet, linear=ternary and a tied embedding have a counterpart"
 _DATA_LICENCES = {
     "pydocs": "PSF-2.0",
     "wikitext-2": "cc-by-sa-3.0",
@@ -179,6 +180,19 @@ def _facts(path: Path, told: dict[str, Any]) -> dict[str, Any]:
         facts[name] = values[-1] if values else told.get(name)
     batch = saved.get("train", {}).get("batch_tokens")
     return {**facts, "steps": step, "tokens": batch and batch * step}
+
+
+def export_limits(config: ModelConfig) -> list[str]:
+    """Why an export of such a model would not run everywhere; empty where it would."""
+    found = []
+    if config.block != "bitnet" or not config.tie_word_embeddings or config.linear != "ternary":
+        found.append(NO_COUNTERPART)
+    for name in ("hidden_size", "intermediate_size"):
+        if getattr(config, name) % 256:
+            found.append(f"llama.cpp's ternary blocks need {name} to be a multiple of 256")
+    if config.head_dim not in (64, 128):
+        found.append(f"head width {config.head_dim} is neither 64 nor 128")
+    return found
 
 
 def check_limits(config: ModelConfig, to: str, limits: Sequence[str]) -> None:

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from bitllm.export.common import (
+    NO_COUNTERPART,
     Exported,
     Flag,
     Source,
     check_limits,
     end_id,
     export_format,
+    export_limits,
     generate_usage,
     open_source,
     replacing,
@@ -25,7 +27,6 @@ from bitllm.export.common import (
 )
 from bitllm_core import (
     END_OF_TEXT,
-    NO_COUNTERPART,
     BitLM,
     ModelConfig,
     SamplingConfig,
@@ -106,7 +107,7 @@ def export_gguf(
 def write_gguf(path: Path, source: Source, kind: str) -> int:
     """Write the file; return the bytes of its ternary tensors."""
     gguf, config = library("gguf", "a GGUF export"), source.model.config
-    limits = config.export_limits
+    limits = export_limits(config)
     if kind == "F16":  # without ternary blocks, any width will do
         limits = [limit for limit in limits if limit == NO_COUNTERPART]
     check_limits(config, kind, limits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from torch import Tensor
 
 from bitllm.export.common import (
     EXPORT_VERSION,
+    NO_COUNTERPART,
     Exported,
     Flag,
     Source,
     check_limits,
     end_id,
     export_format,
+    export_limits,
     generate_usage,
     num_ternary_weights,
     open_source,
@@ -35,7 +38,6 @@ from bitllm.export.tensors import (
 from bitllm_core import (
     END_OF_TEXT,
     KNOWN_DATA,
-    NO_COUNTERPART,
     BitLinear,
     BitLM,
     ModelConfig,
@@ -80,7 +82,7 @@ def hf_tensors(model: BitLM, dense: bool) -> dict[str, Tensor]:
 
 def _limits(config: ModelConfig) -> list[str]:
     """Why transformers could not hold the model; llama.cpp's widths do not matter here."""
-    limits = [limit for limit in config.export_limits if limit == NO_COUNTERPART]
+    limits = [limit for limit in export_limits(config) if limit == NO_COUNTERPART]
     kv = config.num_kv_heads * config.head_dim
     if any(n % 4 for n in (config.hidden_size, config.intermediate_size, kv)):
         limits.append("transformers packs four rows per byte: sizes must be multiples of 4")
@@ -265,7 +267,7 @@ it computes the scale from the weights again.
 
 def _model_card(source: Source, size: int, dense: bool) -> str:
     config, facts = source.model.config, source.facts
-    known = KNOWN_DATA.get(str(facts.get("data")))
+    known = re.match("hf:([^:#]+)", KNOWN_DATA.get(str(facts.get("data")), ""))
     rows = {
         "author": facts.get("author"),
         "licence": facts.get("licence"),
@@ -283,7 +285,7 @@ def _model_card(source: Source, size: int, dense: bool) -> str:
     }
     front = ["library_name: transformers", "pipeline_tag: text-generation"]
     front += [f"license: {json.dumps(facts['licence'])}"] if facts.get("licence") else []
-    front += ["datasets:", f"- {known.name}"] if known else []
+    front += ["datasets:", f"- {known[1]}"] if known else []
     return _CARD.format(
         front="\n".join(front),
         title=facts.get("name") or "A ternary language model",

@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from bitllm.export import wllama
+import bitllm.export.wllama as wllama
 from bitllm.export.common import (
     Exported,
     Flag,

@@ -63,9 +63,3 @@ def test_preset_sizes_are_the_promised_ones():
     assert 20 <= size["t4-1h"] <= 35
     assert 33 <= size["t4-3h"] <= 60
     assert round(size["seed"], 2) == 49.87
-
-
-def test_presets_for_clients_have_no_export_limits():
-    for name in ("demo", "laptop", "t4-1h", "t4-3h"):
-        assert bit.PRESETS[name][0].export_limits == []
-    assert bit.PRESETS["seed"][0].export_limits

@@ -60,7 +60,7 @@ def test_rows_of_jsonl_and_parquet_are_documents(tmp_path):
     expected = [("one\ntwo", True), ("three", True)]
     assert list(bit.read_pieces(str(tmp_path / "a.jsonl"))) == expected
     parquet = str(tmp_path / "b.parquet")
-    with pytest.raises(ValueError, match=r"columns body, title.*--text-column"):
+    with pytest.raises(ValueError, match=r"columns body \(str\), title \(str\).*--text-column"):
         list(bit.read_pieces(parquet))
     config = bit.DataConfig(data=parquet, text_column="body")
     assert list(bit.read_pieces(parquet, config=config)) == expected
@@ -75,16 +75,17 @@ def test_marks_line_ends_and_blank_rows_of_local_text(tmp_path):
         b'\xef\xbb\xbf{"text": "a"}\r\n\n {"n": 2}\n{"text": null}\n{"text": "\\ud800b"}'
     )
     assert list(bit.read_pieces(str(path))) == [("a", True), ("\ufffdb", True)]
-    assert list(bit.file_rows(path)) == ["a", "", "", "\ufffdb"]
+    rows, *_ = next(bit.text_parts(str(path), "train", bit.DataConfig()))
+    assert list(rows) == ["a", "", "", "\ufffdb"]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.jsonl", b'{"text": "a"}\n{"text": 3}', "line 2: column 'text' holds .* type int"),
-        ("a.jsonl", b'[{"text": "a"}]', 'line 1: expected an object such as {"text"'),
-        ("a.jsonl", b'{"text": "a"}\n{"text": ', "line 2: cannot be read as JSON"),
-        ("a.jsonl", b'{"a": "x", "b": "y"}', "columns a, b; .*--text-column"),
+        ("a.jsonl", b'{"text": 3}\n{"text": 4}', r"columns text \(int\); .*--text-column"),
+        ("a.jsonl", b'[{"text": "a"}]', r'line 1: cannot.*\(expected an object such as {"text"'),
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', "line 2: cannot be read as .jsonl"),
+        ("a.jsonl", b'{"a": "x", "b": "y"}', r"columns a \(str\), b \(str\); .*--text-column"),
         ("a.parquet", b"PAR1 is not all of it", "cannot be read as .parquet"),
     ],
 )
@@ -94,8 +95,48 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path, name, conte
         list(bit.read_pieces(str(tmp_path / name)))
 
 
+def test_rows_without_text_are_skipped_and_counted(tmp_path, capsys):
+    rows = [{"text": None}, {"text": "a"}, {"text": 42}, {"text": ["b"]}, {"n": 1}, {"text": "c"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for _ in range(2):  # a source is read several times
+        assert list(bit.read_pieces(str(path))) == [("a", True), ("c", True)]
+    assert capsys.readouterr().err.count("skipped 2 rows whose text is not text") == 1
+
+
+def test_the_files_of_a_folder(tmp_path):
+    """Old suffixes, books that begin with test, copies of a notebook server, a run in the data."""
+    run = tmp_path / "run" / "checkpoints"
+    run.mkdir(parents=True)
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    train = ["BOOK.TXT", "devils.txt", "rows.JSONL", "testament.txt", "validity.txt"]
+    other = ["valid.txt", "Dev-1.txt", "test.txt", ".hidden.txt", "run/metrics.jsonl", "a.doc"]
+    for name in [*train, *other, ".ipynb_checkpoints/BOOK.txt"]:
+        (tmp_path / name).touch()
+    assert [path.name for path in bit.local_files(str(tmp_path))] == train
+    held = bit.local_files(str(tmp_path), "validation")
+    assert [path.name for path in held] == ["Dev-1.txt", "valid.txt"]
+
+
+def test_known_names_win_over_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pydocs").mkdir()
+    assert not bit.is_local("pydocs")
+    assert bit.is_local("./pydocs")
+
+
+@pytest.mark.parametrize("source", ["pydocs", "file"])
+def test_a_budget_of_a_text_is_exact_and_leaves_the_usual_validation(source, tiny_corpus, tmp_path):
+    source = tiny_corpus if source == "file" else source
+    whole, _ = prepared(source, tmp_path / "whole")
+    data, _ = prepared(source, tmp_path / "budget", max_train_tokens=1234)
+    assert np.array_equal(data.training, whole.training[:1234])
+    assert np.array_equal(data.validation, whole.validation)
+
+
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for name in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
     (tmp_path / "a.parquet").touch()
     with pytest.raises(ImportError, match=r"reading a.parquet .*pip install pyarrow"):
         list(bit.read_pieces(str(tmp_path / "a.parquet")))
@@ -156,7 +197,7 @@ def test_pydocs_needs_nothing(tmp_path):
     ("source", "error", "says"),
     [
         ("no-such-file.txt", FileNotFoundError, "no such file or folder"),
-        ("hf:name", ValueError, "hf:OWNER/NAME"),
+        ("hf:name", FileNotFoundError, "hf:OWNER/NAME"),
     ],
 )
 def test_wrong_sources_say_what_would_do(source, error, says, tmp_path):
@@ -218,7 +259,7 @@ def test_any_hub_set_by_name_config_and_column(hub, tmp_path):
     assert hub[0] == ("someone/some", "part", "train", False)
     assert set(text_of(data.training, tokenizer)) == {"t"}
     assert bit.end_of_text_id(tokenizer) in data.training  # rows are documents
-    with pytest.raises(ValueError, match="has columns title, text"):
+    with pytest.raises(ValueError, match=r"has columns title \(str\), text \(str\)"):
         prepared("hf:someone/some#body", tmp_path / "other")
 
 

@@ -58,6 +58,26 @@ def test_padding_on_the_left_changes_nothing(variant):
     assert padded.isfinite().all()
 
 
+@torch.no_grad()
+def test_a_cache_of_one_size_under_a_mask_gives_the_same(variant):
+    """As recorded CUDA graphs read it: all of the cache, of which only a part is filled."""
+    model, x = bit.BitLM(variant).eval(), ids(variant, length=8)
+    whole = model(x)
+    cache, at = bit.KVCache(variant, 2, torch.device("cpu")), torch.tensor([7])
+    model(x[:, :7], cache)
+
+    class Fixed:
+        def append(self, layer, keys, values):
+            stored = cache.keys[layer], cache.values[layer]
+            for old, new in zip(stored, (keys, values), strict=True):
+                old.index_copy_(2, at, new)
+            return stored
+
+    mask = (torch.arange(16) <= at).view(1, 1, 1, 16)
+    hidden = model.blocks(model.embed(x[:, 7:], at), at, Fixed(), mask)
+    torch.testing.assert_close(model.head(hidden), whole[:, 7:], rtol=1e-3, atol=2e-3)
+
+
 def test_freezing_keeps_the_logits(variant):
     model, x = bit.BitLM(variant).eval(), ids(variant)
     before = model(x).detach()

@@ -107,7 +107,8 @@ def test_quantizing_twice_is_not_quantizing_once():
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (7, 64), (32, 1023)])
 def test_two_bits_hold_a_trit(size):
     trits = torch.randint(-1, 2, size, dtype=torch.int8)
-    packed = bit.pack_trits(trits)
-    assert packed.dtype == torch.uint8
-    assert packed.shape == (size[0], -(-size[1] // 4))
-    assert torch.equal(bit.unpack_trits(packed, size[1]), trits)
+    layer = bit.BitLinear(size[1], size[0])
+    layer.set_ternary(trits, torch.tensor(1.0))
+    assert layer.packed.dtype == torch.uint8
+    assert layer.packed.shape == (size[0], -(-size[1] // 4))
+    assert torch.equal(layer.trits, trits)

@@ -16,6 +16,7 @@ from bitllm.export import (
     add_export_flags,
     export_gguf,
     export_hf,
+    export_limits,
     export_packed,
     llama_cpp_stream,
     read_exported,
@@ -241,6 +242,15 @@ def test_an_interrupted_export_leaves_nothing_and_harms_nothing(
     assert contents() != kept
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not replace a file that is open")
+def test_a_program_that_reads_the_old_file_reads_it_to_the_end(tiny_run, tmp_path):
+    path = export_packed(tiny_run, tmp_path / "m.safetensors").path
+    before = path.read_bytes()
+    with path.open("rb") as old:
+        export_packed(tiny_run, path, embedding="int8", overwrite=True)
+        assert old.read() == before != path.read_bytes()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="permissions are POSIX's")
 def test_others_may_read_what_is_written(tiny_run, tmp_path):
     """safetensors' save_file makes files for their owner only, which no web server may serve."""
@@ -278,3 +288,9 @@ def test_only_an_export_is_overwritten(tiny_run, tmp_path):
         export_gguf(tiny_run, tmp_path / "folder.gguf", kind="F16", overwrite=True)
     assert (mine / "letter.txt").read_text() == "dear"
     assert json.loads((tiny_run / "config.json").read_text("utf-8"))
+
+
+def test_presets_for_clients_have_no_export_limits():
+    for name in ("demo", "laptop", "t4-1h", "t4-3h"):
+        assert export_limits(bit.PRESETS[name][0]) == []
+    assert export_limits(bit.PRESETS["seed"][0])

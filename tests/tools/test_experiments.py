@@ -1,4 +1,4 @@
-"""The experiment tool: rows that are there are not made again, and every patch does something."""
+"""The experiment tool: rows that exist are not run again, and every patch changes the outcome."""
 
 import dataclasses
 import inspect
@@ -8,7 +8,10 @@ import pytest
 
 import bitllm_core as bit
 from tests.conftest import ROOT
-from tools import experiments
+from tools import experiment_runs, experiments
+from tools.experiment_figures import add_row, read_rows, report
+from tools.experiment_patches import PATCHES
+from tools.experiment_tables import SEED_SCRIPT, TABLES, Table, Variant
 
 TINY = {
     "vocab_size": 300,
@@ -23,68 +26,76 @@ TINY = {
     "compile": "off",
     "dtype": "float32",
 }
-PLAIN = experiments.Variant("plain")
+PLAIN = Variant("plain")
+TABLE = Table("a test", TINY, [PLAIN], tokens=512, valid_bytes=2000)
 
 
-@pytest.fixture
-def table():
-    return experiments.Table("a test", TINY, [PLAIN], tokens=512, valid_bytes=2000)
+def run_in(work, corpus, table=TABLE, variant=PLAIN, seed=0, clock=None):
+    run = experiment_runs.Run(table, variant, seed, corpus, corpus, work)
+    return experiment_runs.run_one(run, clock or experiment_runs.Clock())
 
 
 @pytest.fixture
 def run(tiny_corpus, tmp_path):
-    def run(table, variant=PLAIN, seed=0):
-        texts = (tiny_corpus, tiny_corpus)
-        return experiments.run_one(table, variant, seed, texts, tmp_path)
-
-    return run
+    return lambda *args, **kwargs: run_in(tmp_path, tiny_corpus, *args, **kwargs)
 
 
-def test_a_row_says_what_evaluate_says(run, table, tiny_corpus, tmp_path):
-    row = run(table)
+@pytest.fixture(scope="module")
+def plain_loss(tiny_corpus, tmp_path_factory):
+    return run_in(tmp_path_factory.mktemp("plain"), tiny_corpus)["loss"]
+
+
+def test_a_row_holds_what_evaluate_returns(run, tiny_corpus, tmp_path):
+    row = run()
     assert row["steps"] == 8
     assert row["trained_tokens"] == 512
     assert [point[0] for point in row["curve"]] == [128, 256, 384, 512]
     words = (tmp_path / f"{tiny_corpus.stem}-2000.txt").read_text("utf-8")
     assert row["words"] == len(words.split()) + words.count("\n")
     assert row["device"] == str(bit.choose_device())
-    assert row == {**run(table), **{k: row[k] for k in ("curve", "seconds", "train_seconds")}}
-    assert run(table, seed=1)["loss"] != row["loss"]
+    assert row == {**run(), **{k: row[k] for k in ("curve", "seconds", "train_seconds")}}
+    assert run(seed=1)["loss"] != row["loss"]
 
 
-@pytest.mark.parametrize("name", experiments.PATCHES)
-def test_every_patch_changes_the_outcome_and_leaves_nothing_behind(run, table, name):
-    plain = run(table)["loss"]
-    asked = inspect.signature(bit.BitLM.loss).parameters
-    with experiments.PATCHES[name]():  # compiled training gives it all of them
-        inspect.signature(bit.BitLM.loss).bind(*asked)
-    assert run(table, experiments.Variant(name, {}, name))["loss"] != plain
-    assert run(table)["loss"] == plain
+@pytest.mark.parametrize("name", PATCHES)
+def test_every_patch_changes_the_outcome_and_leaves_nothing_behind(run, plain_loss, name):
+    parameters = inspect.signature(bit.BitLM.loss).parameters
+    with PATCHES[name]():  # compiled training passes all of them
+        inspect.signature(bit.BitLM.loss).bind(*parameters)
+    assert run(variant=Variant(name, {}, name))["loss"] != plain_loss
+    assert run()["loss"] == plain_loss
 
 
-def test_a_clock_ends_a_run_and_cools_it_down(run, table, monkeypatch):
-    clocked = dataclasses.replace(table, tokens=0, minutes=1)
-    ticks = iter(range(1000))
-    monkeypatch.setattr(experiments, "seconds", lambda: float(next(ticks)))
-    rates, factor, apply = [], bit.learning_rate_factor, bit.apply_gradients
+def test_a_clock_ends_a_run_and_cools_it_down(run, monkeypatch):
+    clocked = dataclasses.replace(TABLE, tokens=0, minutes=1)
+    rates, factor = [], bit.learning_rate_factor
 
-    def watch(optimizers, scaler, factor, *others):
-        rates.append(factor)
-        return apply(optimizers, scaler, factor, *others)
+    class Clock:
+        """Each step takes 0.7 seconds, and nothing else takes any."""
 
-    monkeypatch.setattr(bit, "apply_gradients", watch)
-    row = run(clocked)
-    assert row["steps"] == len(rates) > 10
-    assert 57 <= row["seconds"] <= 63
+        kind = "wall"
+
+        def seconds(self):
+            return 0.7 * len(rates)
+
+    class Watching(experiment_runs.Recorder):
+        def on_step(self, state, metrics):
+            group = state.optimizers[0].param_groups[0]
+            rates.append(group["lr"] / group["initial_lr"])
+            super().on_step(state, metrics)
+
+    monkeypatch.setattr(experiment_runs, "Recorder", Watching)
+    row = run(clocked, clock=Clock())
+    assert row["steps"] == len(rates) == 86  # the first to reach a minute
+    assert row["seconds"] == 60.2
     assert len(row["curve"]) == 10
-    assert max(rates) == 1
+    assert max(rates) == pytest.approx(1)
     assert rates[-1] < 0.15
     assert bit.learning_rate_factor is factor
 
 
-def test_the_text_of_python_is_cut_by_topics(run, table, tmp_path):
-    plain, own = run(table), run(dataclasses.replace(table, pydocs=True))
-    assert own["loss"] != plain["loss"]
+def test_the_documentation_of_python_is_split_by_topics(run, plain_loss, tmp_path):
+    assert run(dataclasses.replace(TABLE, pydocs=True))["loss"] != plain_loss
     texts = [(tmp_path / f"pydocs-{part}.txt").read_text("utf-8") for part in ("train", "valid")]
     topics = [text for text, _ in bit.read_pieces("pydocs", "train", bit.DataConfig())]
     assert sum(map(len, texts)) == sum(map(len, topics))
@@ -93,7 +104,7 @@ def test_the_text_of_python_is_cut_by_topics(run, table, tmp_path):
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_a_list_goes_on_where_it_was_stopped(tiny_corpus, tmp_path, monkeypatch, table, jobs):
+def test_a_list_resumes_where_it_was_stopped(tiny_corpus, tmp_path, monkeypatch, jobs):
     results, done = tmp_path / "results.jsonl", []
 
     def process(command, **options):
@@ -101,7 +112,8 @@ def test_a_list_goes_on_where_it_was_stopped(tiny_corpus, tmp_path, monkeypatch,
             return subprocess_run(command, **options)
         flag = {name: command[command.index(name) + 1] for name in ("--variant", "--seed")}
         done.append((flag["--variant"], flag["--seed"]))
-        assert list((tmp_path / "tokens").glob("*/data/manifest.json"))  # made before any row
+        # what rows share is made before any row starts
+        assert list((tmp_path / "tokens").glob("*/data/manifest.json"))
         assert {path.stem.split("-")[-1] for path in tmp_path.glob("*-*.txt")} == {"2000", "30000"}
         row = dict.fromkeys(
             ("loss", "bits_per_byte", "word_perplexity", "seconds", "steps", "trained_tokens"), 2.0
@@ -112,28 +124,28 @@ def test_a_list_goes_on_where_it_was_stopped(tiny_corpus, tmp_path, monkeypatch,
 
     subprocess_run = experiments.subprocess.run
     monkeypatch.setattr(experiments.subprocess, "run", process)
-    two = dataclasses.replace(table, variants=[PLAIN, experiments.Variant("other")], seeds=2)
-    monkeypatch.setitem(experiments.TABLES, "two", two)
+    two = dataclasses.replace(TABLE, variants=[PLAIN, Variant("other")], seeds=2)
+    monkeypatch.setitem(TABLES, "two", two)
     arguments = ["--work", str(tmp_path), "--train", str(tiny_corpus), "--valid", str(tiny_corpus)]
     arguments += ["--jobs", str(jobs)]
     assert experiments.main(["run", "two", *arguments]) == 0
     expected = [("plain", "0"), ("other", "0"), ("plain", "1"), ("other", "1")]
     assert (done if jobs == 1 else sorted(done)) == (expected if jobs == 1 else sorted(expected))
-    rows = experiments.read_rows(results, "two")
+    rows = read_rows(results, "two")
     assert all(row["commit"] for row in rows)
     kept = [row for row in rows if (row["variant"], row["seed"]) != ("plain", 1)]
     results.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
     experiments.main(["run", "two", *arguments])
     assert done[4:] == [("plain", "1")]
-    rows = experiments.read_rows(results, "two")
-    assert "| other | 2 | 1.00M | 2 | 2 | 2.000 ± 0.000 |" in experiments.report("two", rows)
+    rows = read_rows(results, "two")
+    assert "| other | 2 | 1.00M | 2 | 2 | 2.000 ± 0.000 |" in report("two", rows)
     experiments.main(["draw", "two", "--out", str(tmp_path / "a.png"), *arguments])
     assert (tmp_path / "a.png").stat().st_size > 5000
 
 
-def test_a_row_that_failed_is_missed(tiny_corpus, tmp_path, monkeypatch, table, capsys):
-    unknown = dataclasses.replace(table, variants=[experiments.Variant("broken")])
-    monkeypatch.setitem(experiments.TABLES, "two", unknown)  # but not in the row's own process
+def test_a_failed_row_is_reported_and_not_kept(tiny_corpus, tmp_path, monkeypatch, capsys):
+    unknown = dataclasses.replace(TABLE, variants=[Variant("broken")])
+    monkeypatch.setitem(TABLES, "two", unknown)  # but not in the row's own process
     arguments = ["--work", str(tmp_path), "--train", str(tiny_corpus), "--valid", str(tiny_corpus)]
     assert experiments.main(["run", "two", *arguments]) == 1
     assert "broken, seed 0: exit 2" in capsys.readouterr().err
@@ -141,7 +153,7 @@ def test_a_row_that_failed_is_missed(tiny_corpus, tmp_path, monkeypatch, table, 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["run", "nothing"], "table='nothing': expected one of rates, "),
         (["run", "gap", "--train", "no.txt"], "train='no.txt': expected a text file"),
@@ -151,44 +163,45 @@ def test_a_row_that_failed_is_missed(tiny_corpus, tmp_path, monkeypatch, table, 
         (["run", "pydocs", "--seeds", "0"], "seeds=0: expected at least 1"),
         (["report", "gap"], "expected rows of gap; run gap first"),
         (["draw"], "expected one of rates, "),
-        (["draw", "gap", "--out", "no/gap.png"], "gap.png': expected a file in a folder that is"),
+        (["draw", "gap", "--out", "no/gap.png"], "gap.png': expected a file in an existing folder"),
     ],
 )
-def test_what_cannot_be_is_told_before_any_work(tmp_path, monkeypatch, capsys, arguments, told):
+def test_wrong_flags_end_it_before_any_work(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         experiments.main(arguments)
     assert ended.value.code == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_a_torn_row_is_run_again(tmp_path):
+def test_a_row_that_was_cut_short_is_run_again(tmp_path):
     path, row = tmp_path / "results.jsonl", {"table": "gap", "variant": "dense", "seed": 0}
     path.write_text(json.dumps(row) + "\n" + json.dumps({**row, "seed": 1})[:-3], "utf-8")
-    assert experiments.read_rows(path, "gap") == [row]
-    experiments.add_row(path, {**row, "seed": 2})
-    assert [row["seed"] for row in experiments.read_rows(path, "gap")] == [0, 2]
+    assert read_rows(path, "gap") == [row]
+    add_row(path, {**row, "seed": 2})
+    assert [row["seed"] for row in read_rows(path, "gap")] == [0, 2]
 
 
-@pytest.mark.parametrize("name", experiments.TABLES)
-def test_the_page_of_results_has_the_table_of_its_rows(name):
+@pytest.mark.parametrize("name", TABLES)
+def test_the_page_of_results_shows_the_table_of_its_rows(name):
     docs = ROOT / "docs"
-    rows = experiments.read_rows(docs / "results.jsonl", name)
+    rows = read_rows(docs / "results.jsonl", name)
     assert rows
-    assert experiments.report(name, rows) in (docs / "results.md").read_text("utf-8")
+    assert report(name, rows) in (docs / "results.md").read_text("utf-8")
 
 
-@pytest.mark.parametrize("name", experiments.TABLES)
+@pytest.mark.parametrize("name", TABLES)
 def test_every_variant_is_a_possible_configuration(name):
-    table = experiments.TABLES[name]
+    table = TABLES[name]
     assert len({variant.name for variant in table.variants}) == len(table.variants)
     for variant in table.variants:
-        assert not variant.patch or variant.patch in (
-            *experiments.PATCHES,
-            experiments.SEED_SCRIPT,
-        )
-        parts = experiments.split_fields({**table.base, **variant.changes})
+        parts = experiment_runs.split_fields({**table.base, **variant.changes})
         kinds = (bit.ModelConfig, bit.DataConfig, bit.TrainConfig)
         model, _, train = (kind(**part) for kind, part in zip(kinds, parts, strict=True))
         bit.check_configs(model, train)
+
+
+def test_every_patch_has_a_variant_and_every_variant_its_patch():
+    named = {variant.patch for table in TABLES.values() for variant in table.variants}
+    assert named == {"", SEED_SCRIPT, *PATCHES}

@@ -1,0 +1,95 @@
+"""What is recorded for a GPU computes the same; here, on a CPU, each replay is a call."""
+
+import contextlib
+import dataclasses
+
+import pytest
+import torch
+
+import bitllm_core as bit
+from bitllm import cuda
+from tests import tiny
+
+
+@pytest.fixture
+def recorded_on_a_cpu(monkeypatch):
+    monkeypatch.setitem(bit.DECODERS, "cpu", cuda.RecordedDecoder)
+    monkeypatch.setattr(bit, "KERNELS", [])
+
+
+@pytest.mark.parametrize("prompts", [[[5, 6, 7]], [[5, 6, 7, 8], [9], [10, 11]]])
+def test_a_recorded_decoder_writes_the_same_tokens(recorded_on_a_cpu, monkeypatch, prompts):
+    """Beyond the context too, where the older half is dropped and the step is recorded again."""
+    net = bit.BitLM(tiny.MODEL).freeze()
+    sampling = bit.SamplingConfig(max_new_tokens=40, seed=1)
+    recorded = list(bit.generate_tokens(net, prompts, sampling))
+    monkeypatch.delitem(bit.DECODERS, "cpu")
+    assert recorded == list(bit.generate_tokens(net, prompts, sampling))
+
+
+def test_a_recorded_decoder_is_used(recorded_on_a_cpu, monkeypatch):
+    calls = []
+    step = cuda.RecordedDecoder._step
+    monkeypatch.setattr(cuda.RecordedDecoder, "_step", lambda self: calls.append(1) or step(self))
+    net = bit.BitLM(tiny.MODEL).freeze()
+    list(bit.generate_tokens(net, [[5, 6]], bit.SamplingConfig(max_new_tokens=6, seed=0)))
+    assert len(calls) == 5  # the first token comes from reading the prompt
+
+
+def micro_step(net, batch_tokens=100):
+    def step(x, y):
+        loss = net.loss(x, y) / batch_tokens
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def test_recorded_micro_steps_add_up_the_same_gradients():
+    """Of several micro-batches, a smaller last one, and over optimizer steps."""
+    net, plain = bit.BitLM(tiny.MODEL), bit.BitLM(tiny.MODEL)
+    parameters = list(net.parameters())
+    recorded = cuda.RecordedStep(micro_step(net), net, torch.float32, parameters)
+    windows = torch.randint(tiny.MODEL.vocab_size, (7, 17))
+    for _ in range(2):
+        for part in windows.split(3):
+            x, y = part[:, :-1].contiguous(), part[:, 1:].contiguous()
+            with plain.hold_weights():
+                expected = micro_step(plain)(x, y)
+            assert torch.equal(recorded(x, y), expected)
+        for a, b in zip(parameters, plain.parameters(), strict=True):
+            assert torch.equal(a.grad, b.grad)
+            with torch.no_grad():
+                a -= 0.1 * a.grad
+                b -= 0.1 * b.grad
+            a.grad = b.grad = None
+    assert len(recorded.recordings) == 2
+
+
+def test_what_cannot_be_recorded_is_called(monkeypatch, caplog):
+    def fail(self, reset):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(cuda.Recording, "_record", fail)
+    recording = cuda.Recording(lambda: 7, torch.device("cuda"), lambda: None)
+    with caplog.at_level("WARNING"):
+        assert recording.replay() == 7
+
+
+def test_a_run_with_recorded_steps_equals_one_without(tiny_corpus, tmp_path, monkeypatch):
+    from bitllm import compiling
+
+    def prepare(session):
+        parameters = bit.parameters_of(session.state.optimizers)
+        step, dtype = session.micro_step, session.device.dtype
+        session.micro_step = cuda.RecordedStep(step, session.state.model, dtype, parameters)
+        session.hold = contextlib.nullcontext
+
+    data, runs = bit.DataConfig(data=str(tiny_corpus)), []
+    train = dataclasses.replace(tiny.TRAIN, micro_batch_size=4)
+    for name in ("plain", "recorded"):
+        if name == "recorded":
+            monkeypatch.setattr(compiling, "prepare", prepare)
+        state = bit.train(tiny.MODEL, data, train, tmp_path / name, callbacks=[])
+        runs.append(state.model.state_dict())
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])

@@ -1,0 +1,61 @@
+"""The GPU check does every stage on a CPU, and one that fails does not stop the others."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "gpu_check.py"
+sys.path.append(str(ROOT / "tools"))
+import gpu_check  # noqa: E402
+
+
+def run(*arguments):
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpu")
+    text = folder / "text.txt"
+    lines = [f"{i} cats sat on {i % 50} mats, and {i * 7 % 31} dogs.\n" for i in range(30_000)]
+    text.write_text("".join(lines), encoding="utf-8")
+    result = run("prepare", folder / "data", "--data", text)
+    assert result.returncode == 0, result.stderr
+    return folder / "data"
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_each_stage_passes_and_is_reported_where_it_is_broken(prepared, tmp_path, half):
+    """Half of the stages are broken in the first rehearsal, the others in the second."""
+    names = list(gpu_check.STAGES)
+    broken = names[half::2]
+    out = tmp_path / "out"
+    flags = ["--rehearse", "--minutes", "4", "--break", ",".join(broken)]
+    result = run("run", prepared, "--out", out, *flags)
+    assert result.returncode == 1
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    ended = {row["stage"]: row for row in rows if "ok" in row}
+    assert {name for name, row in ended.items() if not row["ok"]} == set(broken), result.stderr
+    assert set(ended) == set(names)
+    for name in broken:
+        assert "Traceback" in ended[name]["error"]
+        assert f"{name}: broken on purpose" in ended[name]["error"]
+    for name in set(names) - set(broken):
+        assert any(row["stage"] == name and "ok" not in row for row in rows), name
+    tables = run("report", out).stdout
+    assert all(f"| {name} |" in tables for name in names)
+
+
+def test_a_stage_that_hangs_is_ended(prepared, tmp_path):
+    job = gpu_check.Job(prepared, tmp_path, "versions", True)
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    gpu_check.finish(job, child, 1)
+    assert gpu_check.read(tmp_path)[-1]["error"].startswith("not done after 1 s")
