@@ -1589,7 +1589,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, **options})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Update the parameters that have a gradient, which is used up."""
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
@@ -1605,12 +1605,13 @@ class Muon(torch.optim.Optimizer):
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         gradients = [weight.grad for weight in weights]
         means = [self.state[weight]["momentum_buffer"] for weight in weights]
-        torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
-        torch._foreach_lerp_(gradients, means, group["momentum"])  # Nesterov's look ahead
+        ops: Any = torch  # its _foreach functions have no types
+        ops._foreach_lerp_(means, gradients, 1 - group["momentum"])
+        ops._foreach_lerp_(gradients, means, group["momentum"])  # Nesterov's look ahead
         rows, columns = weights[0].shape
         rate = group["lr"] * math.sqrt(max(1, rows / columns))
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(weights, self.updates(gradients, group["ns_steps"]), alpha=-rate)
+        ops._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        ops._foreach_add_(weights, self.updates(gradients, group["ns_steps"]), alpha=-rate)
 
     def updates(self, directions: list[Any], steps: int) -> Sequence[Any]:
         return orthogonalize(torch.stack(directions), steps).to(directions[0].dtype).unbind()
