@@ -95,93 +95,99 @@ def _altered(blocks: Iterator[Any]) -> Iterator[Any]:
     yield from blocks
 
 
+class FaultyFolder(bit.Folder):
+    """A folder whose operations fail as `state` decides, which `inject` sets in a subclass."""
+
+    state: Injection
+
+    def names(self):
+        kind = self.state.check("names", self.path)
+        names = super().names()
+        if kind == "delayed visibility":
+            return names[:-1]
+        return [name for name in names if not self.state.still_hidden(self.path / name)]
+
+    def write(self, name, blocks):
+        blocks = iter(blocks)
+        try:
+            kind = self._check_write(name)
+        except OSError:  # half of it is there when the disk refuses
+            super().write(name, _half(blocks))
+            raise
+        change = {"short write": _half, "altered write": _altered}.get(kind or "", iter)
+        super().write(name, change(blocks))
+        for _ in blocks:  # whoever hashes what he writes has written all of it, he thinks
+            pass
+
+    def write_tensors(self, name, tensors, metadata):
+        path = self.path / name
+        try:
+            kind = self._check_write(name)
+        except OSError:
+            super().write_tensors(name, tensors, metadata)
+            os.truncate(path, path.stat().st_size // 2)
+            raise
+        super().write_tensors(name, tensors, metadata)
+        if kind == "short write":
+            os.truncate(path, path.stat().st_size // 2)
+
+    def _check_write(self, name):
+        kind = self.state.check("write", self.path / name)
+        if kind == "vanished folder":
+            for file in self.path.iterdir():
+                file.unlink()
+            self.path.rmdir()
+        if kind == "delayed visibility":
+            self.state.hidden[self.path / name] = 3
+        return kind
+
+    def sync(self, name):
+        self.state.check("sync", self.path / name)
+        super().sync(name)
+
+    def read(self, name):
+        self.state.check("read", self.path / name)
+        if self.state.still_hidden(self.path / name):
+            raise FileNotFoundError(errno.ENOENT, "not there yet", name)
+        return super().read(name)
+
+    def size(self, name):
+        self.state.check("size", self.path / name)
+        return super().size(name)
+
+    def rename(self, old, new):
+        kind = self.state.check("rename", self.path / new)
+        if kind == "torn rename":  # gone, or half of it there
+            data = (self.path / old).read_bytes()
+            (self.path / new).write_bytes(data[: len(data) // 2])
+            (self.path / old).unlink()
+        else:
+            super().rename(old, new)
+
+    def remove(self, name):
+        self.state.check("remove", self.path / name)
+        super().remove(name)
+
+
 @contextlib.contextmanager
 def inject(where: Path, *faults: Fault) -> Iterator[Injection]:
     """Let operations on files below `where` fail as `faults` say."""
-    state = Injection(where, faults)
+    injection = Injection(where, faults)
     plain_replace = bit.write_atomically
 
-    class FaultyFolder(bit.Folder):
-        def names(self):
-            kind = state.check("names", self.path)
-            names = super().names()
-            if kind == "delayed visibility":
-                return names[:-1]
-            return [name for name in names if not state.still_hidden(self.path / name)]
-
-        def write(self, name, blocks):
-            path = self.path / name
-            blocks = iter(blocks)
-            try:
-                kind = state.check("write", path)
-            except OSError:  # half of it is there when the disk refuses
-                super().write(name, _half(blocks))
-                raise
-            if kind == "vanished folder":
-                for file in self.path.iterdir():
-                    file.unlink()
-                self.path.rmdir()
-            change = {"short write": _half, "altered write": _altered}.get(kind or "", iter)
-            super().write(name, change(blocks))
-            for _ in blocks:  # whoever hashes what he writes has written all of it, he thinks
-                pass
-            if kind == "delayed visibility":
-                state.hidden[path] = 3
-
-        def write_tensors(self, name, tensors, metadata):
-            path = self.path / name
-            try:
-                kind = state.check("write", path)
-            except OSError:
-                super().write_tensors(name, tensors, metadata)
-                os.truncate(path, path.stat().st_size // 2)
-                raise
-            if kind == "vanished folder":
-                for file in self.path.iterdir():
-                    file.unlink()
-                self.path.rmdir()
-            super().write_tensors(name, tensors, metadata)
-            if kind == "short write":
-                os.truncate(path, path.stat().st_size // 2)
-            if kind == "delayed visibility":
-                state.hidden[path] = 3
-
-        def sync(self, name):
-            state.check("sync", self.path / name)
-            super().sync(name)
-
-        def read(self, name):
-            state.check("read", self.path / name)
-            if state.still_hidden(self.path / name):
-                raise FileNotFoundError(errno.ENOENT, "not there yet", name)
-            return super().read(name)
-
-        def size(self, name):
-            state.check("size", self.path / name)
-            return super().size(name)
-
-        def rename(self, old, new):
-            if state.check("rename", self.path / new) == "torn rename":  # gone, or half of it there
-                data = (self.path / old).read_bytes()
-                (self.path / new).write_bytes(data[: len(data) // 2])
-                (self.path / old).unlink()
-            else:
-                super().rename(old, new)
-
-        def remove(self, name):
-            state.check("remove", self.path / name)
-            super().remove(name)
+    class Folder(FaultyFolder):
+        state = injection
 
     def replace(path, data):
-        kind = state.check("replace", path)
+        kind = injection.check("replace", path)
         plain_replace(path, data[: len(data) // 2] if kind == "torn rename" else data)
 
     with (
-        mock.patch.object(bit, "Folder", FaultyFolder),
-        mock.patch.object(mirror, "Folder", FaultyFolder),
+        mock.patch.object(bit, "Folder", Folder),
+        mock.patch.object(mirror, "Folder", Folder),
         mock.patch.object(bit, "write_atomically", replace),
     ):
-        yield state
+        yield injection
 
 
 def matrix(calls: Counter[str], most: int = 99) -> Iterator[Fault]:
