@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import bitllm_core as bit
@@ -32,7 +31,7 @@ ERRORS = {
     "EACCES": errno.EACCES,  # permission denied, read-only
 }
 SILENT = ("short write", "torn rename", "delayed visibility", "vanished folder")
-OPERATIONS = ("names", "write", "sync", "read", "size", "remove", "rename", "replace")
+OPERATIONS = ("names", "write", "read", "size", "remove", "rename", "replace")
 
 
 @dataclass
@@ -83,19 +82,17 @@ class Injection:
         return True
 
 
-def _half(blocks: Iterator[Any]) -> Iterator[Any]:
-    first = next(iter(blocks))
-    yield first[: max(len(first) // 2, 1)]
+def _halve(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
 
 
-def _altered(blocks: Iterator[Any]) -> Iterator[Any]:
-    first = bytearray(next(blocks))
-    first[-1] ^= 1  # as long as before, and parses as before
-    yield bytes(first)
-    yield from blocks
+def _alter(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1  # as long as before
+    path.write_bytes(data)
 
 
-class FaultyFolder(bit.Folder):
+class FaultyFolder(mirror.Folder):
     """A folder whose operations fail as `state` decides, which `inject` sets in a subclass."""
 
     state: Injection
@@ -107,43 +104,25 @@ class FaultyFolder(bit.Folder):
             return names[:-1]
         return [name for name in names if not self.state.still_hidden(self.path / name)]
 
-    def write(self, name, blocks):
-        blocks = iter(blocks)
-        try:
-            kind = self._check_write(name)
-        except OSError:  # half of it is there when the disk refuses
-            super().write(name, _half(blocks))
-            raise
-        change = {"short write": _half, "altered write": _altered}.get(kind or "", iter)
-        super().write(name, change(blocks))
-        for _ in blocks:  # whoever hashes what he writes has written all of it, he thinks
-            pass
+    def write(self, name, fill):
+        def faulty(path):
+            try:
+                kind = self.state.check("write", path)
+            except OSError:  # half of it is there when the disk refuses
+                fill(path)
+                _halve(path)
+                raise
+            if kind == "vanished folder":
+                for file in self.path.iterdir():
+                    file.unlink()
+                self.path.rmdir()
+            fill(path)
+            if kind in ("short write", "altered write"):
+                (_halve if kind == "short write" else _alter)(path)
+            if kind == "delayed visibility":
+                self.state.hidden[path] = 3
 
-    def write_tensors(self, name, tensors, metadata):
-        path = self.path / name
-        try:
-            kind = self._check_write(name)
-        except OSError:
-            super().write_tensors(name, tensors, metadata)
-            os.truncate(path, path.stat().st_size // 2)
-            raise
-        super().write_tensors(name, tensors, metadata)
-        if kind == "short write":
-            os.truncate(path, path.stat().st_size // 2)
-
-    def _check_write(self, name):
-        kind = self.state.check("write", self.path / name)
-        if kind == "vanished folder":
-            for file in self.path.iterdir():
-                file.unlink()
-            self.path.rmdir()
-        if kind == "delayed visibility":
-            self.state.hidden[self.path / name] = 3
-        return kind
-
-    def sync(self, name):
-        self.state.check("sync", self.path / name)
-        super().sync(name)
+        super().write(name, faulty)
 
     def read(self, name):
         self.state.check("read", self.path / name)
@@ -173,10 +152,14 @@ class FaultyFolder(bit.Folder):
 def inject(where: Path, *faults: Fault) -> Iterator[Injection]:
     """Let operations on files below `where` fail as `faults` say."""
     injection = Injection(where, faults)
-    plain_replace = bit.write_atomically
+    plain_hash, plain_replace = bit.file_hash, bit.write_atomically
 
     class Folder(FaultyFolder):
         state = injection
+
+    def file_hash(path):
+        injection.check("read", path)
+        return plain_hash(path)
 
     def replace(path, data):
         kind = injection.check("replace", path)
@@ -186,6 +169,7 @@ def inject(where: Path, *faults: Fault) -> Iterator[Injection]:
         mock.patch.object(bit, "Folder", Folder),
         mock.patch.object(mirror, "Folder", Folder),
         mock.patch.object(bit, "write_atomically", replace),
+        mock.patch.object(bit, "file_hash", file_hash),
     ):
         yield injection
 
