@@ -2918,155 +2918,101 @@ def train(
 # Every field of a configuration is a flag. The package's bitllm/cli.py adds commands and help.
 
 
-def _parse_bool(text: str) -> bool:
-    yes, no = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
-    if text.lower() not in yes + no:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected true or false")
-    return text.lower() in yes
+def true_or_false(text: str) -> bool:
+    return ("false", "0", "no", "off", "true", "1", "yes", "on").index(text.lower()) >= 4
 
 
-def add_fields(parser: argparse.ArgumentParser, config: type) -> None:
-    """One flag per field, without a default: what is not given is not in the namespace."""
-    group = parser.add_argument_group(config.__name__)
-    for item in fields(config):
-        kind = str(item.type).split(" | ")[0]
-        options: dict[str, Any] = {"type": {"int": int, "float": float}.get(kind, str)}
-        if kind == "bool":
-            options = {"type": _parse_bool, "nargs": "?", "const": True}
-        flag = "--" + item.name.replace("_", "-")
-        group.add_argument(flag, default=argparse.SUPPRESS, metavar=kind.upper(), **options)
+def add_command(commands: Any, name: str, run: Any, flags: dict[str, Any], *configs: type) -> Any:
+    """Add a command: `flags` with their options, and a flag for every field of `configs`."""
+    command = commands.add_parser(name, help=run.__doc__, usage="%(prog)s [--FLAG VALUE] ...")
+    command.set_defaults(run=run)
+    for flag, options in flags.items():
+        command.add_argument(flag, **options)
+    for config in configs:
+        group = command.add_argument_group(config.__name__)
+        for item in fields(config):
+            kind = str(item.type).split(" | ")[0]
+            options = {"type": {"int": int, "float": float, "bool": true_or_false}.get(kind, str)}
+            options |= {"nargs": "?", "const": True} if kind == "bool" else {}
+            flag = "--" + item.name.replace("_", "-")
+            group.add_argument(flag, default=argparse.SUPPRESS, metavar=kind.upper(), **options)
+    return command
 
 
-def from_flags(config: type, flags: argparse.Namespace, base: Any = None) -> Any:
-    given = {f.name: getattr(flags, f.name) for f in fields(config) if hasattr(flags, f.name)}
-    return config(**given) if base is None else dataclasses.replace(base, **given)
-
-
-class _Parser(argparse.ArgumentParser):
-    """One line for a wrong flag, and exit 2."""
-
-    def error(self, message: str) -> Any:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-def command_parser(prog: str = "bitllm_core.py") -> tuple[argparse.ArgumentParser, Any]:
-    """The parser, and what further commands are added to."""
-    parser = _Parser(prog=prog, description="Train and use ternary language models.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    command = commands.add_parser("train", help="train, or resume a run")
-    command.add_argument("--preset", help=f"settings to begin from: {', '.join(PRESETS)}")
-    command.add_argument("--out", required=True, metavar="DIR", help="run folder")
-    command.add_argument("--resume", default="auto", help="auto, never or must")
-    command.add_argument("--mirror", metavar="DIR", help="second folder for the checkpoints")
-    for config in (ModelConfig, DataConfig, TrainConfig):
-        add_fields(command, config)
-    command.set_defaults(run=train_command)
-
-    command = commands.add_parser("generate", help="write text")
-    add_model_flags(command)
-    command.add_argument("--prompt", default="", help="beginning of the text")
-    add_fields(command, SamplingConfig)
-    command.set_defaults(run=generate_command)
-
-    command = commands.add_parser("evaluate", help="loss on a text, as one JSON object")
-    add_model_flags(command)
-    command.add_argument("--data", required=True, metavar="SOURCE", help="file, folder or name")
-    command.add_argument("--text-column", help="column of .jsonl, .parquet or hub rows")
-    command.add_argument("--stride", type=int, help="tokens the context moves; default: all of it")
-    command.add_argument("--dtype", default="float32", help="auto, float32, bfloat16, float16")
-    command.set_defaults(run=_evaluate_command)
-    return parser, commands
-
-
-def add_model_flags(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", required=True, metavar="PATH", help="run, export or seed .pth")
-    command.add_argument("--checkpoint", default="last", help="last, best or a step")
-
-
-def checkpoint_flag(flags: argparse.Namespace) -> str | int:
-    return int(flags.checkpoint) if flags.checkpoint.isdigit() else flags.checkpoint
-
-
-def preset(name: str) -> tuple[ModelConfig, DataConfig, TrainConfig]:
-    require(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
-def _configs_from_flags(flags: argparse.Namespace) -> list[Any]:
-    """The preset's, or the run's own where no preset is named, with the flags laid over."""
-    kinds = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
-    bases = preset("demo" if flags.preset is None else flags.preset)
-    for place in map(Path, filter(None, [flags.out, flags.mirror])) if not flags.preset else ():
-        saved = None
-        if (place / "config.json").is_file():
-            with contextlib.suppress(ValueError):  # train reports it
-                saved = read_run_config(place)
-        elif found := newest_checkpoint(place / "checkpoints"):
-            saved = checked_settings(found.get("config"), place / "checkpoints")
-        if saved:
-            bases = [kind(**saved[part]) for part, kind in kinds.items()]
-            break
-    return [from_flags(kind, flags, base) for kind, base in zip(kinds.values(), bases, strict=True)]
+def from_flags(base: Any, flags: argparse.Namespace) -> Any:
+    """The configuration `base` with the fields that were given as flags."""
+    return dataclasses.replace(base, **{k: v for k, v in vars(flags).items() if k in vars(base)})
 
 
 def train_command(flags: argparse.Namespace, callbacks: Sequence[Callback] = ()) -> int:
-    out, more = Path(flags.out), {"resume": flags.resume, "mirror": flags.mirror}
-    model, data, config = _configs_from_flags(flags)
-    state = train(model, data, config, out, callbacks=[ProgressBar(), *callbacks], **more)
+    """train, or resume a run"""
+    configs: Sequence[Any] = PRESETS[flags.preset or "demo"]
+    for place in map(Path, filter(None, [] if flags.preset else [flags.mirror, flags.out])):
+        saved = read_json(place / "config.json")
+        saved = saved or (newest_checkpoint(place / "checkpoints") or {}).get("config")
+        if saved:  # without a preset, the run's own settings are meant
+            parts = checked_settings(saved, place).values()
+            configs = [type(base)(**part) for base, part in zip(configs, parts, strict=True)]
+    model, data, config = (from_flags(base, flags) for base in configs)
+    more = {"resume": flags.resume, "mirror": flags.mirror}
+    state = train(model, data, config, flags.out, callbacks=[ProgressBar(), *callbacks], **more)
     if state.stop_signal:
-        log.info(f"stopped at step {state.step} of {config.max_steps}; saved in {out}")
+        log.info(f"stopped at step {state.step} of {config.max_steps}; saved in {flags.out}")
         return 128 + state.stop_signal
     if not state.processes.is_main:
         return 0
-    net, tokenizer = load_model(out, "best" if state.out_of_patience else "last")
-    text = generate(net, tokenizer, config.sample_prompt, SamplingConfig(120, seed=0))
-    speed = state.tokens / state.train_seconds if state.train_seconds else 0
+    which, prompt = "best" if state.out_of_patience else "last", config.sample_prompt
+    text = generate(*load_model(flags.out, which), prompt, SamplingConfig(120, seed=0))
     print(
-        f"\n{config.sample_prompt}{text}\n\n"
-        f"complete: {state.step} steps, {state.tokens:,} tokens, {speed:,.0f} tokens/s\n"
-        f"last training loss {state.loss:.4f}, {state.skipped} steps skipped\n"
-        f"validation loss {state.val_loss:.4f}, perplexity {safe_exp(state.val_loss):.1f} "
-        f"(a uniform guess: {math.log(model.vocab_size):.4f}, {model.vocab_size})\n"
-        f"checkpoint: {list_checkpoints(out / 'checkpoints')[-1]}"
+        f"\n{prompt}{text}\n\n"
+        f"complete: {state.step} steps ({state.skipped} skipped), {state.tokens:,} tokens, "
+        f"{state.tokens / (state.train_seconds or math.inf):,.0f} tokens/s\n"
+        f"training loss {state.loss:.4f}, validation loss {state.val_loss:.4f}, perplexity "
+        f"{safe_exp(state.val_loss):.1f} (a uniform guess: {model.vocab_size})\n"
+        f"best validation loss {state.best_val_loss:.4f} at step {state.best_step}\n"
+        f"the text above: --model {flags.out} --checkpoint {which}"
     )
-    if state.out_of_patience:
-        print(
-            f"ended early: {config.patience} evaluations without a better validation loss; the "
-            f"text above is from the best checkpoint, {state.best_val_loss:.4f} at step "
-            f"{state.best_step} (--checkpoint best)"
-        )
     return 0
 
 
-def generate_command(flags: argparse.Namespace) -> int:
-    sampling = from_flags(SamplingConfig, flags)
-    model, tokenizer = load_model(flags.model, checkpoint_flag(flags))
-    print_text(flags.prompt, stream(model, tokenizer, flags.prompt, sampling))
-    return 0
-
-
-def print_text(prompt: str, pieces: Iterable[str]) -> None:
-    for piece in itertools.chain([prompt], pieces):
+def generate_command(flags: argparse.Namespace) -> None:
+    """write text"""
+    sampling = from_flags(SamplingConfig(), flags)
+    pieces = stream(*load_model(flags.model, flags.checkpoint), flags.prompt, sampling)
+    for piece in itertools.chain([flags.prompt], pieces, ["\n"]):
         print(piece, end="", flush=True)
-    print()
 
 
-def _evaluate_command(flags: argparse.Namespace) -> int:
-    TrainConfig(dtype=flags.dtype)  # checks it
-    model, tokenizer = load_model(flags.model, checkpoint_flag(flags))
-    device = choose_device("auto", flags.dtype)
-    options = {"text_column": flags.text_column, "stride": flags.stride, "device": device}
-    print(json.dumps(evaluate(model, tokenizer, flags.data, **options)))
-    return 0
+def evaluate_command(flags: argparse.Namespace) -> None:
+    """print the loss on a text, as one JSON object"""
+    options = {"text_column": flags.text_column, "stride": flags.stride}
+    options["device"] = choose_device(dtype=TrainConfig(dtype=flags.dtype).dtype)
+    print(json.dumps(evaluate(*load_model(flags.model, flags.checkpoint), flags.data, **options)))
 
 
-def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
+def command_parser(kind: Any = argparse.ArgumentParser) -> tuple[Any, Any]:
+    """A parser of this file's commands, and what further ones are added to."""
+    parser = kind(usage="%(prog)s COMMAND ... (export, plan, info, bench need the bitllm package)")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", prog=parser.prog)
+    flags: dict[str, Any] = {"--out": {"required": True}, "--resume": {"default": "auto"}}
+    flags |= {"--preset": {"choices": [*PRESETS]}, "--mirror": {}}
+    add_command(commands, "train", train_command, flags, ModelConfig, DataConfig, TrainConfig)
+    step = {"default": "last", "type": lambda name: int(name) if name.isdecimal() else name}
+    model = {"--model": {"required": True}, "--checkpoint": step}
+    flags = {**model, "--prompt": {"default": ""}}
+    add_command(commands, "generate", generate_command, flags, SamplingConfig)
+    flags = {**model, "--data": {"required": True}, "--text-column": {}, "--stride": {"type": int}}
+    flags |= {"--dtype": {"default": "float32"}}
+    add_command(commands, "evaluate", evaluate_command, flags)
+    return parser, commands
+
+
+def main(arguments: Sequence[str] | None = None, parser: Any = None) -> int:
     """Run a command; returns the exit status: 2 for a user's mistake, 130 after Ctrl-C."""
-    flags = parser.parse_args(arguments)
+    flags = (parser or command_parser()[0]).parse_args(arguments)
     log_to(sys.stderr)
     try:
-        return flags.run(flags)
+        return flags.run(flags) or 0
     except KeyboardInterrupt:
         log.error("stopped at once; nothing after the last checkpoint was saved")
         return 130
@@ -3075,17 +3021,7 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
         return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line: that of the package where it is there."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        return extension("cli", " ".join(arguments[:1])).main(arguments)
-    except ImportError as error:
-        if arguments[:1] and arguments[0] in ("export", "plan", "bench", "info"):
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-    return run_command(command_parser()[0], arguments)
-
-
 if __name__ == "__main__":
+    with contextlib.suppress(ImportError):  # this file alone
+        sys.exit(extension("cli", "").main())
     sys.exit(main())
