@@ -1485,10 +1485,7 @@ def generate(
 
 
 class Processes:
-    """The processes that train one model together; here, this one alone.
-
-    `bitllm.distributed` subclasses it for torchrun and FSDP. All call its methods in one order.
-    """
+    """The processes that train one model, which call its methods in one order; here, one alone."""
 
     rank, world_size, is_main = 0, 1, True  # the main one writes the run folder, calls callbacks
     sharded = False  # whether each holds only a part of every parameter (FSDP)
@@ -1506,6 +1503,7 @@ class Processes:
 
     gather = broadcast  # to the main one: tensors by name, of which each has its own
     whole = broadcast  # to the main one: whole, of which each has all or a part of every one
+    whole_model = broadcast  # to the main one: a model that can generate by itself
 
     def run_on_main(self, work: Callable[[], Any]) -> Any:
         return work()  # None in the others, which wait for it
@@ -1522,9 +1520,6 @@ class Processes:
 
     def build_model(self, config: ModelConfig, seed: int, device: torch.device) -> BitLM:
         return BitLM(config, seed).to(device)
-
-    def whole_model(self, model: BitLM) -> BitLM | None:
-        return model  # in the main one: ready to generate by itself
 
     def make_optimizers(self, model: BitLM, config: TrainConfig) -> list[Any]:
         return make_optimizers(model, config)
@@ -1594,7 +1589,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, **options})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
+        """Update the parameters that have a gradient, which is used up."""
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             for shape in dict.fromkeys(weight.shape for weight in weights):
@@ -1607,21 +1603,18 @@ class Muon(torch.optim.Optimizer):
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-        gradients = self.local([weight.grad for weight in weights])
-        means = self.local([self.state[weight]["momentum_buffer"] for weight in weights])
-        torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
-        mixed = torch.stack(torch._foreach_lerp(gradients, means, group["momentum"]))  # Nesterov
-        updates = self.orthogonal(mixed, weights, group["ns_steps"]).to(mixed.dtype)
+        gradients = [weight.grad for weight in weights]
+        means = [self.state[weight]["momentum_buffer"] for weight in weights]
+        ops: Any = torch  # its _foreach functions have no types
+        ops._foreach_lerp_(means, gradients, 1 - group["momentum"])
+        ops._foreach_lerp_(gradients, means, group["momentum"])  # Nesterov's look ahead
         rows, columns = weights[0].shape
         rate = group["lr"] * math.sqrt(max(1, rows / columns))
-        torch._foreach_mul_(self.local(weights), 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(self.local(weights), updates.unbind(), alpha=-rate)
+        ops._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        ops._foreach_add_(weights, self.updates(gradients, group["ns_steps"]), alpha=-rate)
 
-    def local(self, tensors: list[Any]) -> list[Tensor]:
-        return tensors  # where they are sharded, what this process holds
-
-    def orthogonal(self, mixed: Tensor, weights: list[Any], steps: int) -> Tensor:
-        return orthogonalize(mixed, steps)
+    def updates(self, directions: list[Any], steps: int) -> Sequence[Any]:
+        return orthogonalize(torch.stack(directions), steps).to(directions[0].dtype).unbind()
 
 
 def parameters_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[Tensor]:
@@ -1634,11 +1627,10 @@ def make_optimizers(model: BitLM, config: TrainConfig, muon: Any = Muon) -> list
 
     Only matrices are decayed. Each group's peak rate is its `initial_lr`.
     """
-    matrices = [m.weight for n, m in model.bit_linears().items() if n != "lm_head"]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
+    matrices = {f"{n}.weight": m.weight for n, m in model.bit_linears().items() if n != "lm_head"}
+    others = [p for name, p in model.named_parameters() if name not in matrices]
     first, second = ({"lr": rate, "initial_lr": rate} for rate in peak_rates(model.config, config))
-    decayed = {"params": matrices, "weight_decay": config.weight_decay, **first}
+    decayed = {"params": list(matrices.values()), "weight_decay": config.weight_decay, **first}
     rest = {"params": others, "weight_decay": 0.0, **second}
     adamw = partial(torch.optim.AdamW, betas=(config.adam_beta1, config.adam_beta2), fused=True)
     if config.optimizer == "adamw":
@@ -1656,11 +1648,8 @@ def apply_gradients(
 ) -> tuple[float, float]:
     """One optimizer step, on gradients that are the same in all processes; rates times `factor`.
 
-    Clips AdamW's gradients; Muon's step does not depend on their norm. Nothing changes where a
-    gradient is not finite: GradScaler.step would let one optimizer step and skip the other.
-
-    Returns:
-        the loss and the norm of all gradients, which is not finite where the step was skipped.
+    AdamW's are clipped; Muon's step does not depend on their norm. Returns the loss and the norm of
+    all; where that is not finite, nothing changes, of which GradScaler.step takes no care.
     """
     processes, norms = processes or Processes(), []
     for optimizer in optimizers:
@@ -1689,14 +1678,11 @@ def apply_gradients(
 
 FORMAT_VERSION = 3  # 2, which also held the lines of metrics.jsonl, can be read too
 PART = ".part"  # suffix of a file that is not finished
-_NAME = re.compile(r"(step|epoch|best)_(\d{8,})(\.safetensors|\.safetensors\.part|\.json)")
+_NAME = re.compile(r"(step|epoch|best)_\d{8,}\.(safetensors(\.part)?|json)")
 
 
 class Folder:
-    """A folder of checkpoints through the few operations that a disk or Google Drive may refuse.
-
-    Each raises OSError where the file system does. Tests let them fail (tests/faults.py).
-    """
+    """A folder, through the few operations that a disk or Drive may refuse (tests/faults.py)."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -1728,12 +1714,6 @@ class Folder:
     def remove(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)
 
-    def digest(self, name: str) -> str:
-        """sha256 of a file of this folder: a link out of it is refused."""
-        if (self.path / name).is_symlink():
-            raise OSError(errno.EINVAL, "not a regular file", str(self.path / name))
-        return file_hash(self.path / name)
-
 
 def snapshot(contents: dict[str, Any]) -> tuple[str, dict[str, Tensor]]:
     """Contents as JSON, with numbers in place of the tensors, and copies of those."""
@@ -1764,7 +1744,9 @@ def write_snapshot(folder: Folder, name: str, tree: str, tensors: dict[str, Tens
     except SafetensorError as error:
         raise OSError(errno.EIO, first_line(error), str(folder.path / part)) from error
     manifest = {"name": name, "format_version": FORMAT_VERSION, "step": checkpoint_step(name)}
-    publish(folder, {**manifest, "size": folder.size(part), "sha256": folder.digest(part)})
+    publish(
+        folder, {**manifest, "size": folder.size(part), "sha256": file_hash(folder.path / part)}
+    )
     return folder.path / name
 
 
@@ -1780,11 +1762,7 @@ def publish(folder: Folder, manifest: dict[str, Any]) -> None:
 
 
 def save_checkpoint(folder: str | Path, contents: dict[str, Any], kind: str = "step") -> Path:
-    """Write tensors and what JSON can hold, in dictionaries and lists, with at least `step`.
-
-    The name begins with `kind`: step, epoch or best. OSError: the disk refused, and what was in
-    the folder, which is created if need be, is as before.
-    """
+    """Write a checkpoint: tensors and what JSON can hold, with its `step`. Kinds: epoch, best."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     name = f"{kind}_{contents['step']:08d}.safetensors"
     return write_snapshot(Folder(folder), name, *snapshot(contents))
@@ -1801,36 +1779,29 @@ def read_manifest(folder: Folder, name: str) -> dict[str, Any]:
     return manifest
 
 
-def load_checkpoint(
-    path: str | Path, checkpoint: str | int = "last", mapped: bool = False
-) -> dict[str, Any]:
-    """Read a checkpoint as data: nothing in it is executed, all tensors on the CPU.
+def load_checkpoint(path: str | Path, checkpoint: str | int = "last", mapped: bool = False) -> dict:
+    """Read a checkpoint as data, to the CPU; ValueError: damaged, or not a checkpoint.
 
     Args:
         path: a checkpoint file, its manifest beside it; or a run folder.
         checkpoint: of a run folder: "last", "best" (lowest validation loss) or a kept step.
         mapped: leave a file's tensors in it; it must not change while they are used.
-
-    Raises FileNotFoundError, or ValueError: incomplete, damaged, or not a checkpoint.
     """
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
     if not path.is_file():
-        if checkpoint in ("last", "best"):
-            found = newest_checkpoint(
-                path / "checkpoints", "best" if checkpoint == "best" else "step"
-            )
-        else:  # best, epoch or step
-            paths = sorted(path.glob(f"checkpoints/*_{checkpoint:08}.safetensors"))
+        folder = path / "checkpoints"
+        if isinstance(checkpoint, int):
+            paths = sorted(folder.glob(f"*_{checkpoint:08}.safetensors"))  # best, epoch, step
             found = load_checkpoint(paths[-1]) if paths else None
+        else:
+            found = newest_checkpoint(folder, {"last": "step"}.get(checkpoint, checkpoint))
         if found is None:
-            why = f"not a run folder, or no whole checkpoint ({checkpoint}) in it"
-            raise FileNotFoundError(f"{path}: {why}; train first")
+            raise FileNotFoundError(f"{path}: not a run folder, or no whole checkpoint in it yet")
         return found
-    folder, name = Folder(path.parent), path.name
-    manifest = read_manifest(folder, name)
-    if folder.digest(name) != manifest["sha256"]:
+    manifest = read_manifest(Folder(path.parent), path.name)
+    if file_hash(path) != manifest["sha256"]:
         raise ValueError(f"{path}: damaged (its sha256 differs from its manifest's)")
     try:
         with safe_open(path, framework="pt") as file:
@@ -1857,9 +1828,8 @@ def checkpoint_step(path: str | Path) -> int:
 def list_checkpoints(folder: str | Path | Folder, kind: str = "step") -> list[Path]:
     """Checkpoint files by step, newest last, whole or not."""
     folder = folder if isinstance(folder, Folder) else Folder(folder)
-    matches = [match for name in folder.names() if (match := _NAME.fullmatch(name))]
-    ours = [m[0] for m in matches if m[1] == kind and m[3] == ".safetensors"]
-    return [folder.path / name for name in sorted(ours, key=checkpoint_step)]
+    names = [n for n in folder.names() if re.fullmatch(rf"{kind}_\d{{8,}}\.safetensors", n)]
+    return [folder.path / name for name in sorted(names, key=checkpoint_step)]
 
 
 def newest_checkpoint(folder: str | Path, kind: str = "step") -> dict[str, Any] | None:
@@ -1896,9 +1866,9 @@ def prune_checkpoints(folder: Folder, keep: int, kind: str = "step", spare: str 
 def remove_unfinished(folder: Folder) -> None:
     """Delete what an earlier session began to write and did not finish."""
     names = folder.names()
-    for match in (match for name in names if (match := _NAME.fullmatch(name))):
-        if match[3].endswith(PART) or f"{match[1]}_{match[2]}.safetensors" not in names:
-            folder.remove(match[0])
+    for name in filter(_NAME.fullmatch, names):
+        if name.endswith(PART) or f"{Path(name).stem}.safetensors" not in names:
+            folder.remove(name)
 
 
 def checked_settings(values: Any, path: Path) -> dict[str, Any]:
@@ -1945,14 +1915,12 @@ def load_run(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM, A
 
 
 def load_model(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM, Any]:
-    """A model ready to generate, and its tokenizer.
+    """A model ready to generate, and its tokenizer; nothing in the files is executed.
 
     Args:
         path: a run folder or a mirror of one; a checkpoint; a packed file or Hugging Face folder
             that bitllm exported; a seed script's .pth file, its tokenizer.json beside it.
         checkpoint: of a run folder: "last", "best" (lowest validation loss) or a kept step.
-
-    Raises FileNotFoundError or ValueError; nothing in the files is executed.
     """
     path = Path(path)
     packed = path.suffix in (".safetensors", ".gguf") and not _NAME.fullmatch(path.name)
@@ -1975,8 +1943,7 @@ class Device:
 
     def autocast(self) -> Any:
         """Matrix products in `dtype`, all else in float32."""
-        reduced = self.dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=reduced)
+        return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
 
     def scaler(self) -> torch.amp.GradScaler:
         """Loss scaling, which only float16's narrow range needs."""
@@ -1987,10 +1954,7 @@ class Device:
 
 
 def choose_device(device: str = "auto", dtype: str = "auto") -> Device:
-    """CUDA, MPS or CPU; bfloat16 where the hardware has it, float16 on older GPUs, else float32.
-
-    Raises ValueError for a device that this machine does not have.
-    """
+    """CUDA, MPS or CPU (ValueError: not here); bfloat16 in hardware, else float16 or float32."""
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     there.append("cpu")
     device = there[0] if device == "auto" else device
@@ -2034,23 +1998,20 @@ def total_loss(
 ) -> float:
     """Nats of `tokens`, each predicted once, `first` standing before them; not per token.
 
-    The text is cut into windows of the context length, and a token sees what is before it in its
-    window. With `stride`, a window ends every `stride` tokens and counts what the one before did
-    not, so each token sees at least context - stride others: context / stride times the work.
+    A window of the context length begins every `stride` tokens, by default every context, and
+    counts what the one before did not: with at least context - stride tokens before each.
     """
-    context, processes = model.config.max_position_embeddings, processes or Processes()
-    total, ends = 0.0, [*range(context, len(tokens), stride or context), len(tokens)]
-    spans = zip([0, *ends], ends, strict=False)  # of the tokens that each window counts
-    windows = torch.tensor([(max(b - context, 0) if stride else a, a, b) for a, b in spans])
+    context, last = model.config.max_position_embeddings, len(tokens) - 1
+    stride, processes, total = stride or context, processes or Processes(), 0.0
+    starts = torch.arange(0, max(len(tokens) - context, 0) + stride, stride)
+    t = torch.arange(min(context, len(tokens)))
     with model.hold_weights(device.dtype), device.autocast():
-        for part, _ in processes.micro_batches(windows, windows, batch_size):
-            x = torch.zeros(len(part), min(context, len(tokens)), dtype=torch.int64)
-            y = torch.full_like(x, -100)  # which the loss ignores
-            for row, (start, counted, end) in enumerate(part.tolist()):
-                text = torch.from_numpy(tokens[max(start - 1, 0) : end].astype(np.int64))
-                text = text if start else F.pad(text, (1, 0), value=first)
-                x[row, : end - start] = text[:-1]
-                y[row, counted - start : end - start] = text[1 + counted - start :]
+        for _, start in processes.micro_batches(starts, starts[:, None], batch_size):
+            at = start + t  # (B, T), the places of the targets in the text
+            x, y = (torch.from_numpy(tokens.take(i, mode="clip")).long() for i in (at - 1, at))
+            x[at == 0] = first
+            counted = (t < context - stride) & (start > 0)  # by the window before
+            y[counted | (at > last) | (start < 0)] = -100  # a start of -100 is a filler of FSDP's
             total += model.loss(x.to(device.device), y.to(device.device)).item()
     return processes.all_reduce_sum([total])[0]
 
@@ -2065,32 +2026,27 @@ def evaluate(
     batch_size: int = 16,
     device: Device | None = None,
 ) -> dict[str, float]:
-    """How well the model predicts every token of a text (of a folder, the training files).
-
-    Args:
-        data: a source as `DataConfig.data`.
-        stride: tokens that the context moves; default: the whole context, which is fastest.
+    """How well the model predicts `data`, named as in `DataConfig`; `stride`: see `total_loss`.
 
     Returns:
-        loss: nats per token. perplexity: exp(loss). bits_per_byte: bits per byte of UTF-8 text.
-        word_perplexity: exp(nats / words), where words are white-space words and line ends, so
-        models with different vocabularies compare. tokens, words, bytes: the counts.
+        loss: nats per token. perplexity: exp(loss). bits_per_byte: of the text in UTF-8.
+        word_perplexity: exp(nats / words), comparable between vocabularies; line ends are words.
+        tokens, words, bytes: how many there are.
 
     Raises:
         ValueError, FileNotFoundError, ConnectionError: as `read_pieces`; or no text in it.
     """
     device, context = device or choose_device(), model.config.max_position_embeddings
-    fits = stride is None or 1 <= stride <= context
-    require(fits, "stride", stride, f"1 to {context} tokens, the context of this model")
+    require(stride is None or 1 <= stride <= context, "stride", stride, f"1 to {context} tokens")
     eot, ids, words, size = end_of_text_id(tokenizer), [], 0, 0
     config = DataConfig(data=str(data), text_column=text_column)
-    for text, ends in read_pieces(str(data), "train", config):
+    for text, ends in read_pieces(config.data, "train", config):
         ids += encode(tokenizer, text) + ([eot] if ends and eot is not None else [])
         words += len(text.split()) + text.count("\n")
         size += len(text.encode("utf-8", "replace"))
-    ids = ids[:-1] if eot is not None and ids[-1:] == [eot] else ids  # only between documents
+    ids = ids[:-1] if ids[-1:] == [eot] else ids  # it stands between documents
     if not ids:
-        raise ValueError(f"data={str(data)!r}: no text in it to evaluate on")
+        raise ValueError(f"data={config.data!r}: no text in it to evaluate on")
     model.to(device.device)
     nats = total_loss(model, np.asarray(ids), eot or 0, device, batch_size, stride)
     return {
@@ -2130,7 +2086,7 @@ class TrainState:
     last_saved_step: int = 0  # of the newest checkpoint that is safe on the disk
     last_saved_at: float = 0.0  # time.time() of that; 0: not in this session
     save_seconds: float = 0.0  # that training waited for saving, in this session
-    mirror: Any = None  # the bitllm.mirror.Mirror, with its `status()`
+    mirror: Any = None  # a bitllm.mirror.Mirror
     # set by callbacks, buttons and signals, read after each step:
     stop_signal: int = 0  # save a checkpoint and end, as after this signal
     save_requested: bool = False  # save a checkpoint
@@ -2155,7 +2111,7 @@ class TrainState:
         return self.step >= self.config.max_steps or self.out_of_patience
 
     def state_dict(self) -> dict[str, Any]:
-        """All that an exact resume needs; complete in the main process, but all call it."""
+        """All that an exact resume needs: all processes call it, the main one has the whole."""
         names: Any = {parameter: name for name, parameter in self.model.named_parameters()}
         optimizers = []
         for optimizer in self.optimizers:
@@ -2164,26 +2120,19 @@ class TrainState:
             for (name, key), tensor in self.processes.gather(tensors).items():
                 state.setdefault(name, {})[key] = tensor
             optimizers.append({"state": state})
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         return {
             **{name: getattr(self, name) for name in self._SAVED},
             "model": self.processes.whole(self.model.state_dict()),
             "optimizers": optimizers,
             "scaler": self.scaler.state_dict(),
-            "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
+            "rng": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
             "trits": self.trits,
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned, possibly on another device.
-
-        Raises:
-            ValueError, KeyError, TypeError, RuntimeError: it is not of this model and optimizer.
-        """
+        """Take over what `state_dict` returned, on any device; an error where it does not fit."""
         for name in self._SAVED:
-            if not isinstance(saved[name], (int, float)):
-                raise TypeError(f"{name} is {saved[name]!r:.80}")
-            setattr(self, name, saved[name])
+            setattr(self, name, saved[name] + 0)  # TypeError: not a number
         scatter, own = self.processes.scatter, self.model.state_dict()
         self.model.load_state_dict({n: scatter(own[n], w) for n, w in saved["model"].items()})
         names: Any = {parameter: name for name, parameter in self.model.named_parameters()}
@@ -2195,52 +2144,43 @@ class TrainState:
                     raise ValueError(f"optimizer state of {names[parameter]} has another shape")
                 if tensors and self.processes.owns(parameter):
                     numbered[number] = {k: scatter(parameter, t) for k, t in tensors.items()}
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": numbered, "param_groups": groups})
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": numbered})
         if saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"]["torch"])
-        if torch.cuda.is_available() and len(saved["rng"]["cuda"]) == torch.cuda.device_count():
+        if len(saved["rng"]["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
-        for name, layer in self.model.bit_linears().items():
-            trits = saved["trits"].get(name)
-            if trits is not None and trits.shape != layer.weight.shape:
+        for name, trits in saved["trits"].items():
+            if trits.shape != own[f"{name}.weight"].shape:
                 raise ValueError(f"trits of {name} have shape {tuple(trits.shape)}")
         self.trits = dict(saved["trits"]) if self.processes.is_main else {}
 
 
 class Callback:
-    """Attached to `train`; override what is needed. To stop training, set state.stop_signal."""
+    """Attached to `train`; override what is needed. To stop training, set state.stop_signal.
 
-    def on_start(self, state: TrainState) -> None:
-        """Before the first step of this session."""
+    on_start: before the first step of this session.
+    on_step: after every step; `metrics` is the line just logged, if one was.
+    on_eval: after an evaluation.
+    on_sample: after a text was generated to look at.
+    on_checkpoint: after a checkpoint was written and verified.
+    on_mirror: between steps, when the status of the mirror has changed.
+    on_pause: ten times a second while `state.paused` keeps the loop from its next step.
+    on_end: after the last step of this session, whatever ended it.
+    """
 
-    def on_step(self, state: TrainState, metrics: dict[str, Any] | None) -> None:
-        """After every step; `metrics` is the line just logged, if one was."""
-
-    def on_eval(self, state: TrainState, metrics: dict[str, Any]) -> None:
-        """After an evaluation."""
-
-    def on_sample(self, state: TrainState, text: str) -> None:
-        """After a text was generated to look at."""
-
-    def on_checkpoint(self, state: TrainState, path: Path) -> None:
-        """After a checkpoint was written and verified."""
-
-    def on_mirror(self, state: TrainState, status: str) -> None:
-        """Between steps, when the status of the mirror has changed."""
-
-    def on_pause(self, state: TrainState) -> None:
-        """Ten times a second while `state.paused` keeps the loop from its next step."""
-
-    def on_end(self, state: TrainState) -> None:
-        """After the last step of this session, whatever ended it."""
+    def on_start(self, state: TrainState) -> None: ...
+    def on_step(self, state: TrainState, metrics: dict[str, Any] | None) -> None: ...
+    def on_eval(self, state: TrainState, metrics: dict[str, Any]) -> None: ...
+    def on_sample(self, state: TrainState, text: str) -> None: ...
+    def on_checkpoint(self, state: TrainState, path: Path) -> None: ...
+    def on_mirror(self, state: TrainState, status: str) -> None: ...
+    def on_pause(self, state: TrainState) -> None: ...
+    def on_end(self, state: TrainState) -> None: ...
 
 
 class ProgressBar(Callback):
     """tqdm on stderr: loss, tokens/s, time left; texts and evaluations above it."""
-
-    mirror_failing = False
 
     def on_start(self, state: TrainState) -> None:
         from tqdm.auto import tqdm
@@ -2251,21 +2191,16 @@ class ProgressBar(Callback):
 
     def on_step(self, state: TrainState, metrics: dict[str, Any] | None) -> None:
         if metrics:
-            text = f"loss {metrics['loss']:.3f}, {metrics['tokens_per_s']:,.0f} tokens/s"
+            text = "loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s".format_map(metrics)
             self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
 
     def on_eval(self, state: TrainState, metrics: dict[str, Any]) -> None:
-        loss, perplexity = metrics["val_loss"], metrics["val_perplexity"]
-        self.print(f"step {state.step}: validation loss {loss:.4f}, perplexity {perplexity:.1f}")
+        text = "step {step}: validation loss {val_loss:.4f}, perplexity {val_perplexity:.1f}"
+        self.print(text.format_map(metrics))
 
     def on_sample(self, state: TrainState, text: str) -> None:
         self.print(f"  | {' '.join(text.split())[:160]}")
-
-    def on_mirror(self, state: TrainState, status: str) -> None:
-        if (state.mirror.errors > 0) != self.mirror_failing:  # when it begins and when it ends
-            self.mirror_failing = not self.mirror_failing
-            self.print(status)
 
     def on_end(self, state: TrainState) -> None:
         self.bar.close()
@@ -2274,8 +2209,7 @@ class ProgressBar(Callback):
 class MetricsLog:
     """metrics.jsonl: one JSON object per line, cut back to the step that a run resumes from.
 
-    A line that the disk refuses is kept and written with the next one. Without a path, as in all
-    processes but the main one, nothing is written.
+    NaN becomes null. A line that the disk refuses is written with the next; without a path, none.
     """
 
     def __init__(self, path: Path | None, step: int) -> None:
@@ -2287,26 +2221,24 @@ class MetricsLog:
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
-        """All whole lines, null as NaN; a torn last one, as a kill leaves it, is left out."""
-        lines = []
-        with contextlib.suppress(FileNotFoundError):
-            for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError, RecursionError):
-                    lines.append(json.loads(text))
+        """All whole lines, null as NaN; a torn one, as a kill leaves it, is left out."""
+        lines, text = [], path.read_text("utf-8", "replace") if path.exists() else ""
+        for part in text.splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                lines.append(json.loads(part))
         lines = [x for x in lines if isinstance(x, dict) and isinstance(x.get("step"), int)]
         return [{k: math.nan if v is None else v for k, v in x.items()} for x in lines]
 
     @staticmethod
     def _text(line: dict[str, Any]) -> str:
-        odd = {k for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
-        return json.dumps({k: None if k in odd else v for k, v in line.items()}) + "\n"
+        return json.dumps(json.loads(json.dumps(line), parse_constant=lambda _: None)) + "\n"
 
     def write(self, line: dict[str, Any]) -> None:
         if self.path:
-            self.waiting.append(line)
+            self.waiting.append(self._text(line))
             try:
                 with self.path.open("a", encoding="utf-8") as file:
-                    file.write("".join(map(self._text, self.waiting)))
+                    file.write("".join(self.waiting))
                 self.waiting.clear()
             except OSError as error:
                 if len(self.waiting) == 1:
@@ -2329,12 +2261,13 @@ def _stop_on_signals(state: TrainState) -> Iterator[None]:
         state.stop_signal = number
         log.info("stopping: a checkpoint is saved after this step (again: stop at once)")
 
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")):
-            if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-                before[number] = signal.signal(number, handle)
+    main = threading.current_thread() is threading.main_thread()  # only there are signals handled
+    names = ("SIGINT", "SIGTERM", "SIGHUP") if main else ()
+    before = {s: signal.getsignal(s) for s in signal.Signals if s.name in names}
     try:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:  # as nohup sets it
+                signal.signal(number, handle)
         yield
     finally:
         for number, handler in before.items():
@@ -2801,155 +2734,101 @@ def train(
 # Every field of a configuration is a flag. The package's bitllm/cli.py adds commands and help.
 
 
-def _parse_bool(text: str) -> bool:
-    yes, no = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
-    if text.lower() not in yes + no:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected true or false")
-    return text.lower() in yes
+def true_or_false(text: str) -> bool:
+    return ("false", "0", "no", "off", "true", "1", "yes", "on").index(text.lower()) >= 4
 
 
-def add_fields(parser: argparse.ArgumentParser, config: type) -> None:
-    """One flag per field, without a default: what is not given is not in the namespace."""
-    group = parser.add_argument_group(config.__name__)
-    for item in fields(config):
-        kind = str(item.type).split(" | ")[0]
-        options: dict[str, Any] = {"type": {"int": int, "float": float}.get(kind, str)}
-        if kind == "bool":
-            options = {"type": _parse_bool, "nargs": "?", "const": True}
-        flag = "--" + item.name.replace("_", "-")
-        group.add_argument(flag, default=argparse.SUPPRESS, metavar=kind.upper(), **options)
+def add_command(commands: Any, name: str, run: Any, flags: dict[str, Any], *configs: type) -> Any:
+    """Add a command: `flags` with their options, and a flag for every field of `configs`."""
+    command = commands.add_parser(name, help=run.__doc__, usage="%(prog)s [--FLAG VALUE] ...")
+    command.set_defaults(run=run)
+    for flag, options in flags.items():
+        command.add_argument(flag, **options)
+    for config in configs:
+        group = command.add_argument_group(config.__name__)
+        for item in fields(config):
+            kind = str(item.type).split(" | ")[0]
+            options = {"type": {"int": int, "float": float, "bool": true_or_false}.get(kind, str)}
+            options |= {"nargs": "?", "const": True} if kind == "bool" else {}
+            flag = "--" + item.name.replace("_", "-")
+            group.add_argument(flag, default=argparse.SUPPRESS, metavar=kind.upper(), **options)
+    return command
 
 
-def from_flags(config: type, flags: argparse.Namespace, base: Any = None) -> Any:
-    given = {f.name: getattr(flags, f.name) for f in fields(config) if hasattr(flags, f.name)}
-    return config(**given) if base is None else dataclasses.replace(base, **given)
-
-
-class _Parser(argparse.ArgumentParser):
-    """One line for a wrong flag, and exit 2."""
-
-    def error(self, message: str) -> Any:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-def command_parser(prog: str = "bitllm_core.py") -> tuple[argparse.ArgumentParser, Any]:
-    """The parser, and what further commands are added to."""
-    parser = _Parser(prog=prog, description="Train and use ternary language models.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    command = commands.add_parser("train", help="train, or resume a run")
-    command.add_argument("--preset", help=f"settings to begin from: {', '.join(PRESETS)}")
-    command.add_argument("--out", required=True, metavar="DIR", help="run folder")
-    command.add_argument("--resume", default="auto", help="auto, never or must")
-    command.add_argument("--mirror", metavar="DIR", help="second folder for the checkpoints")
-    for config in (ModelConfig, DataConfig, TrainConfig):
-        add_fields(command, config)
-    command.set_defaults(run=train_command)
-
-    command = commands.add_parser("generate", help="write text")
-    add_model_flags(command)
-    command.add_argument("--prompt", default="", help="beginning of the text")
-    add_fields(command, SamplingConfig)
-    command.set_defaults(run=generate_command)
-
-    command = commands.add_parser("evaluate", help="loss on a text, as one JSON object")
-    add_model_flags(command)
-    command.add_argument("--data", required=True, metavar="SOURCE", help="file, folder or name")
-    command.add_argument("--text-column", help="column of .jsonl, .parquet or hub rows")
-    command.add_argument("--stride", type=int, help="tokens the context moves; default: all of it")
-    command.add_argument("--dtype", default="float32", help="auto, float32, bfloat16, float16")
-    command.set_defaults(run=_evaluate_command)
-    return parser, commands
-
-
-def add_model_flags(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", required=True, metavar="PATH", help="run, export or seed .pth")
-    command.add_argument("--checkpoint", default="last", help="last, best or a step")
-
-
-def checkpoint_flag(flags: argparse.Namespace) -> str | int:
-    return int(flags.checkpoint) if flags.checkpoint.isdigit() else flags.checkpoint
-
-
-def preset(name: str) -> tuple[ModelConfig, DataConfig, TrainConfig]:
-    require(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
-def _configs_from_flags(flags: argparse.Namespace) -> list[Any]:
-    """The preset's, or the run's own where no preset is named, with the flags laid over."""
-    kinds = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
-    bases = preset("demo" if flags.preset is None else flags.preset)
-    for place in map(Path, filter(None, [flags.out, flags.mirror])) if not flags.preset else ():
-        saved = None
-        if (place / "config.json").is_file():
-            with contextlib.suppress(ValueError):  # train reports it
-                saved = read_run_config(place)
-        elif found := newest_checkpoint(place / "checkpoints"):
-            saved = checked_settings(found.get("config"), place / "checkpoints")
-        if saved:
-            bases = [kind(**saved[part]) for part, kind in kinds.items()]
-            break
-    return [from_flags(kind, flags, base) for kind, base in zip(kinds.values(), bases, strict=True)]
+def from_flags(base: Any, flags: argparse.Namespace) -> Any:
+    """The configuration `base` with the fields that were given as flags."""
+    return dataclasses.replace(base, **{k: v for k, v in vars(flags).items() if k in vars(base)})
 
 
 def train_command(flags: argparse.Namespace, callbacks: Sequence[Callback] = ()) -> int:
-    out, more = Path(flags.out), {"resume": flags.resume, "mirror": flags.mirror}
-    model, data, config = _configs_from_flags(flags)
-    state = train(model, data, config, out, callbacks=[ProgressBar(), *callbacks], **more)
+    """train, or resume a run"""
+    configs: Sequence[Any] = PRESETS[flags.preset or "demo"]
+    for place in map(Path, filter(None, [] if flags.preset else [flags.mirror, flags.out])):
+        saved = read_json(place / "config.json")
+        saved = saved or (newest_checkpoint(place / "checkpoints") or {}).get("config")
+        if saved:  # without a preset, the run's own settings are meant
+            parts = checked_settings(saved, place).values()
+            configs = [type(base)(**part) for base, part in zip(configs, parts, strict=True)]
+    model, data, config = (from_flags(base, flags) for base in configs)
+    more = {"resume": flags.resume, "mirror": flags.mirror}
+    state = train(model, data, config, flags.out, callbacks=[ProgressBar(), *callbacks], **more)
     if state.stop_signal:
-        log.info(f"stopped at step {state.step} of {config.max_steps}; saved in {out}")
+        log.info(f"stopped at step {state.step} of {config.max_steps}; saved in {flags.out}")
         return 128 + state.stop_signal
     if not state.processes.is_main:
         return 0
-    net, tokenizer = load_model(out, "best" if state.out_of_patience else "last")
-    text = generate(net, tokenizer, config.sample_prompt, SamplingConfig(120, seed=0))
-    speed = state.tokens / state.train_seconds if state.train_seconds else 0
+    which, prompt = "best" if state.out_of_patience else "last", config.sample_prompt
+    text = generate(*load_model(flags.out, which), prompt, SamplingConfig(120, seed=0))
     print(
-        f"\n{config.sample_prompt}{text}\n\n"
-        f"complete: {state.step} steps, {state.tokens:,} tokens, {speed:,.0f} tokens/s\n"
-        f"last training loss {state.loss:.4f}, {state.skipped} steps skipped\n"
-        f"validation loss {state.val_loss:.4f}, perplexity {safe_exp(state.val_loss):.1f} "
-        f"(a uniform guess: {math.log(model.vocab_size):.4f}, {model.vocab_size})\n"
-        f"checkpoint: {list_checkpoints(out / 'checkpoints')[-1]}"
+        f"\n{prompt}{text}\n\n"
+        f"complete: {state.step} steps ({state.skipped} skipped), {state.tokens:,} tokens, "
+        f"{state.tokens / (state.train_seconds or math.inf):,.0f} tokens/s\n"
+        f"training loss {state.loss:.4f}, validation loss {state.val_loss:.4f}, perplexity "
+        f"{safe_exp(state.val_loss):.1f} (a uniform guess: {model.vocab_size})\n"
+        f"best validation loss {state.best_val_loss:.4f} at step {state.best_step}\n"
+        f"the text above: --model {flags.out} --checkpoint {which}"
     )
-    if state.out_of_patience:
-        print(
-            f"ended early: {config.patience} evaluations without a better validation loss; the "
-            f"text above is from the best checkpoint, {state.best_val_loss:.4f} at step "
-            f"{state.best_step} (--checkpoint best)"
-        )
     return 0
 
 
-def generate_command(flags: argparse.Namespace) -> int:
-    sampling = from_flags(SamplingConfig, flags)
-    model, tokenizer = load_model(flags.model, checkpoint_flag(flags))
-    print_text(flags.prompt, stream(model, tokenizer, flags.prompt, sampling))
-    return 0
-
-
-def print_text(prompt: str, pieces: Iterable[str]) -> None:
-    for piece in itertools.chain([prompt], pieces):
+def generate_command(flags: argparse.Namespace) -> None:
+    """write text"""
+    sampling = from_flags(SamplingConfig(), flags)
+    pieces = stream(*load_model(flags.model, flags.checkpoint), flags.prompt, sampling)
+    for piece in itertools.chain([flags.prompt], pieces, ["\n"]):
         print(piece, end="", flush=True)
-    print()
 
 
-def _evaluate_command(flags: argparse.Namespace) -> int:
-    TrainConfig(dtype=flags.dtype)  # checks it
-    model, tokenizer = load_model(flags.model, checkpoint_flag(flags))
-    device = choose_device("auto", flags.dtype)
-    options = {"text_column": flags.text_column, "stride": flags.stride, "device": device}
-    print(json.dumps(evaluate(model, tokenizer, flags.data, **options)))
-    return 0
+def evaluate_command(flags: argparse.Namespace) -> None:
+    """print the loss on a text, as one JSON object"""
+    options = {"text_column": flags.text_column, "stride": flags.stride}
+    options["device"] = choose_device(dtype=TrainConfig(dtype=flags.dtype).dtype)
+    print(json.dumps(evaluate(*load_model(flags.model, flags.checkpoint), flags.data, **options)))
 
 
-def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
+def command_parser(kind: Any = argparse.ArgumentParser) -> tuple[Any, Any]:
+    """A parser of this file's commands, and what further ones are added to."""
+    parser = kind(usage="%(prog)s COMMAND ... (export, plan, info, bench need the bitllm package)")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", prog=parser.prog)
+    flags: dict[str, Any] = {"--out": {"required": True}, "--resume": {"default": "auto"}}
+    flags |= {"--preset": {"choices": [*PRESETS]}, "--mirror": {}}
+    add_command(commands, "train", train_command, flags, ModelConfig, DataConfig, TrainConfig)
+    step = {"default": "last", "type": lambda name: int(name) if name.isdecimal() else name}
+    model = {"--model": {"required": True}, "--checkpoint": step}
+    flags = {**model, "--prompt": {"default": ""}}
+    add_command(commands, "generate", generate_command, flags, SamplingConfig)
+    flags = {**model, "--data": {"required": True}, "--text-column": {}, "--stride": {"type": int}}
+    flags |= {"--dtype": {"default": "float32"}}
+    add_command(commands, "evaluate", evaluate_command, flags)
+    return parser, commands
+
+
+def main(arguments: Sequence[str] | None = None, parser: Any = None) -> int:
     """Run a command; returns the exit status: 2 for a user's mistake, 130 after Ctrl-C."""
-    flags = parser.parse_args(arguments)
+    flags = (parser or command_parser()[0]).parse_args(arguments)
     log_to(sys.stderr)
     try:
-        return flags.run(flags)
+        return flags.run(flags) or 0
     except KeyboardInterrupt:
         log.error("stopped at once; nothing after the last checkpoint was saved")
         return 130
@@ -2958,17 +2837,7 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
         return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line: that of the package where it is there."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        return extension("cli", " ".join(arguments[:1])).main(arguments)
-    except ImportError as error:
-        if arguments[:1] and arguments[0] in ("export", "plan", "bench", "info"):
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-    return run_command(command_parser()[0], arguments)
-
-
 if __name__ == "__main__":
+    with contextlib.suppress(ImportError):  # this file alone
+        sys.exit(extension("cli", "").main())
     sys.exit(main())

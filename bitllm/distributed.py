@@ -100,6 +100,7 @@ class DistributedProcesses(Processes):
 
     def __init__(self) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.is_main = self.rank == 0
         self.owners: dict[Tensor, int] = {}
 
     def guard(self) -> Any:
@@ -115,9 +116,6 @@ class DistributedProcesses(Processes):
         values = [value]
         dist.broadcast_object_list(values, device=torch.device("cpu"))
         return values[0]
-
-    def barrier(self) -> None:
-        self.all_reduce_max([0])
 
     def run_on_main(self, work: Callable[[], Any]) -> Any:
         """The others wait as long as it takes, beyond the timeout, and end where it fails."""

@@ -20,8 +20,8 @@ from bitllm.distributed import DistributedProcesses
 from bitllm_core import (
     BitLinear,
     BitLM,
-    Float32Muon,
     ModelConfig,
+    Muon,
     TrainConfig,
     has_bfloat16,
     initialize,
@@ -199,46 +199,38 @@ class ShardedProcesses(DistributedProcesses):
         return whole.freeze()
 
 
-class ShardedMuon(Float32Muon):
+class ShardedMuon(Muon):
     """Muon for matrices of which each process holds some rows.
 
-    The iteration needs whole ones. So in each turn every process receives the rows of one matrix,
-    makes it orthogonal and sends the rows back: the work is shared, and a process holds one whole
-    matrix at a time. The iteration's dtype is torch's, or float32 as in Float32Muon.
+    The iteration needs whole ones. So of each batch, every process receives the rows of some
+    matrices, makes those orthogonal and sends the rows back: the work is shared out.
     """
 
-    def updates(self, weights: list[Any], group: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    def updates(self, directions: list[Any], steps: int) -> list[Any]:
         from torch.distributed.tensor import DTensor
 
-        alike = sorted(weights, key=lambda w: (w.numel() * min(w.shape), w.shape))  # in one turn
-        size = dist.get_world_size()
-        for start in range(0, len(alike), size):
-            turn = alike[start : start + size]
-            for weight, rows in zip(turn, self._turn(turn, group), strict=True):
-                like: Any = {"shape": weight.shape, "stride": weight.stride(), "run_check": False}
-                yield (
-                    weight,
-                    DTensor.from_local(rows, weight.device_mesh, weight.placements, **like),
-                )
-
-    def _turn(self, turn: list[Any], group: dict[str, Any]) -> list[Tensor]:
-        mesh = turn[0].device_mesh
-        rank, processes = mesh.get_local_rank(), mesh.get_group()
-        dtype = torch.bfloat16 if has_bfloat16(turn[0].device) else torch.float32
-        mine = turn[rank] if rank < len(turn) else None
-        rows = [] if mine is None else [s.stop - s.start for s in _rows_of(mine)]
-        here = [0] * mesh.size() if mine is None else [n * mine.shape[1] for n in rows]
-        own = [self._direction(weight, group["momentum"]).to(dtype) for weight in turn]
-        there = [rows.numel() for rows in own] + [0] * (mesh.size() - len(own))
-        flat = torch.cat([rows.flatten() for rows in own])
+        like, count = directions[0], len(directions)
+        mesh, rows = like.device_mesh, [part.stop - part.start for part in _rows_of(like)]
+        size, rank, (height, width) = mesh.size(), mesh.get_local_rank(), like.to_local().shape
+        dtype = torch.bfloat16 if has_bfloat16(like.device) else torch.float32
+        local = torch.stack([direction.to_local() for direction in directions]).to(dtype)
+        shares = [len(range(r, count, size)) for r in range(size)]  # matrices of each process
+        flat = torch.cat([local[r::size].flatten() for r in range(size)])
+        there = [share * height * width for share in shares]
+        here = [shares[rank] * n * width for n in rows]
         received = flat.new_empty(sum(here))
-        dist.all_to_all_single(received, flat, here, there, processes)
-        if mine is not None:
-            received = orthogonalize(received.view(mine.shape), group).flatten()
-        dist.all_to_all_single(flat, received, there, here, processes)
-        parts = flat.split(there)[: len(turn)]
-        return [part.view_as(rows) for part, rows in zip(parts, own, strict=True)]
-
-    def _direction(self, weight: Any, momentum: float) -> Tensor:
-        direction: Any = self.direction(weight, momentum)
-        return direction.to_local()
+        dist.all_to_all_single(received, flat, here, there, mesh.get_group())
+        parts = [
+            p.view(shares[rank], n, width) for p, n in zip(received.split(here), rows, strict=True)
+        ]
+        if shares[rank]:
+            whole = orthogonalize(torch.cat(parts, dim=1), steps).to(dtype)
+            received = torch.cat([part.flatten() for part in whole.split(rows, dim=1)])
+        dist.all_to_all_single(flat, received, there, here, mesh.get_group())
+        for r, part in enumerate(flat.split(there)):
+            local[r::size] = part.view(shares[r], height, width)
+        options: Any = {"shape": like.shape, "stride": like.stride(), "run_check": False}
+        return [
+            DTensor.from_local(part, mesh, like.placements, **options)
+            for part in local.to(like.dtype)
+        ]

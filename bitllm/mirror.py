@@ -10,26 +10,58 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import platform
+import stat
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import bitllm_core as core
-from bitllm_core import Folder, checkpoint_step, list_checkpoints, load_checkpoint, log, read_json
+from bitllm_core import checkpoint_step, list_checkpoints, load_checkpoint, log, read_json
 
 RETRY_S = (2.0, 300.0)
 """Seconds until a failed copy is tried again: at first, doubling each time, and at most."""
 FINISH_S = 120.0
 """Seconds that the mirror gets at the end of a session to take what is not there yet."""
+BLOCK_BYTES = 4 << 20
+"""Copied and hashed at once."""
 LEASE_NAME = "lock.json"
 LEASE_RENEW_S = 60.0
 """Seconds between signs of life in a lease file."""
 LEASE_STALE_S = 300.0
 """Seconds without one after which a lease is taken over."""
+
+
+class Folder(core.Folder):
+    """A folder that files are copied from and to."""
+
+    def read(self, name: str) -> Iterator[bytes]:
+        """Blocks of a regular file of this folder: links out of it, pipes, ... are refused."""
+        path = self.path / name
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        with path.open("rb") as file:
+            yield from iter(partial(file.read, BLOCK_BYTES), b"")
+
+    def digest(self, name: str) -> str:
+        """sha256 of a file as it reads now."""
+        digest = hashlib.sha256()
+        for block in self.read(name):
+            digest.update(block)
+        return digest.hexdigest()
+
+    def remove(self, name: str) -> None:
+        """Delete a file, emptied first: in Drive's trash it would still use the quota."""
+        with contextlib.suppress(FileNotFoundError):
+            status = (self.path / name).lstat()
+            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:  # not someone else's, too
+                os.truncate(self.path / name, 0)
+        super().remove(name)
 
 
 def check_mirror(out: Path, mirror: Path) -> None:
@@ -285,6 +317,8 @@ class Mirror:
         self.errors += 1
         number = getattr(error, "errno", None)
         self._last_error = f"Errno {number}" if number else core.first_line(error)
+        if self.errors == 1:
+            log.warning(self.status())
 
     def _next(self) -> tuple[str, str] | None:
         """Wait for something to copy; None: closing, and nothing is left."""
@@ -306,9 +340,11 @@ class Mirror:
             kind, name = item
             try:
                 self._copy(kind, name)
-                self.errors = 0
+                recovered, self.errors = self.errors > 0, 0
                 if kind == "step":
                     self.last_good_step = checkpoint_step(name)
+                if recovered:
+                    log.info(f"{self.status()}; it works again")
             except Exception as error:  # of whatever kind: training does not end because of it
                 self._failed(error)
                 tries_left -= self._closing
@@ -362,7 +398,7 @@ class Mirror:
             self._bytes = [0, source.size(name)]
             if copy_file(source, name, target, self._progress) != target.digest(name):
                 raise OSError(errno.EIO, "what was read back is not what was written", name)
-        target.write("manifest.json", [text])
+        target.write("manifest.json", lambda path: path.write_bytes(text))
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -420,7 +456,6 @@ def copy_checkpoint(
     if copy_file(source, name, target, progress, part) != manifest["sha256"]:
         target.remove(part)
         raise ValueError(f"{source.path / name}: damaged (its sha256 is not its manifest's)")
-    target.sync(part)
     if target.digest(part) != manifest["sha256"]:
         raise OSError(errno.EIO, "what was read back is not what was written", str(target.path))
     core.publish(target, manifest)
@@ -436,12 +471,13 @@ def copy_file(
     """Copy one file in blocks; return the sha256 of what was read."""
     digest = hashlib.sha256()
 
-    def blocks() -> Iterator[bytes]:
-        for block in source.read(name):
-            digest.update(block)
-            yield block
-            if progress:
-                progress(len(block))
+    def fill(path: Path) -> None:
+        with path.open("xb") as file:
+            for block in source.read(name):
+                digest.update(block)
+                file.write(block)
+                if progress:
+                    progress(len(block))
 
-    target.write(new_name or name, blocks())
+    target.write(new_name or name, fill)
     return digest.hexdigest()

@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import bitllm_core as bit
@@ -32,7 +31,7 @@ ERRORS = {
     "EACCES": errno.EACCES,  # permission denied, read-only
 }
 SILENT = ("short write", "torn rename", "delayed visibility", "vanished folder")
-OPERATIONS = ("names", "write", "sync", "read", "size", "remove", "rename", "replace")
+OPERATIONS = ("names", "write", "read", "size", "remove", "rename", "replace")
 
 
 @dataclass
@@ -83,25 +82,20 @@ class Injection:
         return True
 
 
-def _half(blocks: Iterator[Any]) -> Iterator[Any]:
-    first = next(iter(blocks))
-    yield first[: max(len(first) // 2, 1)]
+def _halve(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
 
 
-def _altered(blocks: Iterator[Any]) -> Iterator[Any]:
-    first = bytearray(next(blocks))
-    first[-1] ^= 1  # as long as before, and parses as before
-    yield bytes(first)
-    yield from blocks
+def _alter(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1  # as long as before
+    path.write_bytes(data)
 
 
-@contextlib.contextmanager
-def inject(where: Path, *faults: Fault) -> Iterator[Injection]:
-    """Let operations on files below `where` fail as `faults` say."""
-    state = Injection(where, faults)
-    plain_replace = bit.write_atomically
+def faulty_folder(state: Injection) -> type[mirror.Folder]:
+    """A folder whose operations fail as `state` says."""
 
-    class FaultyFolder(bit.Folder):
+    class FaultyFolder(mirror.Folder):
         def names(self):
             kind = state.check("names", self.path)
             names = super().names()
@@ -109,46 +103,28 @@ def inject(where: Path, *faults: Fault) -> Iterator[Injection]:
                 return names[:-1]
             return [name for name in names if not state.still_hidden(self.path / name)]
 
-        def write(self, name, blocks):
-            path = self.path / name
-            blocks = iter(blocks)
-            try:
-                kind = state.check("write", path)
-            except OSError:  # half of it is there when the disk refuses
-                super().write(name, _half(blocks))
-                raise
-            if kind == "vanished folder":
-                for file in self.path.iterdir():
-                    file.unlink()
-                self.path.rmdir()
-            change = {"short write": _half, "altered write": _altered}.get(kind or "", iter)
-            super().write(name, change(blocks))
-            for _ in blocks:  # whoever hashes what he writes has written all of it, he thinks
-                pass
+        def write(self, name, fill):
+            path, kind = self.path / name, None
+
+            def faulty(path):
+                nonlocal kind
+                try:
+                    kind = state.check("write", path)
+                except OSError:  # half of it is there when the disk refuses
+                    fill(path)
+                    _halve(path)
+                    raise
+                if kind == "vanished folder":
+                    for file in self.path.iterdir():
+                        file.unlink()
+                    self.path.rmdir()
+                fill(path)
+                if kind in ("short write", "altered write"):
+                    (_halve if kind == "short write" else _alter)(path)
+
+            super().write(name, faulty)
             if kind == "delayed visibility":
                 state.hidden[path] = 3
-
-        def write_tensors(self, name, tensors, metadata):
-            path = self.path / name
-            try:
-                kind = state.check("write", path)
-            except OSError:
-                super().write_tensors(name, tensors, metadata)
-                os.truncate(path, path.stat().st_size // 2)
-                raise
-            if kind == "vanished folder":
-                for file in self.path.iterdir():
-                    file.unlink()
-                self.path.rmdir()
-            super().write_tensors(name, tensors, metadata)
-            if kind == "short write":
-                os.truncate(path, path.stat().st_size // 2)
-            if kind == "delayed visibility":
-                state.hidden[path] = 3
-
-        def sync(self, name):
-            state.check("sync", self.path / name)
-            super().sync(name)
 
         def read(self, name):
             state.check("read", self.path / name)
@@ -172,14 +148,30 @@ def inject(where: Path, *faults: Fault) -> Iterator[Injection]:
             state.check("remove", self.path / name)
             super().remove(name)
 
+    return FaultyFolder
+
+
+@contextlib.contextmanager
+def inject(where: Path, *faults: Fault) -> Iterator[Injection]:
+    """Let operations on files below `where` fail as `faults` say."""
+    state = Injection(where, faults)
+    plain_replace, plain_hash = bit.write_atomically, bit.file_hash
+    folder = faulty_folder(state)
+
+    def file_hash(path):
+        if path.suffix in (".safetensors", bit.PART):
+            state.check("read", path)
+        return plain_hash(path)
+
     def replace(path, data):
         kind = state.check("replace", path)
         plain_replace(path, data[: len(data) // 2] if kind == "torn rename" else data)
 
     with (
-        mock.patch.object(bit, "Folder", FaultyFolder),
-        mock.patch.object(mirror, "Folder", FaultyFolder),
+        mock.patch.object(bit, "Folder", folder),
+        mock.patch.object(mirror, "Folder", folder),
         mock.patch.object(bit, "write_atomically", replace),
+        mock.patch.object(bit, "file_hash", file_hash),
     ):
         yield state
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -91,15 +92,15 @@ def test_token_files_come_from_the_mirror_and_not_from_the_text(run, tmp_path, t
         hidden.rename(tiny_corpus)
 
 
-class Hanging(bit.Folder):
+class Hanging(mirroring.Folder):
     """A file system that does not answer; `go` lets it."""
 
     go = threading.Event()
 
-    def write(self, name, blocks):
+    def write(self, name, fill):
         if "mirror" in str(self.path):
             self.go.wait(60)
-        super().write(name, blocks)
+        super().write(name, fill)
 
 
 def test_training_does_not_wait_for_a_mirror_that_hangs(run, tmp_path, monkeypatch, capsys):
@@ -136,7 +137,7 @@ def test_a_copier_that_falls_behind_skips_to_the_newest(run, tmp_path, monkeypat
     assert len(steps) <= 2  # the one it hung with, and the newest
 
 
-def test_failures_are_counted_shown_and_retried(run, tmp_path):
+def test_failures_are_counted_shown_and_retried(run, tmp_path, capsys):
     heard = []
     drive = Fault("ENOTCONN", "write", at=9, times=10**9)  # after what step 3 needs
 
@@ -159,6 +160,8 @@ def test_failures_are_counted_shown_and_retried(run, tmp_path):
     )
     assert state.mirror.errors == 0
     assert state.mirror.status().startswith("mirror: step 12 is in")
+    said = capsys.readouterr().err  # once when it begins and once when it ends
+    assert said.count("mirror: failing since") == said.count("it works again") == 1
 
 
 def test_what_a_session_could_not_bring_the_next_one_does(run, tmp_path):
@@ -209,6 +212,32 @@ def test_a_corrupted_copy_in_the_mirror_is_made_again_on_reading_back(run, tmp_p
     assert state.mirror.errors == 0
     for path in bit.list_checkpoints(tmp_path / "mirror" / "checkpoints"):
         bit.load_checkpoint(path)
+
+
+def test_what_is_removed_is_emptied_first_unless_it_is_someone_elses_too(tmp_path):
+    """In Drive's trash a deleted file goes on using the quota, so it is made empty."""
+    path, folder = tmp_path / "a", mirroring.Folder(tmp_path)
+    path.write_bytes(b"300 MB")
+    with path.open("rb") as trash:
+        folder.remove("a")
+        assert trash.read() == b""
+    path.write_bytes(b"300 MB")
+    os.link(path, tmp_path / "backup")
+    folder.remove("a")
+    assert (tmp_path / "backup").read_bytes() == b"300 MB"
+    path.symlink_to(tmp_path / "backup")
+    folder.remove("a")
+    assert (tmp_path / "backup").read_bytes() == b"300 MB"
+
+
+def test_links_are_not_copied(tmp_path):
+    (tmp_path / "mine").write_text("private")
+    folder = mirroring.Folder(tmp_path / "run")
+    folder.path.mkdir()
+    (folder.path / "a").symlink_to(tmp_path / "mine")
+    with pytest.raises(OSError, match="not a regular file"):
+        mirroring.copy_file(folder, "a", mirroring.Folder(tmp_path / "copy"))
+    assert not (tmp_path / "copy" / "a").exists()
 
 
 def test_folders_that_cannot_be_a_mirror_are_refused_before_any_work(run, tmp_path, tiny_config):

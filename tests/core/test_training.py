@@ -235,12 +235,12 @@ def test_a_save_asked_for_comes_after_the_running_step(run, tmp_path):
 
 
 def test_training_does_not_wait_for_the_disk(run, tmp_path, monkeypatch):
-    """Syncing and reading back are a thread's; only a second save waits for them."""
-    disk, plain, steps = threading.Event(), bit.Folder.sync, []
+    """Writing and reading back are a thread's; only a second save waits for them."""
+    disk, plain, steps = threading.Event(), bit.Folder.write, []
 
-    def slow(self, name):
+    def slow(self, name, fill):
         disk.wait(30)
-        plain(self, name)
+        plain(self, name, fill)
 
     class Watch(bit.Callback):
         def on_step(self, state, metrics):
@@ -248,7 +248,7 @@ def test_training_does_not_wait_for_the_disk(run, tmp_path, monkeypatch):
             if state.step == 7:
                 disk.set()
 
-    monkeypatch.setattr(bit.Folder, "sync", slow)
+    monkeypatch.setattr(bit.Folder, "write", slow)
     run(tmp_path, save_every_steps=4, eval_every_steps=0, callbacks=[Watch()])
     assert steps[4:7] == [0, 0, 0]  # it was saving step 4 all the time
     assert [p.stem[-2:] for p in bit.list_checkpoints(tmp_path / "checkpoints")] == ["08", "12"]
@@ -373,8 +373,7 @@ def test_a_sliding_context_predicts_each_token_once(tiny_config, length, stride)
     model = bit.BitLM(tiny_config).eval()
     sequence, nats = [7, *tokens], 0.0
     for i in range(length):  # token i from those before it in the first window it is in
-        end = min(16 + max(0, -(-(i - 15) // stride)) * stride, length)
-        seen = sequence[max(end - 16, 0) : i + 1]
+        seen = sequence[max(0, -(-(i - 15) // stride)) * stride : i + 1]
         assert len(seen) >= min(i + 1, 16 - stride + 1)
         nats -= model(torch.tensor([seen]))[0, -1].log_softmax(-1)[tokens[i]].item()
     device = bit.choose_device("cpu", "float32")
