@@ -1975,8 +1975,7 @@ class Device:
 
     def autocast(self) -> Any:
         """Matrix products in `dtype`, all else in float32."""
-        reduced = self.dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=reduced)
+        return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
 
     def scaler(self) -> torch.amp.GradScaler:
         """Loss scaling, which only float16's narrow range needs."""
@@ -1987,10 +1986,7 @@ class Device:
 
 
 def choose_device(device: str = "auto", dtype: str = "auto") -> Device:
-    """CUDA, MPS or CPU; bfloat16 where the hardware has it, float16 on older GPUs, else float32.
-
-    Raises ValueError for a device that this machine does not have.
-    """
+    """CUDA, MPS or CPU (ValueError: not here); bfloat16 in hardware, else float16 or float32."""
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     there.append("cpu")
     device = there[0] if device == "auto" else device
@@ -2034,23 +2030,20 @@ def total_loss(
 ) -> float:
     """Nats of `tokens`, each predicted once, `first` standing before them; not per token.
 
-    The text is cut into windows of the context length, and a token sees what is before it in its
-    window. With `stride`, a window ends every `stride` tokens and counts what the one before did
-    not, so each token sees at least context - stride others: context / stride times the work.
+    A window of the context length begins every `stride` tokens, by default every context, and
+    counts what the one before did not: with at least context - stride tokens before each.
     """
-    context, processes = model.config.max_position_embeddings, processes or Processes()
-    total, ends = 0.0, [*range(context, len(tokens), stride or context), len(tokens)]
-    spans = zip([0, *ends], ends, strict=False)  # of the tokens that each window counts
-    windows = torch.tensor([(max(b - context, 0) if stride else a, a, b) for a, b in spans])
+    context, last = model.config.max_position_embeddings, len(tokens) - 1
+    stride, processes, total = stride or context, processes or Processes(), 0.0
+    starts = torch.arange(0, max(len(tokens) - context, 0) + stride, stride)
+    t = torch.arange(min(context, len(tokens)))
     with model.hold_weights(device.dtype), device.autocast():
-        for part, _ in processes.micro_batches(windows, windows, batch_size):
-            x = torch.zeros(len(part), min(context, len(tokens)), dtype=torch.int64)
-            y = torch.full_like(x, -100)  # which the loss ignores
-            for row, (start, counted, end) in enumerate(part.tolist()):
-                text = torch.from_numpy(tokens[max(start - 1, 0) : end].astype(np.int64))
-                text = text if start else F.pad(text, (1, 0), value=first)
-                x[row, : end - start] = text[:-1]
-                y[row, counted - start : end - start] = text[1 + counted - start :]
+        for _, start in processes.micro_batches(starts, starts[:, None], batch_size):
+            at = start + t  # (B, T), the places of the targets in the text
+            x, y = (torch.from_numpy(tokens.take(i, mode="clip")).long() for i in (at - 1, at))
+            x[at == 0] = first
+            counted = (t < context - stride) & (start > 0)  # by the window before
+            y[counted | (at > last) | (start < 0)] = -100  # a start of -100 is a filler of FSDP's
             total += model.loss(x.to(device.device), y.to(device.device)).item()
     return processes.all_reduce_sum([total])[0]
 
@@ -2065,32 +2058,27 @@ def evaluate(
     batch_size: int = 16,
     device: Device | None = None,
 ) -> dict[str, float]:
-    """How well the model predicts every token of a text (of a folder, the training files).
-
-    Args:
-        data: a source as `DataConfig.data`.
-        stride: tokens that the context moves; default: the whole context, which is fastest.
+    """How well the model predicts `data`, named as in `DataConfig`; `stride`: see `total_loss`.
 
     Returns:
-        loss: nats per token. perplexity: exp(loss). bits_per_byte: bits per byte of UTF-8 text.
-        word_perplexity: exp(nats / words), where words are white-space words and line ends, so
-        models with different vocabularies compare. tokens, words, bytes: the counts.
+        loss: nats per token. perplexity: exp(loss). bits_per_byte: of the text in UTF-8.
+        word_perplexity: exp(nats / words), comparable between vocabularies; line ends are words.
+        tokens, words, bytes: how many there are.
 
     Raises:
         ValueError, FileNotFoundError, ConnectionError: as `read_pieces`; or no text in it.
     """
     device, context = device or choose_device(), model.config.max_position_embeddings
-    fits = stride is None or 1 <= stride <= context
-    require(fits, "stride", stride, f"1 to {context} tokens, the context of this model")
+    require(stride is None or 1 <= stride <= context, "stride", stride, f"1 to {context} tokens")
     eot, ids, words, size = end_of_text_id(tokenizer), [], 0, 0
     config = DataConfig(data=str(data), text_column=text_column)
-    for text, ends in read_pieces(str(data), "train", config):
+    for text, ends in read_pieces(config.data, "train", config):
         ids += encode(tokenizer, text) + ([eot] if ends and eot is not None else [])
         words += len(text.split()) + text.count("\n")
         size += len(text.encode("utf-8", "replace"))
-    ids = ids[:-1] if eot is not None and ids[-1:] == [eot] else ids  # only between documents
+    ids = ids[:-1] if ids[-1:] == [eot] else ids  # it stands between documents
     if not ids:
-        raise ValueError(f"data={str(data)!r}: no text in it to evaluate on")
+        raise ValueError(f"data={config.data!r}: no text in it to evaluate on")
     model.to(device.device)
     nats = total_loss(model, np.asarray(ids), eot or 0, device, batch_size, stride)
     return {
@@ -2130,7 +2118,7 @@ class TrainState:
     last_saved_step: int = 0  # of the newest checkpoint that is safe on the disk
     last_saved_at: float = 0.0  # time.time() of that; 0: not in this session
     save_seconds: float = 0.0  # that training waited for saving, in this session
-    mirror: Any = None  # the bitllm.mirror.Mirror, with its `status()`
+    mirror: Any = None  # a bitllm.mirror.Mirror
     # set by callbacks, buttons and signals, read after each step:
     stop_signal: int = 0  # save a checkpoint and end, as after this signal
     save_requested: bool = False  # save a checkpoint
@@ -2155,7 +2143,7 @@ class TrainState:
         return self.step >= self.config.max_steps or self.out_of_patience
 
     def state_dict(self) -> dict[str, Any]:
-        """All that an exact resume needs; complete in the main process, but all call it."""
+        """All that an exact resume needs: all processes call it, the main one has the whole."""
         names: Any = {parameter: name for name, parameter in self.model.named_parameters()}
         optimizers = []
         for optimizer in self.optimizers:
@@ -2164,26 +2152,19 @@ class TrainState:
             for (name, key), tensor in self.processes.gather(tensors).items():
                 state.setdefault(name, {})[key] = tensor
             optimizers.append({"state": state})
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         return {
             **{name: getattr(self, name) for name in self._SAVED},
             "model": self.processes.whole(self.model.state_dict()),
             "optimizers": optimizers,
             "scaler": self.scaler.state_dict(),
-            "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
+            "rng": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
             "trits": self.trits,
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned, possibly on another device.
-
-        Raises:
-            ValueError, KeyError, TypeError, RuntimeError: it is not of this model and optimizer.
-        """
+        """Take over what `state_dict` returned, on any device; an error where it does not fit."""
         for name in self._SAVED:
-            if not isinstance(saved[name], (int, float)):
-                raise TypeError(f"{name} is {saved[name]!r:.80}")
-            setattr(self, name, saved[name])
+            setattr(self, name, saved[name] + 0)  # TypeError: not a number
         scatter, own = self.processes.scatter, self.model.state_dict()
         self.model.load_state_dict({n: scatter(own[n], w) for n, w in saved["model"].items()})
         names: Any = {parameter: name for name, parameter in self.model.named_parameters()}
@@ -2195,52 +2176,43 @@ class TrainState:
                     raise ValueError(f"optimizer state of {names[parameter]} has another shape")
                 if tensors and self.processes.owns(parameter):
                     numbered[number] = {k: scatter(parameter, t) for k, t in tensors.items()}
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": numbered, "param_groups": groups})
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": numbered})
         if saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"]["torch"])
-        if torch.cuda.is_available() and len(saved["rng"]["cuda"]) == torch.cuda.device_count():
+        if len(saved["rng"]["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
-        for name, layer in self.model.bit_linears().items():
-            trits = saved["trits"].get(name)
-            if trits is not None and trits.shape != layer.weight.shape:
+        for name, trits in saved["trits"].items():
+            if trits.shape != own[f"{name}.weight"].shape:
                 raise ValueError(f"trits of {name} have shape {tuple(trits.shape)}")
         self.trits = dict(saved["trits"]) if self.processes.is_main else {}
 
 
 class Callback:
-    """Attached to `train`; override what is needed. To stop training, set state.stop_signal."""
+    """Attached to `train`; override what is needed. To stop training, set state.stop_signal.
 
-    def on_start(self, state: TrainState) -> None:
-        """Before the first step of this session."""
+    on_start: before the first step of this session.
+    on_step: after every step; `metrics` is the line just logged, if one was.
+    on_eval: after an evaluation.
+    on_sample: after a text was generated to look at.
+    on_checkpoint: after a checkpoint was written and verified.
+    on_mirror: between steps, when the status of the mirror has changed.
+    on_pause: ten times a second while `state.paused` keeps the loop from its next step.
+    on_end: after the last step of this session, whatever ended it.
+    """
 
-    def on_step(self, state: TrainState, metrics: dict[str, Any] | None) -> None:
-        """After every step; `metrics` is the line just logged, if one was."""
-
-    def on_eval(self, state: TrainState, metrics: dict[str, Any]) -> None:
-        """After an evaluation."""
-
-    def on_sample(self, state: TrainState, text: str) -> None:
-        """After a text was generated to look at."""
-
-    def on_checkpoint(self, state: TrainState, path: Path) -> None:
-        """After a checkpoint was written and verified."""
-
-    def on_mirror(self, state: TrainState, status: str) -> None:
-        """Between steps, when the status of the mirror has changed."""
-
-    def on_pause(self, state: TrainState) -> None:
-        """Ten times a second while `state.paused` keeps the loop from its next step."""
-
-    def on_end(self, state: TrainState) -> None:
-        """After the last step of this session, whatever ended it."""
+    def on_start(self, state: TrainState) -> None: ...
+    def on_step(self, state: TrainState, metrics: dict[str, Any] | None) -> None: ...
+    def on_eval(self, state: TrainState, metrics: dict[str, Any]) -> None: ...
+    def on_sample(self, state: TrainState, text: str) -> None: ...
+    def on_checkpoint(self, state: TrainState, path: Path) -> None: ...
+    def on_mirror(self, state: TrainState, status: str) -> None: ...
+    def on_pause(self, state: TrainState) -> None: ...
+    def on_end(self, state: TrainState) -> None: ...
 
 
 class ProgressBar(Callback):
     """tqdm on stderr: loss, tokens/s, time left; texts and evaluations above it."""
-
-    mirror_failing = False
 
     def on_start(self, state: TrainState) -> None:
         from tqdm.auto import tqdm
@@ -2251,21 +2223,16 @@ class ProgressBar(Callback):
 
     def on_step(self, state: TrainState, metrics: dict[str, Any] | None) -> None:
         if metrics:
-            text = f"loss {metrics['loss']:.3f}, {metrics['tokens_per_s']:,.0f} tokens/s"
+            text = "loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s".format_map(metrics)
             self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
 
     def on_eval(self, state: TrainState, metrics: dict[str, Any]) -> None:
-        loss, perplexity = metrics["val_loss"], metrics["val_perplexity"]
-        self.print(f"step {state.step}: validation loss {loss:.4f}, perplexity {perplexity:.1f}")
+        text = "step {step}: validation loss {val_loss:.4f}, perplexity {val_perplexity:.1f}"
+        self.print(text.format_map(metrics))
 
     def on_sample(self, state: TrainState, text: str) -> None:
         self.print(f"  | {' '.join(text.split())[:160]}")
-
-    def on_mirror(self, state: TrainState, status: str) -> None:
-        if (state.mirror.errors > 0) != self.mirror_failing:  # when it begins and when it ends
-            self.mirror_failing = not self.mirror_failing
-            self.print(status)
 
     def on_end(self, state: TrainState) -> None:
         self.bar.close()
@@ -2274,8 +2241,7 @@ class ProgressBar(Callback):
 class MetricsLog:
     """metrics.jsonl: one JSON object per line, cut back to the step that a run resumes from.
 
-    A line that the disk refuses is kept and written with the next one. Without a path, as in all
-    processes but the main one, nothing is written.
+    NaN becomes null. A line that the disk refuses is written with the next; without a path, none.
     """
 
     def __init__(self, path: Path | None, step: int) -> None:
@@ -2287,26 +2253,24 @@ class MetricsLog:
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
-        """All whole lines, null as NaN; a torn last one, as a kill leaves it, is left out."""
-        lines = []
-        with contextlib.suppress(FileNotFoundError):
-            for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError, RecursionError):
-                    lines.append(json.loads(text))
+        """All whole lines, null as NaN; a torn one, as a kill leaves it, is left out."""
+        lines, text = [], path.read_text("utf-8", "replace") if path.exists() else ""
+        for part in text.splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                lines.append(json.loads(part))
         lines = [x for x in lines if isinstance(x, dict) and isinstance(x.get("step"), int)]
         return [{k: math.nan if v is None else v for k, v in x.items()} for x in lines]
 
     @staticmethod
     def _text(line: dict[str, Any]) -> str:
-        odd = {k for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
-        return json.dumps({k: None if k in odd else v for k, v in line.items()}) + "\n"
+        return json.dumps(json.loads(json.dumps(line), parse_constant=lambda _: None)) + "\n"
 
     def write(self, line: dict[str, Any]) -> None:
         if self.path:
-            self.waiting.append(line)
+            self.waiting.append(self._text(line))
             try:
                 with self.path.open("a", encoding="utf-8") as file:
-                    file.write("".join(map(self._text, self.waiting)))
+                    file.write("".join(self.waiting))
                 self.waiting.clear()
             except OSError as error:
                 if len(self.waiting) == 1:
@@ -2329,12 +2293,13 @@ def _stop_on_signals(state: TrainState) -> Iterator[None]:
         state.stop_signal = number
         log.info("stopping: a checkpoint is saved after this step (again: stop at once)")
 
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")):
-            if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-                before[number] = signal.signal(number, handle)
+    handled = threading.current_thread() is threading.main_thread()  # elsewhere, signals are not
+    names = ("SIGINT", "SIGTERM", "SIGHUP") if handled else ()
+    before = {s: signal.getsignal(s) for s in signal.Signals if s.name in names}
     try:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:  # as nohup sets it
+                signal.signal(number, handle)
         yield
     finally:
         for number, handler in before.items():

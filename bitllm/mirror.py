@@ -264,6 +264,8 @@ class Mirror:
         self.errors += 1
         number = getattr(error, "errno", None)
         self._last_error = f"Errno {number}" if number else core.first_line(error)
+        if self.errors == 1:
+            log.warning(self.status())
 
     def _next(self) -> tuple[str, str] | None:
         """Wait for something to copy; None: closing, and nothing is left."""
@@ -285,9 +287,11 @@ class Mirror:
             kind, name = item
             try:
                 self._copy(kind, name)
-                self.errors = 0
+                recovered, self.errors = self.errors > 0, 0
                 if kind == "step":
                     self.last_good_step = checkpoint_step(name)
+                if recovered:
+                    log.info(f"{self.status()}; it works again")
             except Exception as error:  # of whatever kind: training does not end because of it
                 self._failed(error)
                 tries_left -= self._closing

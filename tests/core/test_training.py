@@ -373,8 +373,7 @@ def test_a_sliding_context_predicts_each_token_once(tiny_config, length, stride)
     model = bit.BitLM(tiny_config).eval()
     sequence, nats = [7, *tokens], 0.0
     for i in range(length):  # token i from those before it in the first window it is in
-        end = min(16 + max(0, -(-(i - 15) // stride)) * stride, length)
-        seen = sequence[max(end - 16, 0) : i + 1]
+        seen = sequence[max(0, -(-(i - 15) // stride)) * stride : i + 1]
         assert len(seen) >= min(i + 1, 16 - stride + 1)
         nats -= model(torch.tensor([seen]))[0, -1].log_softmax(-1)[tokens[i]].item()
     device = bit.choose_device("cpu", "float32")
