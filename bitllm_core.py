@@ -2261,8 +2261,8 @@ def _stop_on_signals(state: TrainState) -> Iterator[None]:
         state.stop_signal = number
         log.info("stopping: a checkpoint is saved after this step (again: stop at once)")
 
-    main = threading.current_thread() is threading.main_thread()  # only there are signals handled
-    names = ("SIGINT", "SIGTERM", "SIGHUP") if main else ()
+    handled = threading.current_thread() is threading.main_thread()  # elsewhere, signals are not
+    names = ("SIGINT", "SIGTERM", "SIGHUP") if handled else ()
     before = {s: signal.getsignal(s) for s in signal.Signals if s.name in names}
     try:
         for number, handler in before.items():
