@@ -1878,11 +1878,6 @@ def checked_settings(values: Any, path: Path) -> dict[str, Any]:
     return {part: asdict(config_from(kind, values.get(part), path)) for part, kind in kinds.items()}
 
 
-def read_run_config(run: Path) -> dict[str, Any]:
-    """config.json of a run, checked."""
-    return checked_settings(read_json(run / "config.json"), run / "config.json")
-
-
 def check_weights(config: ModelConfig, weights: Any, path: Path) -> BitLM:
     """The model of these tensors, themselves, not copies; ValueError where others are expected."""
     with torch.device("meta"):  # a configuration takes no memory
@@ -1974,8 +1969,8 @@ def windows_at_once(
 ) -> int:
     """Windows of a micro-batch, for each process.
 
-    On a CPU, what the blocks keep for the backward pass stays below 192 MB, near its caches: more
-    is slower. On a GPU it may take a quarter of the free memory.
+    What the blocks keep for the backward pass takes at most 192 MB on a CPU, near its caches, and a
+    quarter of a GPU's free memory.
     """
     windows = -(-train.batch_tokens // model.max_position_embeddings // world_size)
     if train.micro_batch_size:
@@ -2224,10 +2219,10 @@ class MetricsLog:
         """All whole lines, null as NaN; a torn one, as a kill leaves it, is left out."""
         lines, text = [], path.read_text("utf-8", "replace") if path.exists() else ""
         for part in text.splitlines():
-            with contextlib.suppress(ValueError, RecursionError):
-                lines.append(json.loads(part))
-        lines = [x for x in lines if isinstance(x, dict) and isinstance(x.get("step"), int)]
-        return [{k: math.nan if v is None else v for k, v in x.items()} for x in lines]
+            with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):
+                line = {"step": json.loads(part)["step"] + 0, **json.loads(part)}
+                lines.append({k: math.nan if v is None else v for k, v in line.items()})
+        return lines
 
     @staticmethod
     def _text(line: dict[str, Any]) -> str:
@@ -2372,20 +2367,6 @@ def _open(stack: contextlib.ExitStack, configs: Any, out: Path, resume: str, mir
     return copier, checkpoint
 
 
-def memory_in_use(device: Device) -> int:
-    """Most bytes held so far: on the GPU, or by this process; 0 where the system hides it."""
-    if device.device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.is_file():  # not ru_maxrss, which begins with that of the parent
-        return sum(int(kB) << 10 for kB in re.findall(r"VmHWM:\s+(\d+)", status.read_text()))
-    with contextlib.suppress(ImportError):
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-    return 0
-
-
 def versions() -> dict[str, str]:
     """What decides the bits of a run besides its settings."""
     python, library = platform.python_version(), str(torch.__version__)
@@ -2473,7 +2454,6 @@ class Session:
             "grad_norm": norm,
             "tokens": state.tokens,
             "tokens_per_s": round((state.tokens - tokens) / (state.train_seconds - seconds), 1),
-            "memory_bytes": memory_in_use(self.device),
             "train_seconds": round(state.train_seconds, 3),
         }
         for more in METRICS:

@@ -404,7 +404,9 @@ class Mirror:
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     if (folder / "config.json").is_file():
         try:
-            saved = core.read_run_config(folder)
+            saved = core.checked_settings(
+                core.read_json(folder / "config.json"), folder / "config.json"
+            )
         except ValueError as error:
             log.warning(f"skipped: {error}")
         else:

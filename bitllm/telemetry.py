@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from bitllm.machine import memory_in_use
 from bitllm_core import METRICS, TrainState, weight_quant
+
+
+def memory_metrics(state: TrainState) -> dict[str, int]:
+    """Most memory held so far: of the GPU, or of this process."""
+    return {"memory_bytes": memory_in_use(next(state.model.parameters()).device)}
 
 
 def ternary_metrics(state: TrainState) -> dict[str, list[float]]:
@@ -25,4 +31,4 @@ def ternary_metrics(state: TrainState) -> dict[str, list[float]]:
     return {name: (counts / sizes).round(6).tolist() for name, counts in found.items()}
 
 
-METRICS.append(ternary_metrics)
+METRICS.extend((memory_metrics, ternary_metrics))

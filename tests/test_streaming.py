@@ -238,7 +238,7 @@ def test_a_stream_that_stays_broken_saves_and_says_so(
 HUB_SCRIPT = """
 import json, sys, time
 import bitllm_core as bit
-from bitllm import streaming
+from bitllm import machine, streaming
 from tests.test_streaming import streamed, wait
 streaming.RETRY_S = (0.1, 1.0, 20)
 budget, start, told = int(sys.argv[2]), time.monotonic(), []
@@ -246,7 +246,7 @@ device = bit.choose_device("cpu", "float32")
 
 def look(data):
     if len(data.training) >= budget * (len(told) + 1) // 4:
-        told.append((time.monotonic() - start, bit.memory_in_use(device)))
+        told.append((time.monotonic() - start, machine.memory_in_use(device.device)))
     return data.ended
 
 data, tokenizer = streamed("hf:me/stories", sys.argv[1], budget)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import bitllm_core as bit
+from bitllm import machine
 from tests.conftest import assert_same_bits, state_of, weights_of, without_times
 from tests.tiny import StopAt
 
@@ -420,10 +421,10 @@ def test_memory_is_the_process_own_peak():
     """And not what a large process that started it had used."""
     cpu = bit.choose_device("cpu")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = bit.memory_in_use(cpu)
+    before = machine.memory_in_use(cpu.device)
     tensor = torch.ones(16 << 20)
     del tensor
-    grown = bit.memory_in_use(cpu) - before
+    grown = machine.memory_in_use(cpu.device) - before
     assert 50 << 20 < grown < 100 << 20
 
 
