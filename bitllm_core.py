@@ -345,7 +345,7 @@ def check_configs(model: ModelConfig, training: TrainConfig) -> None:
 
 
 # ModelConfig(vocab_size, hidden_size, intermediate_size, layers, heads, key/value heads, context),
-# TrainConfig(max_steps, batch_tokens)
+# TrainConfig(max_steps, batch_tokens); t4-* are sized by arithmetic and not timed on a T4
 _CI_TRAINING = TrainConfig(
     40, 1024, warmup_steps=4, eval_every_steps=20, eval_tokens=4096, log_every_steps=5
 )
@@ -375,7 +375,6 @@ PRESETS: dict[str, tuple[ModelConfig, DataConfig, TrainConfig]] = {
     ),
     "seed": (_SEED_MODEL, DataConfig("wikitext-2", tokenizer="wordpiece"), _SEED_TRAINING),
 }
-"""Name -> (ModelConfig, DataConfig, TrainConfig). t4-* are sized by arithmetic, not measured."""
 
 # -----------------------------------------------------------------------------
 # 2 Quantization
@@ -433,12 +432,9 @@ def quantize_input(x: Tensor, linear: str) -> Tensor:
     return straight_through(x, activation_quant(x.detach())) if linear == "ternary" else x
 
 
-KERNELS: list[Any] = []
-"""Faster inference; importing bitllm.cpu adds one.
-
-Each has `ready(x) -> bool`, `rms_norm(x, weight, eps)` and `ternary_linear(x, layers)`, which
-return what `RMSNorm` and, for frozen layers, `project` do without them, bit for bit.
-"""
+KERNELS: list[Any] = []  # faster inference; importing bitllm.cpu adds one
+# Each has `ready(x) -> bool`, `rms_norm(x, weight, eps)` and `ternary_linear(x, layers)`, which
+# return what `RMSNorm` and, for frozen layers, `project` do without them, bit for bit.
 
 
 def kernels_for(x: Tensor) -> Any:
@@ -1150,13 +1146,7 @@ def _part_of(pieces: Iterable[Piece], chars: int, head: bool) -> Iterator[Piece]
         elif head == (chars > 0):
             yield text, ends
         chars -= len(text)
-
-
-def limited(texts: Iterable[str], chars: int) -> Iterator[str]:
-    for text in texts:
-        yield text
-        chars -= len(text)
-        if chars <= 0:
+        if head and chars <= 0:
             return
 
 
@@ -1315,8 +1305,8 @@ def _write_data(config: DataConfig, context: int, out: Path, manifest: dict[str,
     streaming = extension("streaming", _STREAMING) if "stream_state" in manifest else None
     if not held and not streaming:
         chars = round(sum(len(text) for text, _ in read()) * (1 - config.validation_fraction))
-    head = (text for text, _ in _part_of(read(), chars, head=True))
-    texts = streaming.tokenizer_texts(config) if streaming else limited(head, _TOKENIZER_CHARS)
+    head = _part_of(read(), min(chars, _TOKENIZER_CHARS), head=True)
+    texts = streaming.tokenizer_texts(config) if streaming else (text for text, _ in head)
     if path.is_file():
         tokenizer = load_tokenizer(path)
         log.info("tokenizer: reusing %s", path)
@@ -1377,8 +1367,7 @@ def prepare_data(
 # -----------------------------------------------------------------------------
 # 6 Generation
 
-DECODERS: dict[str, Any] = {}
-"""Device type -> a faster step for one new token per row, made of model, cache and left_pad."""
+DECODERS: dict[str, Any] = {}  # by device: a faster step for one token per row (bitllm/cuda.py)
 
 
 def _choose(logits: Tensor, seen: Tensor, config: SamplingConfig, rng: torch.Generator) -> Tensor:
@@ -1744,9 +1733,8 @@ def write_snapshot(folder: Folder, name: str, tree: str, tensors: dict[str, Tens
     except SafetensorError as error:
         raise OSError(errno.EIO, first_line(error), str(folder.path / part)) from error
     manifest = {"name": name, "format_version": FORMAT_VERSION, "step": checkpoint_step(name)}
-    publish(
-        folder, {**manifest, "size": folder.size(part), "sha256": file_hash(folder.path / part)}
-    )
+    found = {"size": folder.size(part), "sha256": file_hash(folder.path / part)}
+    publish(folder, {**manifest, **found})
     return folder.path / name
 
 
@@ -2046,17 +2034,13 @@ def evaluate(
     nats = total_loss(model, np.asarray(ids), eot or 0, device, batch_size, stride)
     return {
         "loss": nats / len(ids),
-        "perplexity": safe_exp(nats / len(ids)),
+        "perplexity": math.exp(min(nats / len(ids), 700)),
         "bits_per_byte": nats / math.log(2) / size,
-        "word_perplexity": safe_exp(nats / max(words, 1)),
+        "word_perplexity": math.exp(min(nats / max(words, 1), 700)),
         "tokens": len(ids),
         "words": words,
         "bytes": size,
     }
-
-
-def safe_exp(x: float) -> float:
-    return math.exp(min(x, 700.0))
 
 
 @dataclass
@@ -2210,7 +2194,6 @@ class MetricsLog:
     def __init__(self, path: Path | None, step: int) -> None:
         self.path, self.waiting = path, []
         self.lines = [line for line in self.read(path) if line["step"] <= step] if path else []
-        """those of earlier sessions"""
         if path:
             write_atomically(path, "".join(map(self._text, self.lines)).encode())
 
@@ -2269,12 +2252,9 @@ def _stop_on_signals(state: TrainState) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-SAVE_RETRY_S = 60.0
-"""Seconds until a checkpoint that could not be saved is tried again."""
-MAX_SKIPPED_STEPS = 25
-"""Non-finite steps in a row that end a run. float16's first loss scale takes some to settle."""
-METRICS: list[Callable[[TrainState], dict[str, Any]]] = []
-"""Functions that add to a logged line, called in all processes; importing bitllm adds its own."""
+SAVE_RETRY_S = 60.0  # until a checkpoint that could not be saved is tried again
+MAX_SKIPPED_STEPS = 25  # in a row end a run; float16's first loss scale takes some to settle
+METRICS: list[Any] = []  # functions of the TrainState, in all processes, that add to a logged line
 LOCK_NAME = ".lock"
 _SET_ASIDE = "set-aside-"
 _MAY_CHANGE = "micro_batch_size device dtype compile deterministic max_steps patience fsdp "
@@ -2338,9 +2318,8 @@ def _open(stack: contextlib.ExitStack, configs: Any, out: Path, resume: str, mir
     try:
         stack.enter_context(filelock.FileLock(out / LOCK_NAME, timeout=0, thread_local=False))
     except filelock.Timeout:
-        raise ValueError(
-            f"{out}: another process is training in it. Stop that one or choose another folder"
-        ) from None
+        why = "another process is training in it. Stop that one or choose another folder"
+        raise ValueError(f"{out}: {why}") from None
     copier = module and stack.enter_context(module.Mirror(out, place, config.keep_checkpoints))
     if resume == "never":
         for where in {out, place}:
@@ -2471,7 +2450,7 @@ class Session:
         metrics = {
             "step": state.step,
             "val_loss": loss,
-            "val_perplexity": safe_exp(loss),
+            "val_perplexity": math.exp(min(loss, 700)),
             "val_bits_per_byte": loss / math.log(2) / (counts["bytes"] / counts["tokens"]),
             "val_tokens": len(tokens),
             **({"final": True} if final else {}),
@@ -2505,10 +2484,8 @@ class _Saver:
 
     def __init__(self, session: Session) -> None:
         self.session, self.state, self.mirror = session, session.state, session.state.mirror
-        self.folder, self.keep = (
-            Folder(session.out / "checkpoints"),
-            session.config.keep_checkpoints,
-        )
+        self.folder = Folder(session.out / "checkpoints")
+        self.keep = session.config.keep_checkpoints
         self.worker, self.running, self.mirror_status = ThreadPoolExecutor(1), None, ""
         self.pause_s = 60 * (session.config.save_every_minutes or math.inf)
         self.due_at, step = time.monotonic() + self.pause_s, self.state.step
@@ -2764,7 +2741,7 @@ def train_command(flags: argparse.Namespace, callbacks: Sequence[Callback] = ())
         f"complete: {state.step} steps ({state.skipped} skipped), {state.tokens:,} tokens, "
         f"{state.tokens / (state.train_seconds or math.inf):,.0f} tokens/s\n"
         f"training loss {state.loss:.4f}, validation loss {state.val_loss:.4f}, perplexity "
-        f"{safe_exp(state.val_loss):.1f} (a uniform guess: {model.vocab_size})\n"
+        f"{math.exp(min(state.val_loss, 700)):.1f} (a uniform guess: {model.vocab_size})\n"
         f"best validation loss {state.best_val_loss:.4f} at step {state.best_step}\n"
         f"the text above: --model {flags.out} --checkpoint {which}"
     )

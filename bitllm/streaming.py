@@ -30,7 +30,6 @@ from bitllm_core import (
     TrainConfig,
     encode_pieces,
     first_line,
-    limited,
     read_json,
     text_parts,
     text_pieces,
@@ -87,7 +86,12 @@ def first_pieces(config: DataConfig) -> Iterator[tuple[list[Piece], State]]:
 def tokenizer_texts(config: DataConfig) -> Iterator[str]:
     """The text to train a tokenizer on, from the start of the stream."""
     texts = (text for pieces, _ in first_pieces(config) for text, _ in pieces)
-    return limited(texts, min(TOKENIZER_CHARS, 8 * (config.max_train_tokens or 0)))
+    left = min(TOKENIZER_CHARS, 8 * (config.max_train_tokens or 0))
+    for text in texts:
+        yield text
+        left -= len(text)
+        if left <= 0:
+            return
 
 
 @lru_cache(maxsize=4)
