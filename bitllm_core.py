@@ -2494,7 +2494,8 @@ class _Saver:
             remove_unfinished(self.folder)
 
     def save_what_is_due(self, ending: bool = False) -> None:
-        """Save what is due after this step, and report what has become safe since the last."""
+        """Report what has become safe since the last step, and save what is due after this one."""
+        self.collect(wait=ending)
         session, state, step, config = self.session, self.state, self.state.step, self.state.config
         epoch = session.data.steps_per_epoch(config, session.context)
         every, asked = config.save_every_steps, ending or state.save_requested
@@ -2508,7 +2509,6 @@ class _Saver:
         for kind, somewhere in zip(due, state.processes.all_reduce_max(new), strict=True):
             if somewhere:
                 self.save(kind)
-        self.collect(wait=ending)
         if self.mirror and self.mirror.status() != self.mirror_status:
             self.mirror_status = self.mirror.status()
             session.notify("on_mirror", self.mirror_status)
@@ -2516,6 +2516,7 @@ class _Saver:
     def save(self, kind: str) -> None:
         """Begin a checkpoint; a disk that refuses does not end the training."""
         start, state, session = time.perf_counter(), self.state, self.session
+        self.collect(wait=True)  # one copy at a time
         self.begun[kind] = state.step
         if kind == "best":  # what generating needs
             weights = state.processes.whole(state.model.state_dict())
@@ -2524,7 +2525,6 @@ class _Saver:
             contents = {**state.state_dict(), **session.facts, "micro_batch": session.micro_batch}
             self.due_at = time.monotonic() + self.pause_s
         if state.processes.is_main:
-            self.collect(wait=True)  # one copy at a time
             contents |= {"config": session.settings, "tokenizer": session.tokenizer.to_str()}
             name = f"{kind}_{state.step:08d}.safetensors"
             write = partial(write_snapshot, self.folder, name, *snapshot(contents))
@@ -2586,38 +2586,36 @@ def _finish(session: Session) -> None:
         write_atomically(out / "config.json", json.dumps(settings, indent=1).encode())
         session.log = MetricsLog(out / "metrics.jsonl", state.step)
         coming = session.data.coming(session.tokenizer)
-    if state.mirror:
-        state.mirror.offer_newest()
     final = [x for x in session.log.lines if x.get("final") and x["step"] == state.step]
     if state.finished and (final := processes.broadcast(final)):
         state.val_loss = final[0].get("val_loss", math.nan)
         return
-    steps = f"step {state.step} of {state.config.max_steps}"
-    log.info(
-        f"{session.model_config.num_parameters / 1e6:.2f}M parameters, {session.device}; "
-        f"{session.micro_batch} windows of {session.context} tokens at once; "
-        f"{'resuming from' if state.step else 'beginning at'} {steps}"
-    )
-    if not state.finished:
-        with contextlib.suppress(ImportError):
-            extension("compiling", "torch.compile").prepare(session)
+    config, tokens = state.config, session.data.manifest["train"]["tokens"]
+    size = session.model_config.num_parameters / 1e6
+    epochs = config.max_steps / session.data.steps_per_epoch(config, session.context)
+    log.info(f"{size:.2f}M parameters on {session.device}, {session.micro_batch} windows at once")
+    log.info(f"{tokens:,} training tokens, {epochs:.1f} epochs of them in {config.max_steps} steps")
+    if state.step:
+        log.info(f"resuming from step {state.step} of {config.max_steps}")
     saver = _Saver(session)
     with _stop_on_signals(state), coming:
+        if not state.finished:
+            with contextlib.suppress(ImportError):
+                extension("compiling", "torch.compile").prepare(session)
         session.notify("on_start")
         try:
             session.run(saver)
-            if state.out_of_patience and state.step < state.config.max_steps:
+            if state.out_of_patience and state.step < config.max_steps:
                 log.info(
-                    f"ended early: {state.evals_since_best} evaluations without a better "
-                    f"validation loss than at step {state.best_step} (--checkpoint best)"
+                    f"ended early at step {state.step} of {config.max_steps}: no better "
+                    f"validation loss in {state.evals_since_best} evaluations. The best is of step "
+                    f"{state.best_step} (--checkpoint best); --patience 0 trains to the end"
                 )
             saver.save_what_is_due(ending=True)
-            state.last_saved_step = processes.broadcast(state.last_saved_step)
-            if state.last_saved_step != state.step:
-                raise OSError(
-                    f"step {state.step} could not be saved in {out}; the last good checkpoint is "
-                    f"of step {state.last_saved_step}. Mend the disk: training resumes from there"
-                )
+            saver.collect(wait=True)
+            last = state.last_saved_step = processes.broadcast(state.last_saved_step)
+            if last != state.step:
+                raise OSError(f"step {state.step} was not saved in {out}; step {last} is the last")
             if not session.stop_asked():
                 session.evaluate(final=True)
         finally:
@@ -2724,7 +2722,7 @@ def train_command(flags: argparse.Namespace, callbacks: Sequence[Callback] = ())
         saved = read_json(place / "config.json")
         saved = saved or (newest_checkpoint(place / "checkpoints") or {}).get("config")
         if saved:  # without a preset, the run's own settings are meant
-            parts = checked_settings(saved, place).values()
+            parts = checked_settings(saved, place / "config.json").values()
             configs = [type(base)(**part) for base, part in zip(configs, parts, strict=True)]
     model, data, config = (from_flags(base, flags) for base in configs)
     more = {"resume": flags.resume, "mirror": flags.mirror}
@@ -2742,8 +2740,7 @@ def train_command(flags: argparse.Namespace, callbacks: Sequence[Callback] = ())
         f"{state.tokens / (state.train_seconds or math.inf):,.0f} tokens/s\n"
         f"training loss {state.loss:.4f}, validation loss {state.val_loss:.4f}, perplexity "
         f"{math.exp(min(state.val_loss, 700)):.1f} (a uniform guess: {model.vocab_size})\n"
-        f"best validation loss {state.best_val_loss:.4f} at step {state.best_step}\n"
-        f"the text above: --model {flags.out} --checkpoint {which}"
+        f"text from: --model {flags.out} --checkpoint {which}"
     )
     return 0
 

@@ -266,13 +266,14 @@ class Mirror:
             self._changed.notify()
 
     def offer_newest(self) -> None:
-        """Offer what an earlier session could not copy."""
+        """Offer what an earlier session could not copy; what is there is not copied again."""
         folder = Folder(self.run / "checkpoints")
-        for kind in self.keep:
-            paths = list_checkpoints(folder, kind)
-            finished = [path for path in paths if core.is_finished(folder, path.name)]
-            if finished:
-                self.offer(kind, finished[-1].name)
+        with contextlib.suppress(OSError):
+            for kind in self.keep:
+                paths = list_checkpoints(folder, kind)
+                finished = [path for path in paths if core.is_finished(folder, path.name)]
+                if finished:
+                    self.offer(kind, finished[-1].name)
 
     def status(self) -> str:
         """One line to show."""
@@ -307,6 +308,7 @@ class Mirror:
         return self
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
+        self.offer_newest()
         self.close(1.0 if kind else None)
         if not kind:
             log.info(self.status())

@@ -20,7 +20,8 @@ def run_facts(lines: list[dict[str, Any]], max_steps: int, batch_tokens: int) ->
         left = (max_steps - step) * batch_tokens / max(last["tokens_per_s"], 1)
         facts["loss"] = f"{last['loss']:.3f}"
         facts["tokens/s"] = f"{last['tokens_per_s']:,.0f}"
-        facts["memory"] = f"{last['memory_bytes'] / 2**30:.2f} GiB"
+        if "memory_bytes" in last:  # the core alone does not measure it
+            facts["memory"] = f"{last['memory_bytes'] / 2**30:.2f} GiB"
         facts["time left"] = f"{left // 60:.0f} min {left % 60:02.0f} s"
     if evaluation:
         facts["validation loss"] = f"{evaluation['val_loss']:.3f} at step {evaluation['step']:,}"

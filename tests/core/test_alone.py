@@ -1,12 +1,15 @@
 """bitllm_core.py copied alone into an empty folder does the main job on a local text."""
 
+import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, assert_same_bits, state_of, without_times
 
 BLOCKED = ("bitllm", "datasets", "pyarrow")
 
@@ -69,3 +72,69 @@ def test_it_prepares_trains_generates_and_evaluates(run_alone):
 def test_what_needs_more_says_what_to_install(run_alone):
     assert "needs the package datasets: pip install datasets" in run_alone(HUB)
     assert "needs the bitllm package" in run_alone(BUDGET)
+
+
+FLAGS = """--data text.txt --vocab-size 300 --hidden-size 32 --intermediate-size 64
+--num-hidden-layers 1 --num-attention-heads 2 --max-position-embeddings 16 --batch-tokens 128
+--max-steps 60 --warmup-steps 2 --eval-every-steps 20 --eval-tokens 256 --save-every-steps 10"""
+
+
+@pytest.fixture
+def command(tmp_path, tiny_corpus):
+    """A command of the file alone, with nothing in its environment but PATH."""
+    shutil.copy(ROOT / "bitllm_core.py", tmp_path)
+    shutil.copy(tiny_corpus, tmp_path / "text.txt")
+
+    def start(*arguments):
+        command = [sys.executable, "bitllm_core.py", *arguments]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        own = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, cwd=tmp_path, env=own, encoding="utf-8", **options)
+
+    return start
+
+
+def output_of(process, status=0):
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == status, errors
+    return out if status == 0 else errors
+
+
+def test_its_command_line_resumes_a_killed_run_to_the_same_bits(command, tmp_path):
+    train = ["train", *FLAGS.split(), "--out"]
+    assert "complete: 60 steps" in output_of(command(*train, "whole"))
+    killed = command(*train, "run")
+    saved = tmp_path / "run" / "checkpoints" / "step_00000020.json"
+    while not saved.exists() and killed.poll() is None:
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    assert not list(saved.parent.glob("step_00000060.json"))
+    assert "complete: 60 steps" in output_of(command("train", "--out", "run"))  # its own settings
+    assert_same_bits(state_of(tmp_path / "run"), state_of(tmp_path / "whole"))
+    assert without_times(tmp_path / "run") == without_times(tmp_path / "whole")
+    texts = [
+        output_of(command("generate", "--model", run, "--prompt", "9 cats", "--seed", "0"))
+        for run in ("run", "whole")
+    ]
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("9 cats")
+    found = json.loads(output_of(command("evaluate", "--model", "run", "--data", "text.txt")))
+    assert 0 < found["loss"] < 5.6  # of a uniform guess: 5.70
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["export", "--model", "x"], "export, plan, info, bench need the bitllm package"),
+        (["train", "--preset", "huge", "--out", "x"], "invalid choice: 'huge'"),
+        (["train", "--out", "x", "--max-steps", "many"], "invalid int value: 'many'"),
+        (["train", "--out", "x", "--mirror", "y"], "--mirror needs the bitllm package"),
+        (["generate", "--model", "nowhere"], "not a run folder"),
+    ],
+)
+def test_its_command_line_says_what_is_wrong(command, arguments, says):
+    status = 1 if "--mirror" in arguments else 2
+    errors = output_of(command(*arguments), status)
+    assert says in errors
+    assert len(errors.strip().splitlines()) <= 2
