@@ -55,7 +55,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
 from operator import ge, gt, le, lt
@@ -1230,11 +1230,11 @@ class TokenData:
     training: np.ndarray
     validation: np.ndarray
     manifest: dict[str, Any]
-    streamed: bool = False  # tokens arrive while training runs: ask whether a step is `ready`
+    streamed: bool = False  # tokens arrive while training runs: `wait` for a step's
     error: Exception | None = None  # what ended a stream early
 
-    def ready(self, config: TrainConfig, context: int, step: int) -> bool:
-        """Whether the tokens of a step are there."""
+    def wait(self, session: Any) -> bool:
+        """Wait for the tokens of the next step; False: the session was stopped meanwhile."""
         return True
 
     def coming(self, tokenizer: Any) -> contextlib.AbstractContextManager[None]:
@@ -1878,11 +1878,6 @@ def checked_settings(values: Any, path: Path) -> dict[str, Any]:
     return {part: asdict(config_from(kind, values.get(part), path)) for part, kind in kinds.items()}
 
 
-def read_run_config(run: Path) -> dict[str, Any]:
-    """config.json of a run, checked."""
-    return checked_settings(read_json(run / "config.json"), run / "config.json")
-
-
 def check_weights(config: ModelConfig, weights: Any, path: Path) -> BitLM:
     """The model of these tensors, themselves, not copies; ValueError where others are expected."""
     with torch.device("meta"):  # a configuration takes no memory
@@ -1943,8 +1938,7 @@ class Device:
 
     def autocast(self) -> Any:
         """Matrix products in `dtype`, all else in float32."""
-        reduced = self.dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=reduced)
+        return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
 
     def scaler(self) -> torch.amp.GradScaler:
         """Loss scaling, which only float16's narrow range needs."""
@@ -1955,10 +1949,7 @@ class Device:
 
 
 def choose_device(device: str = "auto", dtype: str = "auto") -> Device:
-    """CUDA, MPS or CPU; bfloat16 where the hardware has it, float16 on older GPUs, else float32.
-
-    Raises ValueError for a device that this machine does not have.
-    """
+    """CUDA, MPS or CPU (ValueError: not here); bfloat16 in hardware, else float16 or float32."""
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     there.append("cpu")
     device = there[0] if device == "auto" else device
@@ -1978,8 +1969,8 @@ def windows_at_once(
 ) -> int:
     """Windows of a micro-batch, for each process.
 
-    On a CPU, what the blocks keep for the backward pass stays below 192 MB, near its caches: more
-    is slower. On a GPU it may take a quarter of the free memory.
+    What the blocks keep for the backward pass takes at most 192 MB on a CPU, near its caches, and a
+    quarter of a GPU's free memory.
     """
     windows = -(-train.batch_tokens // model.max_position_embeddings // world_size)
     if train.micro_batch_size:
@@ -2002,23 +1993,20 @@ def total_loss(
 ) -> float:
     """Nats of `tokens`, each predicted once, `first` standing before them; not per token.
 
-    The text is cut into windows of the context length, and a token sees what is before it in its
-    window. With `stride`, a window ends every `stride` tokens and counts what the one before did
-    not, so each token sees at least context - stride others: context / stride times the work.
+    A window of the context length begins every `stride` tokens, by default every context, and
+    counts what the one before did not: with at least context - stride tokens before each.
     """
-    context, processes = model.config.max_position_embeddings, processes or Processes()
-    total, ends = 0.0, [*range(context, len(tokens), stride or context), len(tokens)]
-    spans = zip([0, *ends], ends, strict=False)  # of the tokens that each window counts
-    windows = torch.tensor([(max(b - context, 0) if stride else a, a, b) for a, b in spans])
+    context, last = model.config.max_position_embeddings, len(tokens) - 1
+    stride, processes, total = stride or context, processes or Processes(), 0.0
+    starts = torch.arange(0, max(len(tokens) - context, 0) + stride, stride)
+    t = torch.arange(min(context, len(tokens)))
     with model.hold_weights(device.dtype), device.autocast():
-        for part, _ in processes.micro_batches(windows, windows, batch_size):
-            x = torch.zeros(len(part), min(context, len(tokens)), dtype=torch.int64)
-            y = torch.full_like(x, -100)  # which the loss ignores
-            for row, (start, counted, end) in enumerate(part.tolist()):
-                text = torch.from_numpy(tokens[max(start - 1, 0) : end].astype(np.int64))
-                text = text if start else F.pad(text, (1, 0), value=first)
-                x[row, : end - start] = text[:-1]
-                y[row, counted - start : end - start] = text[1 + counted - start :]
+        for _, start in processes.micro_batches(starts, starts[:, None], batch_size):
+            at = start + t  # (B, T), the places of the targets in the text
+            x, y = (torch.from_numpy(tokens.take(i, mode="clip")).long() for i in (at - 1, at))
+            x[at == 0] = first
+            counted = (t < context - stride) & (start > 0)  # by the window before
+            y[counted | (at > last) | (start < 0)] = -100  # a start of -100 is a filler of FSDP's
             total += model.loss(x.to(device.device), y.to(device.device)).item()
     return processes.all_reduce_sum([total])[0]
 
@@ -2033,32 +2021,27 @@ def evaluate(
     batch_size: int = 16,
     device: Device | None = None,
 ) -> dict[str, float]:
-    """How well the model predicts every token of a text (of a folder, the training files).
-
-    Args:
-        data: a source as `DataConfig.data`.
-        stride: tokens that the context moves; default: the whole context, which is fastest.
+    """How well the model predicts `data`, named as in `DataConfig`; `stride`: see `total_loss`.
 
     Returns:
-        loss: nats per token. perplexity: exp(loss). bits_per_byte: bits per byte of UTF-8 text.
-        word_perplexity: exp(nats / words), where words are white-space words and line ends, so
-        models with different vocabularies compare. tokens, words, bytes: the counts.
+        loss: nats per token. perplexity: exp(loss). bits_per_byte: of the text in UTF-8.
+        word_perplexity: exp(nats / words), comparable between vocabularies; line ends are words.
+        tokens, words, bytes: how many there are.
 
     Raises:
         ValueError, FileNotFoundError, ConnectionError: as `read_pieces`; or no text in it.
     """
     device, context = device or choose_device(), model.config.max_position_embeddings
-    fits = stride is None or 1 <= stride <= context
-    require(fits, "stride", stride, f"1 to {context} tokens, the context of this model")
+    require(stride is None or 1 <= stride <= context, "stride", stride, f"1 to {context} tokens")
     eot, ids, words, size = end_of_text_id(tokenizer), [], 0, 0
     config = DataConfig(data=str(data), text_column=text_column)
-    for text, ends in read_pieces(str(data), "train", config):
+    for text, ends in read_pieces(config.data, "train", config):
         ids += encode(tokenizer, text) + ([eot] if ends and eot is not None else [])
         words += len(text.split()) + text.count("\n")
         size += len(text.encode("utf-8", "replace"))
-    ids = ids[:-1] if eot is not None and ids[-1:] == [eot] else ids  # only between documents
+    ids = ids[:-1] if ids[-1:] == [eot] else ids  # it stands between documents
     if not ids:
-        raise ValueError(f"data={str(data)!r}: no text in it to evaluate on")
+        raise ValueError(f"data={config.data!r}: no text in it to evaluate on")
     model.to(device.device)
     nats = total_loss(model, np.asarray(ids), eot or 0, device, batch_size, stride)
     return {
@@ -2098,7 +2081,7 @@ class TrainState:
     last_saved_step: int = 0  # of the newest checkpoint that is safe on the disk
     last_saved_at: float = 0.0  # time.time() of that; 0: not in this session
     save_seconds: float = 0.0  # that training waited for saving, in this session
-    mirror: Any = None  # the bitllm.mirror.Mirror, with its `status()`
+    mirror: Any = None  # a bitllm.mirror.Mirror
     # set by callbacks, buttons and signals, read after each step:
     stop_signal: int = 0  # save a checkpoint and end, as after this signal
     save_requested: bool = False  # save a checkpoint
@@ -2123,7 +2106,7 @@ class TrainState:
         return self.step >= self.config.max_steps or self.out_of_patience
 
     def state_dict(self) -> dict[str, Any]:
-        """All that an exact resume needs; complete in the main process, but all call it."""
+        """All that an exact resume needs: all processes call it, the main one has the whole."""
         names: Any = {parameter: name for name, parameter in self.model.named_parameters()}
         optimizers = []
         for optimizer in self.optimizers:
@@ -2132,26 +2115,19 @@ class TrainState:
             for (name, key), tensor in self.processes.gather(tensors).items():
                 state.setdefault(name, {})[key] = tensor
             optimizers.append({"state": state})
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         return {
             **{name: getattr(self, name) for name in self._SAVED},
             "model": self.processes.whole(self.model.state_dict()),
             "optimizers": optimizers,
             "scaler": self.scaler.state_dict(),
-            "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
+            "rng": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
             "trits": self.trits,
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned, possibly on another device.
-
-        Raises:
-            ValueError, KeyError, TypeError, RuntimeError: it is not of this model and optimizer.
-        """
+        """Take over what `state_dict` returned, on any device; an error where it does not fit."""
         for name in self._SAVED:
-            if not isinstance(saved[name], (int, float)):
-                raise TypeError(f"{name} is {saved[name]!r:.80}")
-            setattr(self, name, saved[name])
+            setattr(self, name, saved[name] + 0)  # TypeError: not a number
         scatter, own = self.processes.scatter, self.model.state_dict()
         self.model.load_state_dict({n: scatter(own[n], w) for n, w in saved["model"].items()})
         names: Any = {parameter: name for name, parameter in self.model.named_parameters()}
@@ -2163,52 +2139,43 @@ class TrainState:
                     raise ValueError(f"optimizer state of {names[parameter]} has another shape")
                 if tensors and self.processes.owns(parameter):
                     numbered[number] = {k: scatter(parameter, t) for k, t in tensors.items()}
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": numbered, "param_groups": groups})
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": numbered})
         if saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"]["torch"])
-        if torch.cuda.is_available() and len(saved["rng"]["cuda"]) == torch.cuda.device_count():
+        if len(saved["rng"]["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
-        for name, layer in self.model.bit_linears().items():
-            trits = saved["trits"].get(name)
-            if trits is not None and trits.shape != layer.weight.shape:
+        for name, trits in saved["trits"].items():
+            if trits.shape != own[f"{name}.weight"].shape:
                 raise ValueError(f"trits of {name} have shape {tuple(trits.shape)}")
         self.trits = dict(saved["trits"]) if self.processes.is_main else {}
 
 
 class Callback:
-    """Attached to `train`; override what is needed. To stop training, set state.stop_signal."""
+    """Attached to `train`; override what is needed. To stop training, set state.stop_signal.
 
-    def on_start(self, state: TrainState) -> None:
-        """Before the first step of this session."""
+    on_start: before the first step of this session.
+    on_step: after every step; `metrics` is the line just logged, if one was.
+    on_eval: after an evaluation.
+    on_sample: after a text was generated to look at.
+    on_checkpoint: after a checkpoint was written and verified.
+    on_mirror: between steps, when the status of the mirror has changed.
+    on_pause: ten times a second while `state.paused` keeps the loop from its next step.
+    on_end: after the last step of this session, whatever ended it.
+    """
 
-    def on_step(self, state: TrainState, metrics: dict[str, Any] | None) -> None:
-        """After every step; `metrics` is the line just logged, if one was."""
-
-    def on_eval(self, state: TrainState, metrics: dict[str, Any]) -> None:
-        """After an evaluation."""
-
-    def on_sample(self, state: TrainState, text: str) -> None:
-        """After a text was generated to look at."""
-
-    def on_checkpoint(self, state: TrainState, path: Path) -> None:
-        """After a checkpoint was written and verified."""
-
-    def on_mirror(self, state: TrainState, status: str) -> None:
-        """Between steps, when the status of the mirror has changed."""
-
-    def on_pause(self, state: TrainState) -> None:
-        """Ten times a second while `state.paused` keeps the loop from its next step."""
-
-    def on_end(self, state: TrainState) -> None:
-        """After the last step of this session, whatever ended it."""
+    def on_start(self, state: TrainState) -> None: ...
+    def on_step(self, state: TrainState, metrics: dict[str, Any] | None) -> None: ...
+    def on_eval(self, state: TrainState, metrics: dict[str, Any]) -> None: ...
+    def on_sample(self, state: TrainState, text: str) -> None: ...
+    def on_checkpoint(self, state: TrainState, path: Path) -> None: ...
+    def on_mirror(self, state: TrainState, status: str) -> None: ...
+    def on_pause(self, state: TrainState) -> None: ...
+    def on_end(self, state: TrainState) -> None: ...
 
 
 class ProgressBar(Callback):
     """tqdm on stderr: loss, tokens/s, time left; texts and evaluations above it."""
-
-    mirror_failing = False
 
     def on_start(self, state: TrainState) -> None:
         from tqdm.auto import tqdm
@@ -2219,21 +2186,16 @@ class ProgressBar(Callback):
 
     def on_step(self, state: TrainState, metrics: dict[str, Any] | None) -> None:
         if metrics:
-            text = f"loss {metrics['loss']:.3f}, {metrics['tokens_per_s']:,.0f} tokens/s"
+            text = "loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s".format_map(metrics)
             self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
 
     def on_eval(self, state: TrainState, metrics: dict[str, Any]) -> None:
-        loss, perplexity = metrics["val_loss"], metrics["val_perplexity"]
-        self.print(f"step {state.step}: validation loss {loss:.4f}, perplexity {perplexity:.1f}")
+        text = "step {step}: validation loss {val_loss:.4f}, perplexity {val_perplexity:.1f}"
+        self.print(text.format_map(metrics))
 
     def on_sample(self, state: TrainState, text: str) -> None:
         self.print(f"  | {' '.join(text.split())[:160]}")
-
-    def on_mirror(self, state: TrainState, status: str) -> None:
-        if (state.mirror.errors > 0) != self.mirror_failing:  # when it begins and when it ends
-            self.mirror_failing = not self.mirror_failing
-            self.print(status)
 
     def on_end(self, state: TrainState) -> None:
         self.bar.close()
@@ -2242,8 +2204,7 @@ class ProgressBar(Callback):
 class MetricsLog:
     """metrics.jsonl: one JSON object per line, cut back to the step that a run resumes from.
 
-    A line that the disk refuses is kept and written with the next one. Without a path, as in all
-    processes but the main one, nothing is written.
+    NaN becomes null. A line that the disk refuses is written with the next; without a path, none.
     """
 
     def __init__(self, path: Path | None, step: int) -> None:
@@ -2255,26 +2216,24 @@ class MetricsLog:
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
-        """All whole lines, null as NaN; a torn last one, as a kill leaves it, is left out."""
-        lines = []
-        with contextlib.suppress(FileNotFoundError):
-            for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError, RecursionError):
-                    lines.append(json.loads(text))
-        lines = [x for x in lines if isinstance(x, dict) and isinstance(x.get("step"), int)]
-        return [{k: math.nan if v is None else v for k, v in x.items()} for x in lines]
+        """All whole lines, null as NaN; a torn one, as a kill leaves it, is left out."""
+        lines, text = [], path.read_text("utf-8", "replace") if path.exists() else ""
+        for part in text.splitlines():
+            with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):
+                line = {"step": json.loads(part)["step"] + 0, **json.loads(part)}
+                lines.append({k: math.nan if v is None else v for k, v in line.items()})
+        return lines
 
     @staticmethod
     def _text(line: dict[str, Any]) -> str:
-        odd = {k for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
-        return json.dumps({k: None if k in odd else v for k, v in line.items()}) + "\n"
+        return json.dumps(json.loads(json.dumps(line), parse_constant=lambda _: None)) + "\n"
 
     def write(self, line: dict[str, Any]) -> None:
         if self.path:
-            self.waiting.append(line)
+            self.waiting.append(self._text(line))
             try:
                 with self.path.open("a", encoding="utf-8") as file:
-                    file.write("".join(map(self._text, self.waiting)))
+                    file.write("".join(self.waiting))
                 self.waiting.clear()
             except OSError as error:
                 if len(self.waiting) == 1:
@@ -2297,12 +2256,13 @@ def _stop_on_signals(state: TrainState) -> Iterator[None]:
         state.stop_signal = number
         log.info("stopping: a checkpoint is saved after this step (again: stop at once)")
 
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")):
-            if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-                before[number] = signal.signal(number, handle)
+    handled = threading.current_thread() is threading.main_thread()  # elsewhere, signals are not
+    names = ("SIGINT", "SIGTERM", "SIGHUP") if handled else ()
+    before = {s: signal.getsignal(s) for s in signal.Signals if s.name in names}
     try:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:  # as nohup sets it
+                signal.signal(number, handle)
         yield
     finally:
         for number, handler in before.items():
@@ -2313,6 +2273,8 @@ SAVE_RETRY_S = 60.0
 """Seconds until a checkpoint that could not be saved is tried again."""
 MAX_SKIPPED_STEPS = 25
 """Non-finite steps in a row that end a run. float16's first loss scale takes some to settle."""
+METRICS: list[Callable[[TrainState], dict[str, Any]]] = []
+"""Functions that add to a logged line, called in all processes; importing bitllm adds its own."""
 LOCK_NAME = ".lock"
 _SET_ASIDE = "set-aside-"
 _MAY_CHANGE = "micro_batch_size device dtype compile deterministic max_steps patience fsdp "
@@ -2337,157 +2299,143 @@ def check_same_settings(where: Path, saved: dict[str, Any], now: dict[str, Any])
 
 def check_run_folder(folder: Path) -> None:
     """ValueError for a file, or a folder of something else. Nothing is written."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: a file; expected a folder for the run, choose another")
-    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    ours = {"tokenizer.json", "metrics.jsonl", "data", "lock.json"}
-    strange = {n for n in names - ours if n[0] != "." and ".tmp" not in n and _SET_ASIDE not in n}
-    if strange and not {"config.json", "checkpoints"} & names:
-        raise ValueError(
-            f"{folder}: not a run folder (no config.json) and not empty "
-            f"({', '.join(sorted(strange)[:3])}); choose another"
-        )
+    ours = {"config.json", "checkpoints", "tokenizer.json", "metrics.jsonl", "data", "lock.json"}
+    names = sorted(path.name for path in folder.glob("[!.]*"))
+    if folder.is_file() or (names and not {*ours, f"{_SET_ASIDE}1"} & {*names}):
+        what = "a file" if folder.is_file() else ", ".join(names[:3]) + " in it"
+        raise ValueError(f"{folder}: not a run folder ({what}); expected a folder, new or a run's")
 
 
 def set_aside(folder: Path, keep_data: bool) -> None:
     """Move what a run left to a folder inside it, so that another can begin; nothing is lost."""
-    kept = ["lock.json", *(["data", "tokenizer.json"] if keep_data else [])]
-    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    moved = [n for n in names if n not in kept and n[0] != "." and not n.startswith(_SET_ASIDE)]
-    if moved:
-        numbers = (folder / f"{_SET_ASIDE}{n}" for n in itertools.count(1))
-        target = next(path for path in numbers if not path.exists())
-        target.mkdir()
-        for name in moved:
-            (folder / name).rename(target / name)
+    kept = {"lock.json", *(("data", "tokenizer.json") if keep_data else ())}
+    left = [p for p in folder.glob("[!.]*") if p.name not in kept and _SET_ASIDE not in p.name]
+    numbered = (folder / f"{_SET_ASIDE}{n}" for n in itertools.count(1))
+    target = next(path for path in numbered if not path.exists())
+    for path in left:
+        target.mkdir(exist_ok=True)
+        path.rename(target / path.name)
+    if left:
         log.info(f"{folder}: the run in it was moved to {target}")
 
 
-def _lock(folder: Path) -> Any:
-    """The run folder's lock, which ends with the process; ValueError: another process has it."""
+def _open(stack: contextlib.ExitStack, configs: Any, out: Path, resume: str, mirror: Any) -> Any:
+    """Take the run folder for this process; its mirror and the checkpoint to resume from, if any.
+
+    ValueError: another process has the folder; or other settings, remains of which nothing is
+    whole, `resume` does not fit: then nothing was changed but what a mirror returns.
+    """
     import filelock
 
-    path = folder / LOCK_NAME
-    if path.is_symlink():
-        path.unlink()
+    settings = {part: asdict(config) for part, config in configs.items()}
+    (model, data, config), place = configs.values(), Path(mirror or out).expanduser()
+    folder, path = out / "checkpoints", out / "tokenizer.json"
+    check_run_folder(out)
+    module = extension("mirror", "--mirror") if mirror else None
+    if module:
+        module.check_mirror(out, place)
+    out.mkdir(parents=True, exist_ok=True)
     try:
-        return filelock.FileLock(path, timeout=0, thread_local=False).acquire()
+        stack.enter_context(filelock.FileLock(out / LOCK_NAME, timeout=0, thread_local=False))
     except filelock.Timeout:
         raise ValueError(
-            f"{folder}: another process is training in it. Stop that one or choose another folder"
+            f"{out}: another process is training in it. Stop that one or choose another folder"
         ) from None
-
-
-def _open_run(out: Path, settings: dict[str, Any], resume: str, mirror: Any) -> Any:
-    """The checkpoint to resume from; None to begin. Nothing is changed but what a mirror returns.
-
-    Raises:
-        ValueError: other settings, remains of which nothing is whole, or `resume` does not fit.
-    """
-    folder, path = out / "checkpoints", out / "tokenizer.json"
-    try:
-        checkpoint = mirror.newest_checkpoint(settings) if mirror else newest_checkpoint(folder)
-        remains = list_checkpoints(folder) or (mirror and mirror.has_checkpoints())
-    except OSError as error:
-        raise ValueError(
-            f"{error}: whether there is a run to resume is not known. Mount the drive, or leave "
-            "--mirror out"
-        ) from error
+    copier = module and stack.enter_context(module.Mirror(out, place, config.keep_checkpoints))
+    if resume == "never":
+        for where in {out, place}:
+            set_aside(where, same_data(where, data, model.vocab_size))
+    checkpoint = copier.newest_checkpoint(settings) if copier else newest_checkpoint(folder)
     if checkpoint is None:
-        if remains:
+        if list_checkpoints(folder) or (copier and copier.has_checkpoints()):
             raise ValueError(
                 f"{out}: there are remains of a run, but no checkpoint that is whole. Nothing was "
                 "changed; --resume never begins anew and moves the remains to a folder set-aside-1"
             )
         require(resume != "must", "resume", resume, f"a checkpoint in {out} to resume from")
-        if (out / "config.json").is_file():  # of a run that has not saved yet
-            check_same_settings(out, read_run_config(out), settings)
-        return None
-    then = checked_settings(checkpoint.get("config"), folder)
-    check_same_settings(out, then, settings)
-    before, now = then["train"]["max_steps"], settings["train"]["max_steps"]
-    done = checkpoint["step"]
+        return copier, None
+    saved, done, now = checkpoint.get("config"), checkpoint["step"], config.max_steps
+    saved = checked_settings(saved, folder)
+    check_same_settings(out, saved, settings)
     require(now >= done, "max_steps", now, f"at least {done}, which this run has done already")
-    if before != now:
+    if (before := saved["train"]["max_steps"]) != now:
         log.info(f"max_steps: {before} -> {now}; the schedule now ends there, and the rate with it")
-    try:
-        load_tokenizer(path)
-    except (ValueError, FileNotFoundError) as error:
-        log.warning(f"{first_line(error)}: taken from the checkpoint")
-        tokenizer = tokenizer_from(str(checkpoint.get("tokenizer")), folder)
-        write_atomically(path, tokenizer.to_str(pretty=True).encode())
-    return checkpoint
-
-
-def memory_in_use(device: Device) -> int:
-    """Most bytes held so far: on the GPU, or by this process; 0 where the system hides it."""
-    if device.device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(OSError):  # not ru_maxrss, which begins with that of the parent
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+) kB|$", status)[1] or 0) << 10  # pyright: ignore
-    with contextlib.suppress(ImportError):
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return 0
+    text = tokenizer_from(str(checkpoint.get("tokenizer")), folder).to_str(pretty=True).encode()
+    if not path.is_file() or path.read_bytes() != text:
+        log.warning(f"{path}: missing or changed; restored from the checkpoint")
+        write_atomically(path, text)
+    return copier, checkpoint
 
 
 def versions() -> dict[str, str]:
     """What decides the bits of a run besides its settings."""
-    libraries = {"torch": str(torch.__version__), "numpy": np.__version__}
-    return {"python": platform.python_version(), **libraries}
+    python, library = platform.python_version(), str(torch.__version__)
+    return {"python": python, "torch": library, "numpy": np.__version__}
 
 
 class Session:
     """One call of `train`: what it holds in memory, and its steps."""
 
-    def __init__(
-        self, configs: tuple[Any, Any, Any], out: Path, processes: Processes, callbacks: Any
-    ) -> None:
-        self.model_config, data_config, self.config = configs
+    def __init__(self, configs: Any, out: Path, processes: Processes, callbacks: Any) -> None:
+        self.model_config, data, self.config = model, _, config = configs.values()
+        self.settings = {part: asdict(config) for part, config in configs.items()}
         self.out, self.processes, self.callbacks = out, processes, callbacks
-        self.settings = _settings(configs)
-        self.context, vocab_size = self.model_config.max_position_embeddings, configs[0].vocab_size
-        self.device = choose_device(self.config.device, self.config.dtype)
-        prepare = partial(prepare_data, data_config, vocab_size, self.context, out)
+        self.log, self.context = MetricsLog(None, 0), model.max_position_embeddings
+        self.device = choose_device(config.device, config.dtype)
+        prepare = partial(prepare_data, data, model.vocab_size, self.context, out)
         self.data, self.tokenizer = processes.run_on_main(prepare) or prepare()
-        size, device = processes.world_size, self.device.device
-        self.micro_batch = windows_at_once(self.model_config, self.config, self.device, size)
-        torch.manual_seed(self.config.seed)  # nothing draws from it yet; a checkpoint holds it
-        model = processes.build_model(self.model_config, self.config.seed, device)
-        optimizers = processes.make_optimizers(model, self.config)
-        self.state = TrainState(model, optimizers, self.device.scaler(), self.config, processes)
-        self.loss: Any = model.loss  # bitllm/compiling.py replaces these two and micro_step
-        self.hold: Any = model.hold_weights
-        self.log = MetricsLog(None, 0)
+        self.micro_batch = windows_at_once(model, config, self.device, processes.world_size)
+        torch.manual_seed(config.seed)  # nothing draws from it yet; a checkpoint holds it
+        net = processes.build_model(model, config.seed, self.device.device)
+        optimizers = processes.make_optimizers(net, config)
+        self.state = TrainState(net, optimizers, self.device.scaler(), config, processes)
+        self.loss: Any = net.loss  # the package replaces these two, gradients and micro_step
+        self.hold: Any = net.hold_weights
+        self.facts = {"device": str(self.device), "processes": processes.world_size, **versions()}
+        self.facts["data_sha256"] = self.data.manifest["train"]["sha256"]
 
-    def notify(self, event: str, *values: Any) -> None:
-        for callback in self.callbacks:
-            getattr(callback, event)(self.state, *values)
+    def run(self, saver: _Saver) -> None:
+        """Steps until all are done, a signal came, or the loss stays non-finite."""
+        state, config, processes = self.state, self.config, self.processes
+        parameters = parameters_of(state.optimizers)
+        self.logged = state.tokens, state.train_seconds
+        while not state.finished and not self.stop_asked() and self.data.wait(self):
+            start = time.perf_counter()
+            windows = torch.from_numpy(self.data.batch(config, self.context, state.step))
+            factor = learning_rate_factor(config, state.step)
+            loss = processes.reduce_gradients(parameters, self.gradients(windows))
+            state.loss, norm = apply_gradients(
+                state.optimizers, state.scaler, factor, config.max_grad_norm, loss, processes
+            )
+            state.step += 1
+            state.train_seconds += time.perf_counter() - start
+            skipped = not math.isfinite(norm)
+            state.skipped += skipped
+            state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
+            due = state.step % config.log_every_steps == 0 or state.step == config.max_steps
+            self.notify("on_step", self.log_step(norm, factor) if due else None)
+            if state.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+                raise FloatingPointError(
+                    f"{MAX_SKIPPED_STEPS} steps in a row, up to step {state.step}, had no finite "
+                    "gradient. Try a lower learning_rate, or --dtype float32"
+                )
+            if config.eval_every_steps and state.step % config.eval_every_steps == 0:
+                self.evaluate()
+            saver.save_what_is_due()
+            while any(processes.all_reduce_max([state.paused])) and not self.stop_asked():
+                self.notify("on_pause")
+                saver.save_what_is_due()
+                time.sleep(0.1)
 
     def gradients(self, windows: Tensor) -> Tensor:
-        """Add up the gradients of this process' windows, (N, T + 1); return their loss.
-
-        With half the micro-batch when a GPU runs out of memory.
-        """
-        x, y, device = windows[:, :-1], windows[:, 1:], self.device.device  # (N, T)
-        while True:
-            try:
-                total = torch.zeros((), device=device)
-                with self.hold(self.device.dtype):
-                    for pair in self.processes.micro_batches(x, y, self.micro_batch):
-                        parts = (part.to(device, non_blocking=True).contiguous() for part in pair)
-                        total += self.micro_step(*parts)
-                return total
-            except torch.OutOfMemoryError:
-                if self.micro_batch == 1 or self.processes.sharded:
-                    raise
-            self.micro_batch //= 2
-            log.warning(f"out of GPU memory: {self.micro_batch} windows at once from here on")
-            self.state.model.zero_grad()
-            torch.cuda.empty_cache()
+        """Add up the gradients of this process' windows, (N, T + 1); return their loss."""
+        device, x, y = self.device.device, windows[:, :-1], windows[:, 1:]  # (N, T)
+        total = torch.zeros((), device=device)
+        with self.hold(self.device.dtype):
+            for pair in self.processes.micro_batches(x, y, self.micro_batch):
+                parts = (part.to(device, non_blocking=True).contiguous() for part in pair)
+                total += self.micro_step(*parts)
+        return total
 
     def micro_step(self, x: Tensor, y: Tensor) -> Tensor:
         """The loss of windows x and targets y, (B, T) each; their gradients are added up."""
@@ -2496,42 +2444,50 @@ class Session:
         self.state.scaler.scale(loss).backward()
         return loss.detach()
 
-    def run(self, saver: _Saver) -> None:
-        """Steps until all are done, a signal came, or the loss stays non-finite."""
-        state, config, processes = self.state, self.config, self.processes
-        parameters = parameters_of(state.optimizers)
-        steps, since = 0, time.perf_counter()  # the last line of the log
-        while not state.finished and not self.stop_asked():
-            if not self.tokens_came():
-                continue
-            start = time.perf_counter()
-            windows = torch.from_numpy(self.data.batch(config, self.context, state.step))
-            factor = learning_rate_factor(config, state.step)
-            loss = processes.reduce_gradients(parameters, self.gradients(windows))
-            state.loss, norm = apply_gradients(
-                state.optimizers, state.scaler, factor, config.max_grad_norm, loss, processes
-            )
-            state.step, steps, metrics = state.step + 1, steps + 1, None
-            state.train_seconds += time.perf_counter() - start
-            state.skipped += not math.isfinite(norm)
-            state.skipped_in_a_row = 0 if math.isfinite(norm) else state.skipped_in_a_row + 1
-            if state.step % config.log_every_steps == 0 or state.step == config.max_steps:
-                speed = steps * config.batch_tokens / (time.perf_counter() - since)
-                metrics = self.log_step(norm, factor, speed)
-            self.notify("on_step", metrics)
-            if state.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-                raise FloatingPointError(
-                    f"{MAX_SKIPPED_STEPS} steps in a row had no finite gradient; stopped at step "
-                    f"{state.step}. The last checkpoint in {self.out} is from before. Try a lower "
-                    "learning_rate, or --dtype float32"
-                )
-            if config.eval_every_steps and state.step % config.eval_every_steps == 0:
-                self.evaluate()
-                saver.keep_best()
-            saver.save_where_due()
-            if metrics:
-                steps, since = 0, time.perf_counter()
-            since += self.wait_while_paused(saver)
+    def log_step(self, norm: float, factor: float) -> dict[str, Any]:
+        state, (tokens, seconds) = self.state, self.logged
+        self.logged = state.tokens, state.train_seconds
+        metrics = {
+            "step": state.step,
+            "loss": state.loss,
+            "learning_rate": peak_rates(self.model_config, self.config)[0] * factor,
+            "grad_norm": norm,
+            "tokens": state.tokens,
+            "tokens_per_s": round((state.tokens - tokens) / (state.train_seconds - seconds), 1),
+            "train_seconds": round(state.train_seconds, 3),
+        }
+        for more in METRICS:
+            metrics |= more(state)
+        self.log.write(metrics)
+        return metrics
+
+    def evaluate(self, final: bool = False) -> None:
+        """Validation loss: on the same first tokens each time, with a text; at the end on all."""
+        state, processes, config = self.state, self.processes, self.config
+        first, counts = end_of_text_id(self.tokenizer) or 0, self.data.manifest["validation"]
+        tokens = self.data.validation[: None if final else config.eval_tokens]
+        nats = total_loss(state.model, tokens, first, self.device, processes=processes)
+        loss = state.val_loss = nats / len(tokens)
+        metrics = {
+            "step": state.step,
+            "val_loss": loss,
+            "val_perplexity": safe_exp(loss),
+            "val_bits_per_byte": loss / math.log(2) / (counts["bytes"] / counts["tokens"]),
+            "val_tokens": len(tokens),
+            **({"final": True} if final else {}),
+        }
+        self.log.write(metrics)
+        self.notify("on_eval", metrics)
+        if final:
+            return
+        state.evals_since_best += 1
+        if loss < state.best_val_loss:
+            state.best_val_loss, state.best_step, state.evals_since_best = loss, state.step, 0
+        model = processes.whole_model(state.model)
+        if model and self.callbacks:
+            prompt, sampling = config.sample_prompt, SamplingConfig(60, seed=0)
+            text = generate(model, self.tokenizer, prompt, sampling)
+            self.notify("on_sample", prompt + text)
 
     def stop_asked(self) -> bool:
         """Whether any process has been told to stop; the same answer in all."""
@@ -2539,93 +2495,9 @@ class Session:
         self.state.stop_signal = int(number) or self.state.stop_signal  # one may have just come
         return number != 0
 
-    def tokens_came(self) -> bool:
-        """Whether the next step's tokens are there, after waiting for them; False: stop first."""
-        data, waiting = self.data, False
-        while data.streamed:
-            ready = data.ready(self.config, self.context, self.state.step)
-            missing, failed = self.processes.all_reduce_max([not ready, data.error is not None])
-            if not missing:
-                break
-            if failed:
-                self.state.stop_signal = self.state.stop_signal or signal.SIGTERM
-            if self.stop_asked():
-                return False
-            if not waiting:
-                log.info(f"waiting for more text; {len(data.training):,} tokens are there")
-            waiting = True
-            time.sleep(0.1)
-        return True
-
-    def wait_while_paused(self, saver: _Saver) -> float:
-        """Seconds spent here, which belong to no step; stopping and saving work meanwhile."""
-        start = time.perf_counter()
-        while any(self.processes.all_reduce_max([self.state.paused])) and not self.stop_asked():
-            self.notify("on_pause")
-            saver.save_where_due(paused=True)
-            time.sleep(0.1)
-        return time.perf_counter() - start
-
-    def log_step(self, norm: float, factor: float, tokens_per_s: float) -> dict[str, Any]:
-        metrics = {
-            "step": self.state.step,
-            "loss": self.state.loss,
-            "learning_rate": peak_rates(self.model_config, self.config)[0] * factor,
-            "grad_norm": norm,
-            "tokens": self.state.tokens,
-            "tokens_per_s": round(tokens_per_s, 1),
-            "memory_bytes": memory_in_use(self.device),
-            "train_seconds": round(self.state.train_seconds, 3),
-            **_telemetry(self.state),
-        }
-        self.log.write(metrics)
-        return metrics
-
-    def evaluate(self, final: bool = False) -> None:
-        """Validation loss: on the same first tokens each time, with a text; at the end on all."""
-        state, data, prompt = self.state, self.data, self.config.sample_prompt
-        tokens = data.validation if final else data.validation[: self.config.eval_tokens]
-        first, processes = end_of_text_id(self.tokenizer) or 0, self.processes
-        counts = data.manifest["validation"]
-        nats = total_loss(state.model, tokens, first, self.device, processes=processes)
-        state.val_loss = nats / len(tokens)
-        metrics = {
-            "step": state.step,
-            "val_loss": state.val_loss,
-            "val_perplexity": safe_exp(state.val_loss),
-            "val_bits_per_byte": state.val_loss
-            / math.log(2)
-            / (counts["bytes"] / counts["tokens"]),
-            "val_tokens": len(tokens),
-            **({"final": True} if final else {}),
-        }
-        self.log.write(metrics)
-        self.notify("on_eval", metrics)
-        model = None if final else processes.whole_model(state.model)
-        if model and self.callbacks:
-            text = generate(model, self.tokenizer, prompt, SamplingConfig(60, seed=0))
-            self.notify("on_sample", prompt + text)
-
-
-def _settings(configs: tuple[Any, Any, Any]) -> dict[str, Any]:
-    return dict(zip(("model", "data", "train"), map(asdict, configs), strict=True))
-
-
-def _telemetry(state: TrainState) -> dict[str, list[float]]:
-    """Per layer: share of zeros, and of trits that changed since the last call."""
-    config, processes = state.model.config, state.processes
-    zeros, flips, sizes = (np.zeros(config.num_hidden_layers) for _ in range(3))
-    for name, linear in state.model.bit_linears().items() if config.linear != "dense" else ():
-        weight = processes.whole({name: linear.weight.detach()}).get(name)
-        if name == "lm_head" or weight is None or not processes.is_main:
-            continue
-        layer, trits = int(name.split(".")[2]), weight_quant(weight)[0].to("cpu", torch.int8)
-        zeros[layer] += (trits == 0).sum().item()
-        flips[layer] += (trits != state.trits.get(name, trits)).sum().item()
-        sizes[layer] += trits.numel()
-        state.trits[name] = trits
-    found = {"zero_fraction": zeros, "flip_rate": flips} if sizes.any() else {}
-    return {name: (counts / sizes).round(6).tolist() for name, counts in found.items()}
+    def notify(self, event: str, *values: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self.state, *values)
 
 
 class _Saver:
@@ -2633,229 +2505,122 @@ class _Saver:
 
     def __init__(self, session: Session) -> None:
         self.session, self.state, self.mirror = session, session.state, session.state.mirror
-        self.folder, self.keep = Folder(session.out / "checkpoints"), keep_of(session.config)
-        self.worker = ThreadPoolExecutor(1, "checkpoints")
-        self.running: tuple[str, Future[Path]] | None = None
-        self.begun_step = self.state.step or -1  # of the newest checkpoint begun
-        self.last_save, self.retry_at = time.monotonic(), math.inf
-        self.mirror_status = ""
+        self.folder, self.keep = (
+            Folder(session.out / "checkpoints"),
+            session.config.keep_checkpoints,
+        )
+        self.worker, self.running, self.mirror_status = ThreadPoolExecutor(1), None, ""
+        self.pause_s = 60 * (session.config.save_every_minutes or math.inf)
+        self.due_at, step = time.monotonic() + self.pause_s, self.state.step
+        self.begun = {"best": step, "epoch": step, "step": step or -1}  # the step of the newest
         with contextlib.suppress(OSError):
             remove_unfinished(self.folder)
 
-    def save_where_due(self, paused: bool = False) -> None:
+    def save_what_is_due(self, ending: bool = False) -> None:
         """Save what is due after this step, and report what has become safe since the last."""
-        session, state, step = self.session, self.state, self.state.step
-        config, due = session.config, state.save_requested
+        session, state, step, config = self.session, self.state, self.state.step, self.state.config
         epoch = session.data.steps_per_epoch(config, session.context)
-        if not paused:
-            if config.save_every_epoch and step // epoch > (step - 1) // epoch:
-                self.save("epoch")
-            minutes = (time.monotonic() - self.last_save) / 60
-            due |= bool(config.save_every_steps and step % config.save_every_steps == 0)
-            due |= bool(config.save_every_minutes and minutes >= config.save_every_minutes)
-            due |= time.monotonic() >= self.retry_at
-        due, less = state.processes.all_reduce_max([due, -session.micro_batch])
-        session.micro_batch = -int(less)  # in all processes as small as where memory was scarce
-        if due:
-            self.save()
-        self.collect()
+        every, asked = config.save_every_steps, ending or state.save_requested
+        due = {
+            "best": step == state.best_step,
+            "epoch": config.save_every_epoch and step // epoch > (step - 1) // epoch,
+            "step": asked or time.monotonic() >= self.due_at or (every and step % every == 0),
+        }
+        state.save_requested = False
+        new = [bool(due[kind]) and self.begun[kind] != step for kind in due]
+        for kind, somewhere in zip(due, state.processes.all_reduce_max(new), strict=True):
+            if somewhere:
+                self.save(kind)
+        self.collect(wait=ending)
         if self.mirror and self.mirror.status() != self.mirror_status:
             self.mirror_status = self.mirror.status()
             session.notify("on_mirror", self.mirror_status)
 
-    def keep_best(self) -> None:
-        """Save the model where the last evaluation was the best."""
-        state = self.state
-        state.evals_since_best += 1
-        if state.val_loss < state.best_val_loss:
-            state.best_val_loss, state.best_step = state.val_loss, state.step
-            state.evals_since_best = 0
-            self.save("best")
-
-    def save(self, kind: str = "step") -> None:
+    def save(self, kind: str) -> None:
         """Begin a checkpoint; a disk that refuses does not end the training."""
         start, state, session = time.perf_counter(), self.state, self.session
-        if kind == "step":
-            state.save_requested = False
-            if not any(state.processes.all_reduce_max([self.begun_step != state.step])):
-                return
-            self.last_save, self.begun_step = time.monotonic(), state.step
+        self.begun[kind] = state.step
         if kind == "best":  # what generating needs
             weights = state.processes.whole(state.model.state_dict())
             contents = {"step": state.step, "val_loss": state.val_loss, "model": weights}
         else:  # all of a run but its tokens; every process gives its part
-            contents = {**state.state_dict(), **_circumstances(session)}
-            contents["micro_batch"] = session.micro_batch
+            contents = {**state.state_dict(), **session.facts, "micro_batch": session.micro_batch}
+            self.due_at = time.monotonic() + self.pause_s
         if state.processes.is_main:
             self.collect(wait=True)  # one copy at a time
             contents |= {"config": session.settings, "tokenizer": session.tokenizer.to_str()}
             name = f"{kind}_{state.step:08d}.safetensors"
             write = partial(write_snapshot, self.folder, name, *snapshot(contents))
-            self.running = name, self.worker.submit(write)
+            self.running = kind, self.worker.submit(write)
         state.save_seconds += time.perf_counter() - start
 
     def collect(self, wait: bool = False) -> None:
         """Report the checkpoint on its way, once it is safe or could not be saved."""
         if self.running is None or not (wait or self.running[1].done()):
             return
-        (name, future), self.running, state = self.running, None, self.state
-        kind = name.split("_")[0]
+        (kind, future), self.running, state = self.running, None, self.state
         try:
             path = future.result()
         except OSError as error:
-            last = state.last_saved_step
-            good = f"the last good one is of step {last}" if last else "there is no good one yet"
-            log.warning(f"{name} could not be saved: {error}. Training goes on; {good}")
+            safe = f"step {state.last_saved_step or 'none'} is safe"
+            log.warning(f"a checkpoint could not be saved: {error}. Training goes on; {safe}")
             if kind == "step":
-                self.begun_step, self.retry_at = -1, time.monotonic() + SAVE_RETRY_S
+                self.begun[kind], self.due_at = -1, time.monotonic() + SAVE_RETRY_S
             return
-        if kind in self.keep:
+        if kind != "epoch":  # all of which stay, here alone
             if self.mirror:
-                self.mirror.offer(kind, name)
+                self.mirror.offer(kind, path.name)
+            keep, spare = self.keep if kind == "step" else 1, getattr(self.mirror, "copying", "")
             with contextlib.suppress(OSError):  # what stays is pruned next time
-                spare = self.mirror.copying if self.mirror else ""
-                prune_checkpoints(self.folder, self.keep[kind], kind, spare)
+                prune_checkpoints(self.folder, keep, kind, spare)
         if kind == "step":
-            state.last_saved_step, state.last_saved_at = checkpoint_step(name), time.time()
-            self.retry_at = math.inf
+            state.last_saved_step, state.last_saved_at = checkpoint_step(path), time.time()
             self.session.notify("on_checkpoint", path)
-
-    def save_and_wait(self) -> None:
-        """Save this step and wait until it is safe; OSError where it cannot be."""
-        self.collect(wait=True)
-        self.save()
-        self.collect(wait=True)
-        state = self.state
-        state.last_saved_step = state.processes.broadcast(state.last_saved_step)
-        if state.last_saved_step != state.step:
-            raise OSError(
-                f"step {state.step} could not be saved in {self.session.out} (see above); the last "
-                f"good checkpoint is of step {state.last_saved_step}. Free some space or repair "
-                "the disk, then train again: it resumes from there"
-            )
-
-
-def keep_of(config: TrainConfig) -> dict[str, int]:
-    """How many checkpoints stay, by kind; those of epochs all do, and are not mirrored."""
-    return {"step": config.keep_checkpoints, "best": 1}
-
-
-def _circumstances(session: Session) -> dict[str, Any]:
-    """What a checkpoint holds for a resume to compare."""
-    return {
-        "tokenizer_sha256": session.data.manifest["tokenizer_sha256"],
-        "data_sha256": session.data.manifest["train"]["sha256"],
-        "device": str(session.device),
-        "processes": session.processes.world_size,
-        "versions": versions(),
-    }
 
 
 def _restore(session: Session, checkpoint: dict[str, Any]) -> None:
     """Resume from a checkpoint; other versions or another device are logged, not refused."""
-    now, state = _circumstances(session), session.state
     try:
-        for name in ("tokenizer_sha256", "data_sha256"):
-            if checkpoint[name] != now[name]:
-                raise ValueError(f"{name} differs; put its tokenizer.json and data/ back")
-        before = {**checkpoint["config"]["train"], **checkpoint, **checkpoint["versions"]}
-        now |= {**now.pop("versions"), "fsdp": session.config.fsdp}
+        if checkpoint["data_sha256"] != session.facts["data_sha256"]:
+            raise ValueError("its tokens differ; put its data/ back")
+        before = {**checkpoint["config"]["train"], **checkpoint.get("versions", {}), **checkpoint}
+        now = {**session.facts, "fsdp": session.config.fsdp}
         changed = [f"{k} {before[k]} -> {v}" for k, v in now.items() if before.get(k, v) != v]
         if changed:
             log.info(f"note: not bit for bit as before, for these changed: {', '.join(changed)}")
         elif not session.config.micro_batch_size:
             session.micro_batch = int(checkpoint["micro_batch"])
         check_weights(session.model_config, checkpoint["model"], session.out / "checkpoints")
-        state.load_state_dict(checkpoint)
+        session.state.load_state_dict(checkpoint)
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"{session.out}: its checkpoint of step {checkpoint['step']} is not of this run "
-            f"({first_line(error)}); nothing was changed. Choose another --out, or begin anew with "
-            "--resume never"
+            f"({first_line(error)}). Choose another --out, or begin anew with --resume never"
         ) from error
-    state.last_saved_step = state.step
-
-
-def _write_settings(session: Session) -> None:
-    """What a run folder holds beside its checkpoints, where it is missing or has changed."""
-    path, text = session.out / "config.json", session.tokenizer.to_str(pretty=True)
-    config = {"format_version": FORMAT_VERSION, **session.settings}
-    if read_json(path) != json.loads(json.dumps(config)):
-        write_atomically(path, json.dumps(config, indent=1).encode())
-    if not (session.out / "tokenizer.json").is_file():
-        write_atomically(session.out / "tokenizer.json", text.encode())
-
-
-def _announce(session: Session) -> None:
-    """Log what is going to happen."""
-    model, config, counts = session.model_config, session.config, session.data.manifest
-    epochs = config.max_steps / session.data.steps_per_epoch(config, session.context)
-    size, step = session.processes.world_size, session.state.step
-    log.info(
-        f"model: {model.num_parameters / 1e6:.2f}M parameters, {model.linear}, {session.device}\n"
-        f"data: {counts['train']['tokens']:,} training and {counts['validation']['tokens']:,} "
-        f"validation tokens; {epochs:.1f} epochs\n"
-        f"steps: {config.max_steps} of {config.batch_tokens:,} tokens, {session.micro_batch} "
-        f"windows of {session.context} at once" + f" on each of {size} processes" * (size > 1)
-    )
-    if step:
-        log.info(f"resuming from step {step} of {config.max_steps}")
-
-
-def _join_processes(model: ModelConfig, config: TrainConfig) -> Processes:
-    """This process alone, or those that torchrun started, once it is sure that the model fits."""
-    size, device = int(os.environ.get("WORLD_SIZE", "1")), choose_device(config.device)
-    several = "several processes, as of torchrun --nproc-per-node=2 bitllm_core.py train ..."
-    require(size > 1 or not config.fsdp, "fsdp", True, several)
-    windows = config.batch_tokens // model.max_position_embeddings
-    require(size <= windows, "WORLD_SIZE", size, f"at most the {windows} windows of a step")
-    with contextlib.suppress(ImportError):
-        extension("planner", "a check of memory").check_memory(model, config, device, size)
-    if size == 1:
-        return Processes()
-    distributed = extension("distributed", "training with several processes")
-    return distributed.join(device.device, config.fsdp)
-
-
-def _open(
-    stack: contextlib.ExitStack, configs: Any, out: Path, resume: str, mirror: Any
-) -> tuple[Any, dict[str, Any] | None]:
-    """Take the run folder for this process alone.
-
-    Returns:
-        its `bitllm.mirror.Mirror` and the checkpoint to resume from; None where there is none.
-    """
-    check_run_folder(out)
-    module, place = None, Path(mirror or out).expanduser()
-    if mirror:
-        module = extension("mirror", "--mirror")
-        module.check_mirror(out, place)
-    out.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(_lock(out))
-    copier = module.Mirror(out, place, keep_of(configs[2])) if module else None
-    if copier:
-        stack.callback(copier.close, 1.0)  # after an error; else it was closed before
-    if resume == "never":
-        for folder in {out, place}:
-            set_aside(folder, same_data(folder, configs[1], configs[0].vocab_size))
-    return copier, _open_run(out, _settings(configs), resume, copier)
+    session.state.last_saved_step = session.state.step
 
 
 def _finish(session: Session) -> None:
     """Train what is left of a run, if anything, and leave everything safe."""
-    state, out, config = session.state, session.out, session.config
+    state, out, processes = session.state, session.out, session.processes
     coming = contextlib.nullcontext()
-    if session.processes.is_main:
-        _write_settings(session)
+    if processes.is_main:
+        settings = {"format_version": FORMAT_VERSION, **session.settings}
+        write_atomically(out / "config.json", json.dumps(settings, indent=1).encode())
         session.log = MetricsLog(out / "metrics.jsonl", state.step)
         coming = session.data.coming(session.tokenizer)
     if state.mirror:
         state.mirror.offer_newest()
     final = [x for x in session.log.lines if x.get("final") and x["step"] == state.step]
-    if state.finished and session.processes.broadcast(bool(final)):
-        state.val_loss = final[0].get("val_loss", math.nan) if final else math.nan
+    if state.finished and (final := processes.broadcast(final)):
+        state.val_loss = final[0].get("val_loss", math.nan)
         return
-    _announce(session)
+    steps = f"step {state.step} of {state.config.max_steps}"
+    log.info(
+        f"{session.model_config.num_parameters / 1e6:.2f}M parameters, {session.device}; "
+        f"{session.micro_batch} windows of {session.context} tokens at once; "
+        f"{'resuming from' if state.step else 'beginning at'} {steps}"
+    )
     if not state.finished:
         with contextlib.suppress(ImportError):
             extension("compiling", "torch.compile").prepare(session)
@@ -2864,27 +2629,24 @@ def _finish(session: Session) -> None:
         session.notify("on_start")
         try:
             session.run(saver)
-            stopped = session.stop_asked()
-            if not stopped and state.step < config.max_steps:
-                best = f"{state.best_val_loss:.4f} at step {state.best_step}"
+            if state.out_of_patience and state.step < state.config.max_steps:
                 log.info(
-                    f"ended early at step {state.step} of {config.max_steps}: no better validation "
-                    f"loss in {config.patience} evaluations. The best, {best}, is kept "
-                    "(--checkpoint best); --patience 0 trains to the end"
+                    f"ended early: {state.evals_since_best} evaluations without a better "
+                    f"validation loss than at step {state.best_step} (--checkpoint best)"
                 )
-            saver.save_and_wait()
-            if not stopped:
+            saver.save_what_is_due(ending=True)
+            state.last_saved_step = processes.broadcast(state.last_saved_step)
+            if state.last_saved_step != state.step:
+                raise OSError(
+                    f"step {state.step} could not be saved in {out}; the last good checkpoint is "
+                    f"of step {state.last_saved_step}. Mend the disk: training resumes from there"
+                )
+            if not session.stop_asked():
                 session.evaluate(final=True)
         finally:
             saver.collect(wait=True)
             saver.worker.shutdown()
             session.notify("on_end")
-    if session.data.error:
-        raise ConnectionError(
-            f"data={session.settings['data']['data']!r} could not be read to its end "
-            f"({first_line(session.data.error)}). Step {state.step} is saved; the same command "
-            "resumes from there"
-        ) from session.data.error
 
 
 def train(
@@ -2901,27 +2663,29 @@ def train(
 
     Args:
         out: run folder: config.json, tokenizer.json, data/, metrics.jsonl, checkpoints/.
-        resume: "auto" resumes where there is something, "must" refuses where there is not; "never"
-            begins anew and moves what is there to a folder set-aside-N in `out`.
-        mirror: a second folder that checkpoints are copied to in the background, such as one on a
-            mounted drive; a run also resumes from there. Its parent must exist.
-        callbacks: see `Callback`; default: a progress bar. Of several processes, which torchrun
-            starts and which share the work, only the main one calls them, and writes.
+        resume: "auto"; "must": not without a run to resume; "never": what is there is moved to a
+            folder set-aside-N in `out`.
+        mirror: a second folder, in one that exists, for copies of checkpoints; also resumed from.
+        callbacks: default: a progress bar. Of several processes, only the main one calls them.
 
     Returns:
-        the state after the last step; its `stop_signal` is set when it was interrupted, after a
-        checkpoint. A finished run returns at once.
+        the state after the last step; interrupted, it has a `stop_signal` and a checkpoint.
 
     Raises:
-        ValueError: settings that cannot be or that differ from the run's, or a folder that another
-            process writes to; before any work.
+        ValueError: settings are wrong or not the run's, or another process writes to the folder.
         FloatingPointError: the loss does not return to finite numbers.
         OSError: the last checkpoint of a session could not be saved.
     """
-    out, configs = Path(out), (model_config, data_config, train_config)
+    out, configs = Path(out), {"model": model_config, "data": data_config, "train": train_config}
     require(resume in ("auto", "never", "must"), "resume", resume, "auto, never or must")
     check_configs(model_config, train_config)
-    processes = _join_processes(model_config, train_config)
+    processes = Processes()
+    if train_config.fsdp or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        distributed = extension("distributed", "training with several processes")
+        processes = distributed.join(model_config, train_config)
+    with contextlib.suppress(ImportError):
+        planner, size = extension("planner", "a check of memory"), processes.world_size
+        planner.check_memory(model_config, train_config, size)
     callbacks = [ProgressBar()] if callbacks is None else callbacks
     with contextlib.ExitStack() as stack:
         if train_config.deterministic:
@@ -2937,15 +2701,12 @@ def train(
             path = out / "checkpoints" / f"step_{step:08d}.safetensors"
             checkpoint = load_checkpoint(path, mapped=train_config.fsdp)
         session = Session(configs, out, processes, callbacks if processes.is_main else ())
-        state, state.mirror = session.state, copier
+        session.state.mirror = copier
         if checkpoint:
             _restore(session, checkpoint)
             del checkpoint  # as large as the model and its optimizers
         _finish(session)
-        if copier:
-            copier.close()
-            log.info(copier.status())
-    return state
+    return session.state
 
 
 # -----------------------------------------------------------------------------
@@ -2953,155 +2714,101 @@ def train(
 # Every field of a configuration is a flag. The package's bitllm/cli.py adds commands and help.
 
 
-def _parse_bool(text: str) -> bool:
-    yes, no = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
-    if text.lower() not in yes + no:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected true or false")
-    return text.lower() in yes
+def true_or_false(text: str) -> bool:
+    return ("false", "0", "no", "off", "true", "1", "yes", "on").index(text.lower()) >= 4
 
 
-def add_fields(parser: argparse.ArgumentParser, config: type) -> None:
-    """One flag per field, without a default: what is not given is not in the namespace."""
-    group = parser.add_argument_group(config.__name__)
-    for item in fields(config):
-        kind = str(item.type).split(" | ")[0]
-        options: dict[str, Any] = {"type": {"int": int, "float": float}.get(kind, str)}
-        if kind == "bool":
-            options = {"type": _parse_bool, "nargs": "?", "const": True}
-        flag = "--" + item.name.replace("_", "-")
-        group.add_argument(flag, default=argparse.SUPPRESS, metavar=kind.upper(), **options)
+def add_command(commands: Any, name: str, run: Any, flags: dict[str, Any], *configs: type) -> Any:
+    """Add a command: `flags` with their options, and a flag for every field of `configs`."""
+    command = commands.add_parser(name, help=run.__doc__, usage="%(prog)s [--FLAG VALUE] ...")
+    command.set_defaults(run=run)
+    for flag, options in flags.items():
+        command.add_argument(flag, **options)
+    for config in configs:
+        group = command.add_argument_group(config.__name__)
+        for item in fields(config):
+            kind = str(item.type).split(" | ")[0]
+            options = {"type": {"int": int, "float": float, "bool": true_or_false}.get(kind, str)}
+            options |= {"nargs": "?", "const": True} if kind == "bool" else {}
+            flag = "--" + item.name.replace("_", "-")
+            group.add_argument(flag, default=argparse.SUPPRESS, metavar=kind.upper(), **options)
+    return command
 
 
-def from_flags(config: type, flags: argparse.Namespace, base: Any = None) -> Any:
-    given = {f.name: getattr(flags, f.name) for f in fields(config) if hasattr(flags, f.name)}
-    return config(**given) if base is None else dataclasses.replace(base, **given)
-
-
-class _Parser(argparse.ArgumentParser):
-    """One line for a wrong flag, and exit 2."""
-
-    def error(self, message: str) -> Any:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-def command_parser(prog: str = "bitllm_core.py") -> tuple[argparse.ArgumentParser, Any]:
-    """The parser, and what further commands are added to."""
-    parser = _Parser(prog=prog, description="Train and use ternary language models.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    command = commands.add_parser("train", help="train, or resume a run")
-    command.add_argument("--preset", help=f"settings to begin from: {', '.join(PRESETS)}")
-    command.add_argument("--out", required=True, metavar="DIR", help="run folder")
-    command.add_argument("--resume", default="auto", help="auto, never or must")
-    command.add_argument("--mirror", metavar="DIR", help="second folder for the checkpoints")
-    for config in (ModelConfig, DataConfig, TrainConfig):
-        add_fields(command, config)
-    command.set_defaults(run=train_command)
-
-    command = commands.add_parser("generate", help="write text")
-    add_model_flags(command)
-    command.add_argument("--prompt", default="", help="beginning of the text")
-    add_fields(command, SamplingConfig)
-    command.set_defaults(run=generate_command)
-
-    command = commands.add_parser("evaluate", help="loss on a text, as one JSON object")
-    add_model_flags(command)
-    command.add_argument("--data", required=True, metavar="SOURCE", help="file, folder or name")
-    command.add_argument("--text-column", help="column of .jsonl, .parquet or hub rows")
-    command.add_argument("--stride", type=int, help="tokens the context moves; default: all of it")
-    command.add_argument("--dtype", default="float32", help="auto, float32, bfloat16, float16")
-    command.set_defaults(run=_evaluate_command)
-    return parser, commands
-
-
-def add_model_flags(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", required=True, metavar="PATH", help="run, export or seed .pth")
-    command.add_argument("--checkpoint", default="last", help="last, best or a step")
-
-
-def checkpoint_flag(flags: argparse.Namespace) -> str | int:
-    return int(flags.checkpoint) if flags.checkpoint.isdigit() else flags.checkpoint
-
-
-def preset(name: str) -> tuple[ModelConfig, DataConfig, TrainConfig]:
-    require(name in PRESETS, "preset", name, f"one of {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
-def _configs_from_flags(flags: argparse.Namespace) -> list[Any]:
-    """The preset's, or the run's own where no preset is named, with the flags laid over."""
-    kinds = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
-    bases = preset("demo" if flags.preset is None else flags.preset)
-    for place in map(Path, filter(None, [flags.out, flags.mirror])) if not flags.preset else ():
-        saved = None
-        if (place / "config.json").is_file():
-            with contextlib.suppress(ValueError):  # train reports it
-                saved = read_run_config(place)
-        elif found := newest_checkpoint(place / "checkpoints"):
-            saved = checked_settings(found.get("config"), place / "checkpoints")
-        if saved:
-            bases = [kind(**saved[part]) for part, kind in kinds.items()]
-            break
-    return [from_flags(kind, flags, base) for kind, base in zip(kinds.values(), bases, strict=True)]
+def from_flags(base: Any, flags: argparse.Namespace) -> Any:
+    """The configuration `base` with the fields that were given as flags."""
+    return dataclasses.replace(base, **{k: v for k, v in vars(flags).items() if k in vars(base)})
 
 
 def train_command(flags: argparse.Namespace, callbacks: Sequence[Callback] = ()) -> int:
-    out, more = Path(flags.out), {"resume": flags.resume, "mirror": flags.mirror}
-    model, data, config = _configs_from_flags(flags)
-    state = train(model, data, config, out, callbacks=[ProgressBar(), *callbacks], **more)
+    """train, or resume a run"""
+    configs: Sequence[Any] = PRESETS[flags.preset or "demo"]
+    for place in map(Path, filter(None, [] if flags.preset else [flags.mirror, flags.out])):
+        saved = read_json(place / "config.json")
+        saved = saved or (newest_checkpoint(place / "checkpoints") or {}).get("config")
+        if saved:  # without a preset, the run's own settings are meant
+            parts = checked_settings(saved, place).values()
+            configs = [type(base)(**part) for base, part in zip(configs, parts, strict=True)]
+    model, data, config = (from_flags(base, flags) for base in configs)
+    more = {"resume": flags.resume, "mirror": flags.mirror}
+    state = train(model, data, config, flags.out, callbacks=[ProgressBar(), *callbacks], **more)
     if state.stop_signal:
-        log.info(f"stopped at step {state.step} of {config.max_steps}; saved in {out}")
+        log.info(f"stopped at step {state.step} of {config.max_steps}; saved in {flags.out}")
         return 128 + state.stop_signal
     if not state.processes.is_main:
         return 0
-    net, tokenizer = load_model(out, "best" if state.out_of_patience else "last")
-    text = generate(net, tokenizer, config.sample_prompt, SamplingConfig(120, seed=0))
-    speed = state.tokens / state.train_seconds if state.train_seconds else 0
+    which, prompt = "best" if state.out_of_patience else "last", config.sample_prompt
+    text = generate(*load_model(flags.out, which), prompt, SamplingConfig(120, seed=0))
     print(
-        f"\n{config.sample_prompt}{text}\n\n"
-        f"complete: {state.step} steps, {state.tokens:,} tokens, {speed:,.0f} tokens/s\n"
-        f"last training loss {state.loss:.4f}, {state.skipped} steps skipped\n"
-        f"validation loss {state.val_loss:.4f}, perplexity {safe_exp(state.val_loss):.1f} "
-        f"(a uniform guess: {math.log(model.vocab_size):.4f}, {model.vocab_size})\n"
-        f"checkpoint: {list_checkpoints(out / 'checkpoints')[-1]}"
+        f"\n{prompt}{text}\n\n"
+        f"complete: {state.step} steps ({state.skipped} skipped), {state.tokens:,} tokens, "
+        f"{state.tokens / (state.train_seconds or math.inf):,.0f} tokens/s\n"
+        f"training loss {state.loss:.4f}, validation loss {state.val_loss:.4f}, perplexity "
+        f"{safe_exp(state.val_loss):.1f} (a uniform guess: {model.vocab_size})\n"
+        f"best validation loss {state.best_val_loss:.4f} at step {state.best_step}\n"
+        f"the text above: --model {flags.out} --checkpoint {which}"
     )
-    if state.out_of_patience:
-        print(
-            f"ended early: {config.patience} evaluations without a better validation loss; the "
-            f"text above is from the best checkpoint, {state.best_val_loss:.4f} at step "
-            f"{state.best_step} (--checkpoint best)"
-        )
     return 0
 
 
-def generate_command(flags: argparse.Namespace) -> int:
-    sampling = from_flags(SamplingConfig, flags)
-    model, tokenizer = load_model(flags.model, checkpoint_flag(flags))
-    print_text(flags.prompt, stream(model, tokenizer, flags.prompt, sampling))
-    return 0
-
-
-def print_text(prompt: str, pieces: Iterable[str]) -> None:
-    for piece in itertools.chain([prompt], pieces):
+def generate_command(flags: argparse.Namespace) -> None:
+    """write text"""
+    sampling = from_flags(SamplingConfig(), flags)
+    pieces = stream(*load_model(flags.model, flags.checkpoint), flags.prompt, sampling)
+    for piece in itertools.chain([flags.prompt], pieces, ["\n"]):
         print(piece, end="", flush=True)
-    print()
 
 
-def _evaluate_command(flags: argparse.Namespace) -> int:
-    TrainConfig(dtype=flags.dtype)  # checks it
-    model, tokenizer = load_model(flags.model, checkpoint_flag(flags))
-    device = choose_device("auto", flags.dtype)
-    options = {"text_column": flags.text_column, "stride": flags.stride, "device": device}
-    print(json.dumps(evaluate(model, tokenizer, flags.data, **options)))
-    return 0
+def evaluate_command(flags: argparse.Namespace) -> None:
+    """print the loss on a text, as one JSON object"""
+    options = {"text_column": flags.text_column, "stride": flags.stride}
+    options["device"] = choose_device(dtype=TrainConfig(dtype=flags.dtype).dtype)
+    print(json.dumps(evaluate(*load_model(flags.model, flags.checkpoint), flags.data, **options)))
 
 
-def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
+def command_parser(kind: Any = argparse.ArgumentParser) -> tuple[Any, Any]:
+    """A parser of this file's commands, and what further ones are added to."""
+    parser = kind(usage="%(prog)s COMMAND ... (export, plan, info, bench need the bitllm package)")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", prog=parser.prog)
+    flags: dict[str, Any] = {"--out": {"required": True}, "--resume": {"default": "auto"}}
+    flags |= {"--preset": {"choices": [*PRESETS]}, "--mirror": {}}
+    add_command(commands, "train", train_command, flags, ModelConfig, DataConfig, TrainConfig)
+    step = {"default": "last", "type": lambda name: int(name) if name.isdecimal() else name}
+    model = {"--model": {"required": True}, "--checkpoint": step}
+    flags = {**model, "--prompt": {"default": ""}}
+    add_command(commands, "generate", generate_command, flags, SamplingConfig)
+    flags = {**model, "--data": {"required": True}, "--text-column": {}, "--stride": {"type": int}}
+    flags |= {"--dtype": {"default": "float32"}}
+    add_command(commands, "evaluate", evaluate_command, flags)
+    return parser, commands
+
+
+def main(arguments: Sequence[str] | None = None, parser: Any = None) -> int:
     """Run a command; returns the exit status: 2 for a user's mistake, 130 after Ctrl-C."""
-    flags = parser.parse_args(arguments)
+    flags = (parser or command_parser()[0]).parse_args(arguments)
     log_to(sys.stderr)
     try:
-        return flags.run(flags)
+        return flags.run(flags) or 0
     except KeyboardInterrupt:
         log.error("stopped at once; nothing after the last checkpoint was saved")
         return 130
@@ -3110,17 +2817,7 @@ def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
         return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line: that of the package where it is there."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        return extension("cli", " ".join(arguments[:1])).main(arguments)
-    except ImportError as error:
-        if arguments[:1] and arguments[0] in ("export", "plan", "bench", "info"):
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-    return run_command(command_parser()[0], arguments)
-
-
 if __name__ == "__main__":
+    with contextlib.suppress(ImportError):  # this file alone
+        sys.exit(extension("cli", "").main())
     sys.exit(main())

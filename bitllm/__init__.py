@@ -63,5 +63,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-for _module in ("cpu", "cuda"):  # they register what is faster than plain torch
+for _module in ("cpu", "cuda", "telemetry"):  # they register what is faster, or logged besides
     importlib.import_module(f"bitllm.{_module}")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from bitllm.compiling import compiled_loss, why_not_compile
-from bitllm.machine import product_rate
+from bitllm.machine import memory_in_use, product_rate
 from bitllm.planner import estimate_memory, machine
 from bitllm_core import (
     BitLM,
@@ -24,7 +24,6 @@ from bitllm_core import (
     choose_device,
     generate_tokens,
     make_optimizers,
-    memory_in_use,
     windows_at_once,
 )
 
@@ -85,7 +84,7 @@ def bench(quick: bool = False) -> dict[str, Any]:
     ternary = bench_step(model, device, windows)
     first = ternary()
     ternary()
-    peak, state = memory_in_use(device), estimate_memory(model, TrainConfig())
+    peak, state = memory_in_use(device.device), estimate_memory(model, TrainConfig())
     dense = bench_step(dataclasses.replace(model, linear="dense"), device, windows)
     dense()
     seconds = [(ternary(), dense(), product_rate(device)) for _ in range(rounds)]

@@ -12,46 +12,62 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
+from typing import Any
 
 import torch.distributed as dist
 
 import bitllm_core as core
 from bitllm.export import add_export_flags, export_limits, llama_cpp_stream, run_export
-from bitllm_core import DataConfig, ModelConfig, SamplingConfig, TrainConfig, require
+from bitllm_core import PRESETS, DataConfig, ModelConfig, SamplingConfig, TrainConfig, require
+
+_CONFIGS = {kind.__name__: kind for kind in (ModelConfig, DataConfig, TrainConfig, SamplingConfig)}
+_HELP = {
+    "out": "run folder (required)",
+    "preset": "settings to begin from; default: those of the run, or demo's for a new one",
+    "resume": "auto (default), never or must",
+    "mirror": "second folder for the checkpoints",
+    "model": "run folder, export or seed .pth (required)",
+    "checkpoint": "last (default), best or a step",
+    "prompt": "beginning of the text",
+    "data": "file, folder or name of a data set (required)",
+    "text_column": "column of .jsonl, .parquet or hub rows",
+    "stride": "tokens the context moves; default: all of it",
+    "dtype": "auto, float32 (default), bfloat16 or float16",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a wrong flag, and exit 2."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def parser() -> argparse.ArgumentParser:
     """The core's commands, and those of the package."""
-    whole, commands = core.command_parser("bitllm")
-    train = commands.choices["train"]
-    train.add_argument("--tensorboard", action="store_true", help="curves in DIR/tensorboard too")
+    whole, commands = core.command_parser(partial(_Parser, prog="bitllm"))
+    whole.usage = "%(prog)s COMMAND [--FLAG VALUE] ..."
+    whole.description = "Train and use ternary language models."
+    train, generate = commands.choices["train"], commands.choices["generate"]
+    train.add_argument("--tensorboard", action="store_true", help="curves in OUT/tensorboard too")
     text = "curves at Weights & Biases too (default: bitllm)"
     train.add_argument("--wandb", nargs="?", const="bitllm", metavar="PROJECT", help=text)
     train.set_defaults(run=_train)
-    _add_help(train, (ModelConfig, DataConfig, TrainConfig), defaults=False)
-    commands.choices["generate"].set_defaults(run=_generate)
-    _add_help(commands.choices["generate"], (SamplingConfig,), defaults=True)
-
-    export = commands.add_parser("export", help="write a model for other programs")
-    core.add_model_flags(export)
-    add_export_flags(export)
-    export.set_defaults(run=_export)
-
-    bench = commands.add_parser("bench", help="speeds on this machine, as one JSON object")
-    bench.add_argument("--quick", action="store_true", help="a small shape, seconds")
-    bench.set_defaults(run=_bench)
-
-    text = "memory, time and cost of a training"
-    plan = commands.add_parser("plan", help=text)
-    plan.set_defaults(run=_plan)
-    info = commands.add_parser("info", help="device, versions and presets; or, with flags, a plan")
-    info.set_defaults(run=_info)
-    for command in (plan, info):
-        command.add_argument("--preset", help="plan this, or what the flags change in it")
-        command.add_argument("--gpus", type=int, metavar="N", help="plan for so many GPUs")
-        for config in (ModelConfig, TrainConfig):
-            core.add_fields(command, config)
-        _add_help(command, (ModelConfig, TrainConfig), defaults=False)
+    generate.set_defaults(run=_generate)
+    model = {"--model": {"required": True}, "--checkpoint": {"default": "last"}}
+    add_export_flags(core.add_command(commands, "export", _export, model))
+    quick = {"action": "store_true", "help": "a small shape, seconds"}
+    core.add_command(commands, "bench", _bench, {"--quick": quick})
+    flags: dict[str, Any] = {
+        "--preset": {"choices": [*PRESETS], "help": "plan this, as the other flags change it"}
+    }
+    gpus = {"type": int, "default": 1, "metavar": "N", "help": "plan for so many GPUs"}
+    flags["--gpus"] = gpus
+    for name, run in {"plan": _plan, "info": _info}.items():
+        core.add_command(commands, name, run, flags, ModelConfig, TrainConfig)
+    for command in commands.choices.values():
+        _add_help(command)
     return whole
 
 
@@ -66,6 +82,22 @@ def field_help(config: type) -> dict[str, str]:
             assert isinstance(after.value, ast.Constant)
             found[item.target.id] = str(after.value.value)
     return found
+
+
+def _add_help(command: argparse.ArgumentParser) -> None:
+    """Explain the core's flags; a field's by the string under it, which Python itself forgets."""
+    for group in command._action_groups:
+        texts, defaults = _HELP, {}
+        if config := _CONFIGS.get(str(group.title)):
+            with contextlib.suppress(OSError):  # no source file, as in a notebook cell
+                texts = field_help(config)
+            if config is SamplingConfig:  # elsewhere a preset or the run changes them
+                known = {item.name: item.default for item in fields(config)}
+                defaults = {k: f" (default: {v})" for k, v in known.items() if v is not None}
+        for action in group._group_actions:
+            if not action.help and action.dest in texts:
+                text = texts[action.dest] + defaults.get(action.dest, "")
+                action.help = text.replace("%", "%%")
 
 
 class _ExportNotes(core.Callback):
@@ -85,67 +117,53 @@ def _train(flags: argparse.Namespace) -> int:
     return core.train_command(flags, callbacks)
 
 
-def _generate(flags: argparse.Namespace) -> int:
+def _generate(flags: argparse.Namespace) -> None:
     if not flags.model.endswith(".gguf"):
         return core.generate_command(flags)
-    sampling = core.from_flags(SamplingConfig, flags)
-    core.print_text(flags.prompt, llama_cpp_stream(flags.model, flags.prompt, sampling))
-    return 0
+    sampling = core.from_flags(SamplingConfig(), flags)
+    pieces = llama_cpp_stream(flags.model, flags.prompt, sampling)
+    for piece in itertools.chain([flags.prompt], pieces, ["\n"]):
+        print(piece, end="", flush=True)
 
 
 def _export(flags: argparse.Namespace) -> int:
-    return run_export(flags, core.checkpoint_flag(flags))
+    """write a model for other programs"""
+    number = flags.checkpoint.isdecimal()
+    return run_export(flags, int(flags.checkpoint) if number else flags.checkpoint)
 
 
-def _bench(flags: argparse.Namespace) -> int:
+def _bench(flags: argparse.Namespace) -> None:
+    """print the speeds on this machine, as one JSON object"""
     from bitllm.bench import bench
 
     print(json.dumps(bench(flags.quick)))
-    return 0
 
 
-def _plan(flags: argparse.Namespace) -> int:
+def _plan(flags: argparse.Namespace) -> None:
+    """memory, time and cost of a training"""
     from bitllm.planner import plan
 
-    model, _, config = core.preset("demo" if flags.preset is None else flags.preset)
-    model = core.from_flags(ModelConfig, flags, model)
-    config = core.from_flags(TrainConfig, flags, config)
+    model, _, config = PRESETS[flags.preset or "demo"]
+    model, config = core.from_flags(model, flags), core.from_flags(config, flags)
     core.check_configs(model, config)
-    gpus = 1 if flags.gpus is None else flags.gpus
-    require(gpus >= 1, "gpus", gpus, "at least 1")
-    require(gpus > 1 or not config.fsdp, "gpus", gpus, "several with fsdp")
-    for line in plan(model, config, gpus):
-        print(line)
-    return 0
+    require(flags.gpus >= 1, "gpus", flags.gpus, "at least 1")
+    require(flags.gpus > 1 or not config.fsdp, "gpus", flags.gpus, "several with fsdp")
+    print(*plan(model, config, flags.gpus), sep="\n")
 
 
-def _info(flags: argparse.Namespace) -> int:
+def _info(flags: argparse.Namespace) -> None:
+    """device, versions and presets; or, with flags, a plan"""
     from bitllm.planner import info
 
     names = {item.name for kind in (ModelConfig, TrainConfig) for item in fields(kind)}
-    if flags.preset is not None or flags.gpus is not None or names & vars(flags).keys():
+    if flags.preset or flags.gpus != 1 or names & vars(flags).keys():
         return _plan(flags)
-    for line in info():
-        print(line)
-    return 0
-
-
-def _add_help(command: argparse.ArgumentParser, configs: Sequence[type], defaults: bool) -> None:
-    """Give each field's flag the comment behind the field, which Python itself forgets."""
-    texts, values = {}, {}
-    for config in configs:
-        with contextlib.suppress(OSError):  # no source file, as in a notebook cell
-            texts |= field_help(config)
-        values |= {item.name: item.default for item in fields(config)}
-    for action in command._actions:
-        if action.dest in texts:
-            default = f" (default: {values[action.dest]})" if defaults else ""
-            action.help = (texts[action.dest] + default).replace("%", "%%")
+    print(*info(), sep="\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for a user's mistake, 130 after Ctrl-C."""
-    status = core.run_command(parser(), arguments)
+    status = core.main(arguments, parser())
     if dist.is_available() and dist.is_initialized():
         # gloo's threads abort a process that ends in order, and NCCL's may wait for the dead
         sys.stdout.flush()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bitllm.memory import halve_when_full
 from bitllm_core import (
     BitLM,
     Session,
@@ -54,14 +55,16 @@ def compiled_loss(model: BitLM) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def prepare(session: Session) -> None:
-    """Compile a training session's loss and record its micro-step, where asked to or it pays.
+    """Compile a training session's loss, record its micro-step, and fit it into the memory.
 
     Compiling takes ten seconds and more. One micro-step of zeros shows whether it works; where it
     does not, the session stays eager and the log says why.
 
     Args:
-        session: the core's `Session`; its `loss`, `micro_step` and `hold` may be replaced.
+        session: the core's `Session`; its `loss`, `micro_step`, `gradients` and `hold` may be
+            replaced.
     """
+    halve_when_full(session)
     config, model, device = session.config, session.state.model, session.device.device
     worth = 1e15 if device.type == "cuda" else 5e12  # a minute's work, guessed
     work = 6 * model.config.num_parameters * config.batch_tokens * config.max_steps

@@ -23,8 +23,10 @@ from torch import Tensor
 
 from bitllm_core import (
     BitLM,
+    ModelConfig,
     Processes,
     TrainConfig,
+    choose_device,
     extension,
     first_line,
     log,
@@ -40,19 +42,24 @@ BUCKET_NUMBERS = 1 << 23
 MESSAGES_AT_ONCE = 4
 
 
-def join(device: torch.device, fsdp: bool) -> Processes:
+def join(model: ModelConfig, config: TrainConfig) -> Processes:
     """Meet the other processes that torchrun started, once in the life of this one.
 
     Raises:
-        ValueError: this machine has fewer GPUs than processes.
+        ValueError: too few GPUs, or windows in a step, for so many processes; or there is only one.
         ConnectionError: the others are not there.
     """
+    size, windows = int(os.environ.get("WORLD_SIZE", "1")), config.batch_tokens
+    windows //= model.max_position_embeddings
+    several = "several processes, as of torchrun --nproc-per-node=2 bitllm_core.py train ..."
+    require(size > 1 or not config.fsdp, "fsdp", True, several)
+    require(size <= windows, "WORLD_SIZE", size, f"at most the {windows} windows of a step")
     if not dist.is_initialized():
         with connection_errors():
-            _init_process_group(device)
+            _init_process_group(choose_device(config.device).device)
     if dist.get_rank():
         log.setLevel(logging.CRITICAL)  # the main process logs for all
-    if fsdp:
+    if config.fsdp:
         return extension("fsdp", "--fsdp").ShardedProcesses()
     return DistributedProcesses()
 

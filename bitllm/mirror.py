@@ -182,6 +182,17 @@ def _age(holder: dict[str, Any]) -> float:
     return abs(time.time() - holder.get("alive", 0))
 
 
+@contextlib.contextmanager
+def _known() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{error}: whether there is a run to resume is not known. Mount the drive, or leave "
+            "--mirror out"
+        ) from error
+
+
 class Mirror:
     """Copies finished checkpoints of a run to a second folder, which becomes a run folder.
 
@@ -191,14 +202,14 @@ class Mirror:
     Args:
         run: the run folder to copy from.
         folder: created if need be; its parent must exist.
-        keep: how many of the newest stay, by kind of checkpoint.
+        keep: how many of the newest stay, besides the best.
 
     Raises:
         ValueError: another process writes to `folder`.
     """
 
-    def __init__(self, run: Path, folder: Path, keep: dict[str, int]) -> None:
-        self.run, self.folder, self.keep = run, folder, keep
+    def __init__(self, run: Path, folder: Path, keep: int) -> None:
+        self.run, self.folder, self.keep = run, folder, {"step": keep, "best": 1}
         self.copying = ""
         """name of the checkpoint on its way"""
         self.last_good_step: int | None = None
@@ -220,14 +231,15 @@ class Mirror:
         threading.Thread(target=self._work, name="mirror", daemon=True).start()
 
     def has_checkpoints(self) -> bool:
-        return bool(list_checkpoints(self.folder / "checkpoints"))
+        """ValueError where the mirror cannot be read."""
+        with _known():
+            return bool(list_checkpoints(self.folder / "checkpoints"))
 
     def newest_checkpoint(self, settings: dict[str, Any]) -> dict[str, Any] | None:
         """The newest whole checkpoint of run and mirror; the run folder then has all of it.
 
         Raises:
-            ValueError: the mirror belongs to another run.
-            OSError: the mirror cannot be read, and the run has none.
+            ValueError: the mirror belongs to another run, or cannot be read and the run has none.
         """
         with contextlib.suppress(OSError):
             _check_settings(self.folder, settings)
@@ -242,7 +254,8 @@ class Mirror:
                 fetch_checkpoint(mirrored, local, "best", best["step"] if best else -1)
         except OSError as error:
             if not found:
-                raise
+                with _known():
+                    raise
             log.warning(f"skipped: {error}")
         return found
 
@@ -290,12 +303,22 @@ class Mirror:
         self._abandoned = True  # where a call to the file system hangs, its thread ends after it
         return self._ended.is_set() and not self.errors
 
+    def __enter__(self) -> Mirror:
+        return self
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        self.close(1.0 if kind else None)
+        if not kind:
+            log.info(self.status())
+
     def _failed(self, error: Exception) -> None:
         if not self.errors:
             self._failing_since = time.time()
         self.errors += 1
         number = getattr(error, "errno", None)
         self._last_error = f"Errno {number}" if number else core.first_line(error)
+        if self.errors == 1:
+            log.warning(self.status())
 
     def _next(self) -> tuple[str, str] | None:
         """Wait for something to copy; None: closing, and nothing is left."""
@@ -317,9 +340,11 @@ class Mirror:
             kind, name = item
             try:
                 self._copy(kind, name)
-                self.errors = 0
+                recovered, self.errors = self.errors > 0, 0
                 if kind == "step":
                     self.last_good_step = checkpoint_step(name)
+                if recovered:
+                    log.info(f"{self.status()}; it works again")
             except Exception as error:  # of whatever kind: training does not end because of it
                 self._failed(error)
                 tries_left -= self._closing
@@ -379,7 +404,9 @@ class Mirror:
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     if (folder / "config.json").is_file():
         try:
-            saved = core.read_run_config(folder)
+            saved = core.checked_settings(
+                core.read_json(folder / "config.json"), folder / "config.json"
+            )
         except ValueError as error:
             log.warning(f"skipped: {error}")
         else:

@@ -137,11 +137,9 @@ def estimate_memory(model: ModelConfig, train: TrainConfig) -> int:
     return 4 * (2 * model.num_parameters + moments)
 
 
-def check_memory(
-    model: ModelConfig, train: TrainConfig, device: Device, world_size: int = 1
-) -> None:
+def check_memory(model: ModelConfig, train: TrainConfig, world_size: int = 1) -> None:
     """Refuse what cannot fit before anything of it is made; ValueError names both sizes."""
-    there = math.inf
+    there, device = math.inf, choose_device(train.device)
     if device.device.type == "cuda":
         there = torch.cuda.mem_get_info()[1]
     elif hasattr(os, "sysconf"):

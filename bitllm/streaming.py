@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import os
+import signal
 import threading
 import time
 from array import array
@@ -24,6 +25,7 @@ import numpy as np
 from bitllm_core import (
     DataConfig,
     Piece,
+    Session,
     TokenData,
     TrainConfig,
     encode_pieces,
@@ -136,6 +138,24 @@ class StreamedData(TokenData):
                 return True
         return False
 
+    def wait(self, session: Session) -> bool:
+        """Wait for the tokens of the next step; False: stopped, or they will never be there."""
+        waiting = False
+        while True:
+            ready = self.ready(session.config, session.context, session.state.step)
+            failed = self.error is not None
+            missing, failed = session.processes.all_reduce_max([not ready, failed])
+            if not missing:
+                return True
+            if failed:
+                session.state.stop_signal = session.state.stop_signal or signal.SIGTERM
+            if session.stop_asked():
+                return False
+            if not waiting:
+                log.info(f"waiting for more text; {len(self.training):,} tokens are there")
+            waiting = True
+            time.sleep(0.1)
+
     def _block(self, context: int) -> int:
         """Windows shuffled together: fewer where the budget is small, so that training starts."""
         return max(min(BLOCK_TOKENS, self.budget // 16) // context, 1)
@@ -153,7 +173,10 @@ class StreamedData(TokenData):
 
     @contextlib.contextmanager
     def coming(self, tokenizer: Any) -> Iterator[None]:
-        """Read the rest in the background until the end of the block."""
+        """Read the rest in the background until the end of the block.
+
+        ConnectionError at the end where the source could not be read.
+        """
         self.refresh()
         closed = threading.Event()
         work = partial(self._read_all, tokenizer, closed)
@@ -166,6 +189,12 @@ class StreamedData(TokenData):
             closed.set()
             if thread.is_alive():
                 thread.join(5)  # one that waits for the network notices later, and writes nothing
+        if self.error:
+            raise ConnectionError(
+                f"data={self.manifest['asked']['data']['data']!r} could not be read to its end "
+                f"({first_line(self.error)}). The last step is saved; the same command resumes "
+                "from there"
+            ) from self.error
 
     def _read_all(self, tokenizer: Any, closed: threading.Event) -> None:
         """Read until the end, opening the stream again after an error."""

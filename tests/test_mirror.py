@@ -137,7 +137,7 @@ def test_a_copier_that_falls_behind_skips_to_the_newest(run, tmp_path, monkeypat
     assert len(steps) <= 2  # the one it hung with, and the newest
 
 
-def test_failures_are_counted_shown_and_retried(run, tmp_path):
+def test_failures_are_counted_shown_and_retried(run, tmp_path, capsys):
     heard = []
     drive = Fault("ENOTCONN", "write", at=9, times=10**9)  # after what step 3 needs
 
@@ -160,6 +160,8 @@ def test_failures_are_counted_shown_and_retried(run, tmp_path):
     )
     assert state.mirror.errors == 0
     assert state.mirror.status().startswith("mirror: step 12 is in")
+    said = capsys.readouterr().err  # once when it begins and once when it ends
+    assert said.count("mirror: failing since") == said.count("it works again") == 1
 
 
 def test_what_a_session_could_not_bring_the_next_one_does(run, tmp_path):
@@ -289,7 +291,7 @@ def test_the_newest_of_run_and_mirror_counts(tmp_path):
     saved(folder, 6)
     torn = saved(folder, 9)
     torn.write_bytes(torn.read_bytes()[:-9])
-    mirror = mirroring.Mirror(local, folder, {"step": 2})
+    mirror = mirroring.Mirror(local, folder, 2)
     assert mirror.newest_checkpoint(SETTINGS)["step"] == 6
     assert bit.newest_checkpoint(local / "checkpoints")["step"] == 6  # it was fetched
     copy = local / "checkpoints" / "step_00000006.safetensors"

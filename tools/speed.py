@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 import bitllm_core as bit  # noqa: E402
 from bitllm import bench as steps  # noqa: E402
 from bitllm import estimate_memory, export_hf  # noqa: E402
+from bitllm.machine import memory_in_use  # noqa: E402
 from bitllm.planner import machine  # noqa: E402
 from tests.seed_model import MiLLM  # noqa: E402
 
@@ -176,12 +177,12 @@ def waiting():
 def memory():
     """Peak memory of training the `seed` preset / its weights, gradients and optimizer."""
     device = bit.choose_device()
-    before = bit.memory_in_use(device)
+    before = memory_in_use(device.device)
     model, _, train = bit.PRESETS["seed"]
     step = steps.bench_step(model, device, 16, train)
     for _ in range(2):
         step()
-    state, peak = estimate_memory(model, train), bit.memory_in_use(device)
+    state, peak = estimate_memory(model, train), memory_in_use(device.device)
     return {
         "peak_bytes": peak,
         "bytes_before_the_model": before,
@@ -267,7 +268,7 @@ def eager_step(hidden=256, layers=4, context=256, windows=4):
         step = steps.bench_step(model, device, windows)
     step()
     speed = windows * context / min(step() for _ in range(2))
-    return [model.num_parameters, speed, bit.memory_in_use(device)]
+    return [model.num_parameters, speed, memory_in_use(device.device)]
 
 
 def draw(found, path):
