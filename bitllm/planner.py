@@ -24,6 +24,7 @@ from bitllm_core import (
     BitLM,
     Device,
     ModelConfig,
+    Muon,
     TrainConfig,
     choose_device,
     versions,
@@ -116,6 +117,8 @@ def memory_parts(
         work["loss"] = max(work["loss"], 3 * 4 * block)
     at_once = min(MESSAGES_AT_ONCE * max(BUCKET_NUMBERS, V * D), P)
     update = {"messages": 4 * at_once if processes > shared else 0}
+    if train.optimizer == "muon":
+        update["batch of matrices"] = 16 * min(Muon.BATCH_NUMBERS, matrices // processes)
     return always | max(work, update, key=lambda parts: sum(parts.values()))
 
 

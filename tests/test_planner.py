@@ -23,13 +23,13 @@ def test_the_plan_counts_what_training_holds(tiny_config):
     gradients = sum(p.grad.nbytes for p in model.parameters())
     bit.apply_gradients(optimizers, torch.amp.GradScaler("cpu", enabled=False), 1.0, 1.0)
     states = [t for o in optimizers for state in o.state.values() for t in state.values()]
-    parts = memory_parts(tiny_config, config, torch.float32)
+    parts = memory_parts(tiny_config, config, torch.float32, windows=16)
     assert parts["weights"] == parts["gradients"] == gradients
     assert parts["quantized weights"] == held_bytes
     assert parts["optimizer"] == sum(t.nbytes for t in states if t.dim())
     three = memory_parts(tiny_config, config, torch.float32, 3)
     assert three["optimizer"] == parts["optimizer"] // 3
-    shared = memory_parts(tiny_config, bit.TrainConfig(fsdp=True), torch.float32, 3)
+    shared = memory_parts(tiny_config, bit.TrainConfig(fsdp=True), torch.float32, 3, 16)
     for name in ("weights", "gradients", "optimizer"):
         assert shared[name] == parts[name] // 3
     block = sum(p.nbytes for p in model.model.layers[0].parameters())
