@@ -1,7 +1,7 @@
 """Make .venv-colab: Colab's ipykernel, ipywidgets and IPython over what another environment has.
 
     python tools/colab_environment.py [SITE_PACKAGES]  # default: .venv's, which may come later
-    BITLLM_COLAB_PYTHON=.venv-colab/bin/python python -m pytest -q tests/test_notebooks.py
+    BITLLM_COLAB_PYTHON=.venv-colab/bin/python python -m pytest -q tests/notebook
 
 Only the notebook's own packages differ; torch and the rest are the other environment's.
 """
