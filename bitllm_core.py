@@ -2740,7 +2740,8 @@ def train_command(flags: argparse.Namespace, callbacks: Sequence[Callback] = ())
         f"{state.tokens / (state.train_seconds or math.inf):,.0f} tokens/s\n"
         f"training loss {state.loss:.4f}, validation loss {state.val_loss:.4f}, perplexity "
         f"{math.exp(min(state.val_loss, 700)):.1f} (a uniform guess: {model.vocab_size})\n"
-        f"text from: --model {flags.out} --checkpoint {which}"
+        f"checkpoint: {list_checkpoints(Path(flags.out, 'checkpoints'))[-1]}; "
+        f"the text above is from --checkpoint {which}"
     )
     return 0
 
