@@ -357,7 +357,7 @@ class Mirror:
             finally:
                 self.copying = ""
         with contextlib.suppress(Exception):
-            self._copy_small_files()
+            copy_small_files(Folder(self.run), Folder(self.folder))
         self.lease.release()
         self._ended.set()
 
@@ -365,7 +365,7 @@ class Mirror:
         self.folder.mkdir(exist_ok=True)
         self.lease.acquire()
         self._copy_token_files()
-        self._copy_small_files()
+        copy_small_files(Folder(self.run), Folder(self.folder))
         source, target = Folder(self.run / "checkpoints"), Folder(self.folder / "checkpoints")
         core.remove_unfinished(target)
         self._bytes = [0, source.size(name)]
@@ -377,14 +377,6 @@ class Mirror:
 
     def _progress(self, size: int) -> None:
         self._bytes[0] += size
-
-    def _copy_small_files(self) -> None:
-        source, target = Folder(self.run), Folder(self.folder)
-        for name in ("config.json", "tokenizer.json", "metrics.jsonl"):
-            if name in source.names() and (
-                name not in target.names() or source.digest(name) != target.digest(name)
-            ):
-                copy_file(source, name, target)
 
     def _copy_token_files(self) -> None:
         """Once: tokenizing anew on another machine would take minutes, and might differ."""
@@ -401,6 +393,15 @@ class Mirror:
             if copy_file(source, name, target, self._progress) != target.digest(name):
                 raise OSError(errno.EIO, "what was read back is not what was written", name)
         target.write("manifest.json", lambda path: path.write_bytes(text))
+
+
+def copy_small_files(source: Folder, target: Folder) -> None:
+    """What lies beside the checkpoints and tokens of a run, where it differs."""
+    for name in ("config.json", "tokenizer.json", "metrics.jsonl"):
+        if name in source.names() and (
+            name not in target.names() or source.digest(name) != target.digest(name)
+        ):
+            copy_file(source, name, target)
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
