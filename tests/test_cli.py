@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -70,17 +69,6 @@ def test_all_ways_to_give_a_command_are_the_same(run_cli, tmp_path):
         options = {"capture_output": True, "text": True, "env": environment}
         texts.add(subprocess.run(command, check=True, cwd=tmp_path, **options).stdout)
     assert len(texts) == 1
-
-
-@pytest.mark.parametrize("command", ["export", "plan", "bench", "info"])
-def test_the_core_alone_names_what_a_command_needs(tmp_path, command):
-    core = shutil.copy(ROOT / "bitllm_core.py", tmp_path)
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    options = {"capture_output": True, "text": True, "cwd": tmp_path, "env": environment}
-    done = subprocess.run([sys.executable, "-P", core, command], check=False, **options)
-    assert done.returncode == 2
-    assert "needs the bitllm package" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_what_does_not_fit_is_refused_before_memory_is_taken(capsys, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -23,9 +24,33 @@ def test_train_writes_text_and_perplexity_and_then_says_it_is_complete(run_cli, 
     assert second.returncode == 0
     assert "complete: 40 steps" in first.stdout
     assert "validation loss" in first.stdout
-    assert first.stdout.splitlines()[-4:] == second.stdout.splitlines()[-4:]
-    # without a preset, the run's own settings are meant
-    assert "complete: 40 steps" in run_cli("train", "--out", tmp_path / "run").stdout
+    assert "--checkpoint last" in first.stdout
+    assert first.stdout == second.stdout
+
+
+def test_without_a_preset_the_settings_of_the_run_are_meant(run_cli, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    command = ["train", "--out", tmp_path / "run"]
+    assert "complete: 10 steps" in run_cli(*command).stdout
+    for damaged in ("", "{"):  # then they come from the checkpoint
+        (tmp_path / "run" / "config.json").write_text(damaged)
+        assert "complete: 10 steps" in run_cli(*command).stdout
+    (tmp_path / "run" / "config.json").write_text('{"model": {"hidden_size": "wide"}}')
+    result = run_cli(*command)
+    assert result.returncode == 2
+    assert "config.json: hidden_size='wide': expected int" in result.stderr
+
+
+def test_a_run_that_ended_early_shows_its_best_model(run_cli, tmp_path):
+    settings = {"patience": 1, "eval-every-steps": 1, "learning-rate": 1e-9}
+    settings |= {"adamw-learning-rate": 1e-9, "eval-tokens": 64}
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    command = ["train", "--preset", "ci", *flags, "--out", tmp_path / "run"]
+    first = run_cli(*command)
+    assert first.returncode == 0, first.stderr
+    assert "from --checkpoint best" in first.stdout
+    assert "complete: 40 steps" not in first.stdout
+    assert run_cli(*command).stdout == first.stdout
 
 
 def test_generate_repeats_itself_with_a_seed(run_cli, trained):
@@ -33,6 +58,9 @@ def test_generate_repeats_itself_with_a_seed(run_cli, trained):
     texts = [run_cli(*command, "--seed", seed).stdout for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
     assert texts[0].startswith("The ")
+    assert texts[0].endswith("\n")
+    numbered = run_cli(*command, "--seed", 0, "--checkpoint", 10)
+    assert numbered.stdout == texts[0]
 
 
 def test_evaluate_prints_one_json_object(run_cli, trained, tiny_corpus):
@@ -48,7 +76,11 @@ def test_evaluate_prints_one_json_object(run_cli, trained, tiny_corpus):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["train", "--preset", "huge", "--out", "x"], "one of ci, demo"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train"], "required: --out"),
+        (["train", "--out", "x", "--fsdp", "perhaps"], "invalid true_or_false value: 'perhaps'"),
+        (["evaluate", "--model", "x", "--data", "y", "--dtype", "int4"], "dtype='int4'"),
+        (["train", "--preset", "huge", "--out", "x"], "invalid choice: 'huge'"),
         (["train", "--out", "x", "--no-such-flag", "1"], "unrecognized arguments"),
         (["train", "--out", "x", "--max-steps", "many"], "invalid int value: 'many'"),
         (["train", "--out", "x", "--num-attention-heads", "7"], "divisor of hidden_size=256"),
