@@ -401,7 +401,9 @@ def copy_small_files(source: Folder, target: Folder) -> None:
         if name in source.names() and (
             name not in target.names() or source.digest(name) != target.digest(name)
         ):
-            copy_file(source, name, target)
+            copy_file(source, name, target, None, name + core.PART)  # a failure keeps the old one
+            target.remove(name)
+            target.rename(name + core.PART, name)
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ def test_form_and_prompt_box_are_made_of_widgets_that_both_generations_have(tmp_
         cell = Cell(client, TRAIN + code).listen_until(lambda c: c.done)
         assert "shown" in cell.text, cell.text
         views = [x for x in cell.displays if "application/vnd.jupyter.widget-view+json" in x]
-        assert len(views) == 3 + 1  # form, prompt box, buttons, the bar of tokenizing
+        assert len(views) == 3 + 2  # form, prompt box, buttons, the bars of tokenizing
         Cell(client, "").listen_until(lambda c: c.done)
         cell.click("Write", new_subshell(client))
         cell.listen_until(lambda c: "&#x27;" in str(c.states) or "<pre" in str(c.states))

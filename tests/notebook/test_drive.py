@@ -64,7 +64,7 @@ class Stop(bit.Callback):
 def test_a_drive_that_breaks_in_the_run_and_a_new_machine_the_next_day(
     colab, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(bit, "MIRROR_RETRY_S", (0.01, 0.05))
+    monkeypatch.setattr("bitllm.mirror.RETRY_S", (0.01, 0.05))
     colab.mount = lambda point, timeout_ms: (tmp_path / "drive" / "MyDrive").mkdir(parents=True)
     drive = mount_drive(str(tmp_path / "drive"))
     settings = Settings("ci", mirror=str(drive / "ci"))
