@@ -1,4 +1,4 @@
-"""A training session that goes on with smaller micro-batches where a GPU runs out of memory."""
+"""A training session that continues with smaller micro-batches when a GPU runs out of memory."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def llama_cpp_stream(
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a GGUF file")
     request = _request(prompt, sampling or SamplingConfig())
-    if not request["max_tokens"]:  # a server that was asked for nothing can hang when it is closed
+    if not request["max_tokens"]:  # a server that got no request can hang when it is closed
         return
     try:
         server = xllamacpp.Server(_parameters(xllamacpp, path))

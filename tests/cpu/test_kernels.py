@@ -75,7 +75,7 @@ def test_the_norm_of_a_few_rows_is_that_of_many(size):
 
 
 def test_packed_weights_write_the_same_as_unpacked_ones(tiny_config, monkeypatch):
-    """While generating, two bits a weight are held and no more; the text is the same to the bit."""
+    """While generating, only two bits per weight are held; the text is the same to the bit."""
     model = bit.BitLM(tiny_config, seed=1).freeze()
     held = []
     hold = bit.BitLinear.hold
