@@ -1355,7 +1355,7 @@ def prepare_data(
     found = _open_data(out) if same_data(out, config, vocab_size) else None
     if found and manifest["source_sha256"]:
         same = manifest["source_sha256"] == found[0].manifest.get("source_sha256")
-        expected = "the text that this run began with; it has changed. Choose another --out for it"
+        expected = f"the text that {out} began with; it has changed. Choose another --out for it"
         require(same, "data", config.data, expected)
     if not found:
         _write_data(config, context, out, manifest)
