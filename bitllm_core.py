@@ -42,6 +42,7 @@ import dataclasses
 import errno
 import hashlib
 import importlib
+import io
 import itertools
 import json
 import logging
@@ -54,13 +55,15 @@ import sys
 import threading
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
+from numbers import Integral, Real
 from operator import ge, gt, le, lt
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -92,16 +95,11 @@ def require(ok: bool, name: str, value: object, expected: str) -> None:
 
 def config_from(kind: Any, values: Any, path: Path) -> Any:
     """A configuration as a file gives it; ValueError names the file and what is wrong in it."""
-    types = {item.name: str(item.type).split(" | ") for item in fields(kind)}
     try:
         if not isinstance(values, dict):
             raise ValueError(f"expected the fields of a {kind.__name__}, got {values!r:.80}")
-        for name, value in values.items():
-            if name not in types:
-                raise ValueError(f"{name!r:.80} is no field of {kind.__name__}")
-            given = "None" if value is None else type(value).__name__
-            if given not in types[name] and not (given == "int" and "float" in types[name]):
-                raise ValueError(f"{name}={value!r:.80}: expected {' or '.join(types[name])}")
+        if unknown := values.keys() - {item.name for item in fields(kind)}:
+            raise ValueError(f"{min(unknown)!r:.80} is no field of {kind.__name__}")
         return kind(**values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -125,7 +123,7 @@ def extension(module: str, why: str) -> Any:
     """The module `bitllm.<module>`, the core's one way to the package; ImportError without it."""
     sys.modules.setdefault("bitllm_core", sys.modules[__name__])  # run as a script: no second copy
     try:
-        return importlib.import_module(f"bitllm.{module}")
+        return importlib.import_module(f"bitllm.{module}".rstrip("."))
     except ModuleNotFoundError as error:
         if error.name not in ("bitllm", f"bitllm.{module}"):
             raise
@@ -142,10 +140,28 @@ def _field(default: Any, **limits: Any) -> Any:
     return field(default=default, metadata=limits)
 
 
+_TYPES: dict[str, Any] = {"None": (lambda _: None, type(None)), "int": (int, Integral)}
+_TYPES |= {"bool": (bool, (bool, np.bool_)), "float": (float, Real), "str": (str, (str, Path))}
+
+
+def _converted(name: str, value: Any, kinds: list[str]) -> Any:
+    """`value` as the first of the types that it can be without loss, numpy's and paths too."""
+    for kind in kinds:
+        make, types = _TYPES[kind]
+        whole = kind == "int" and isinstance(value, Real) and value % 1 == 0  # 2000.0
+        if isinstance(value, types) or whole:
+            if (kind == "bool") == isinstance(value, bool | np.bool_):
+                return make(value)
+    raise ValueError(f"{name}={value!r:.80}: expected {' or '.join(kinds)}")
+
+
 class _Checked:
     def __post_init__(self: Any) -> None:
         for item in fields(self):
-            name, value = item.name, getattr(self, item.name)
+            name, kinds = item.name, str(item.type).split(" | ")
+            value = _converted(name, getattr(self, name), kinds)
+            object.__setattr__(self, name, value)
+            require(value not in (math.inf, -math.inf), name, value, "a finite number")
             for rule, limit in item.metadata.items():
                 if rule == "one_of":
                     require(value in limit, name, value, f"one of {', '.join(limit)}")
@@ -224,7 +240,7 @@ class DataConfig(_Checked):
     """Where the text comes from and how it becomes tokens."""
 
     data: str = "pydocs"
-    """a .txt, .jsonl, .parquet file or folder, a known name, hf:OWNER/NAME[:CONFIG][#COLUMN]"""
+    """a file or folder (.txt, .jsonl, .parquet), a known name, hf:OWNER/NAME[:CONFIG][#COLUMN]"""
     validation_data: str | None = None
     """a second source to validate on; default: the source's own split, or its held-out tail"""
     validation_fraction: float = _field(0.05, more_than=0, less_than=0.9)
@@ -235,6 +251,10 @@ class DataConfig(_Checked):
     """train on at most this many; hub sources and folders then arrive while training runs"""
     tokenizer: str = _field("bpe", one_of=("bpe", "wordpiece"))
     """bpe (byte-level, lossless) or wordpiece (the seed's)"""
+    encoding: str | None = None
+    """of local text, such as latin-1; default: UTF-8, or what a byte order mark says"""
+    document_separator: str | None = None
+    """a line that ends a document of a .txt, such as <|endoftext|>; default: there is none"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -325,7 +345,6 @@ class SamplingConfig(_Checked):
 
 def peak_rates(model: ModelConfig, training: TrainConfig) -> tuple[float, float]:
     """Peak rates of the matrices and of the rest; by default as tuned in tools/experiments.py.
-
     A ternary weight changes only when its master crosses a threshold: it wants a higher rate.
     """
     muon = training.optimizer == "muon"
@@ -651,9 +670,8 @@ def token_probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
 class _ChunkedLoss(torch.autograd.Function):
     """Head and cross-entropy in one, a chunk of tokens at a time: all logits would be too large.
 
-    A chunk's gradient is taken while its logits are there, and only the finished gradients of
-    hidden states and weight are kept, as in Liger Kernel [6], but in plain torch. Without `softmax`
-    there is no gradient.
+    A chunk's gradient is taken while its logits are there, and only those of hidden states and
+    weight are kept, as in Liger Kernel [6]. Without `softmax` there is no gradient.
     """
 
     @staticmethod
@@ -850,7 +868,6 @@ _SEED_NAMES = {
 
 def import_seed_checkpoint(path: str | Path, num_attention_heads: int = 8) -> BitLM:
     """Turn the seed script's `mi_llm_checkpoint.pth` or `mi_llm_epoch_N.pth` into a `BitLM`.
-
     The file does not have the number of heads. Nothing in it is executed; ValueError if it differs.
     """
     path = Path(path)
@@ -885,41 +902,61 @@ def import_seed_checkpoint(path: str | Path, num_attention_heads: int = 8) -> Bi
 # The library `tokenizers` does the work; here are the choice of tokenizer and its special tokens.
 
 
+# after so many characters a word is cut for training, and of so many at most: in DNA, base64 or
+# Chinese, without spaces, every word would be new
+_LONG_WORD, _LONG_WORDS_CHARS = 64, 2_000_000
+
+
+def _bounded_words(texts: Iterable[str]) -> Iterator[str]:
+    """`texts`, cut inside long words; beyond _LONG_WORDS_CHARS of them, without those."""
+    long, left = re.compile(rf"(\S{{{_LONG_WORD}}})(?=\S)"), _LONG_WORDS_CHARS
+    size = 1 << 17  # the library collects 256 texts
+    for text in (part[at : at + size] for part in texts for at in range(0, len(part), size)):
+        parts = long.sub("\\1\0", text).split("\0")
+        left -= _LONG_WORD * (len(parts) - 1)
+        yield from parts if left > 0 else [re.sub(rf"\S{{{_LONG_WORD},}}", " ", text)]
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: str = "bpe") -> Any:
-    """Train a tokenizers.Tokenizer of at most `vocab_size` tokens in one pass over `texts`.
+    """Train a tokenizers.Tokenizer of at most `vocab_size` tokens; the same for the same texts.
 
     `kind` is "bpe", byte-level with GPT-2's pre-tokenizer: decode(encode(x)) == x for every string;
-    or "wordpiece", the seed's, which loses white space and unknown characters.
+    or "wordpiece", the seed's, which loses white space and unknown characters, and reads all the
+    texts into memory.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     require(vocab_size >= MIN_VOCAB_SIZE, "vocab_size", vocab_size, f"at least {MIN_VOCAB_SIZE}")
-    options: dict[str, Any] = {"vocab_size": vocab_size, "show_progress": False}
+    texts = _bounded_words(texts)
     if kind == "wordpiece":
-        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        tokenizer.decoder = decoders.WordPiece()
+        module = extension("wordpiece", "training a WordPiece tokenizer")
         special = [*WORDPIECE_SPECIALS, END_OF_TEXT]
-        trainer = trainers.WordPieceTrainer(special_tokens=special, **options)
+        tokenizer = module.train_word_pieces(texts, vocab_size, special)
     else:
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        options["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(special_tokens=[END_OF_TEXT], **options)
-    tokenizer.train_from_iterator(texts, trainer=trainer)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            show_progress=False,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        )
+        tokenizer.train_from_iterator(texts, trainer=trainer)
     tokenizer.encode_special_tokens = True  # inside a text, they are text
     return tokenizer
 
 
 def tokenizer_from(text: str, path: Path) -> Any:
-    """The tokenizer in the text of a tokenizer.json; ValueError names the file."""
+    """The tokenizer in a tokenizer.json, neither truncating nor padding; ValueError names it."""
     from tokenizers import Tokenizer, decoders
 
     try:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:
         raise ValueError(f"{path}: not a tokenizer.json ({first_line(error)})") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     if tokenizer.decoder is None and tokenizer.token_to_id("[UNK]") is not None:
         tokenizer.decoder = decoders.WordPiece()  # missing in the seed script's
     tokenizer.encode_special_tokens = True
@@ -934,11 +971,15 @@ def load_tokenizer(path: str | Path) -> Any:
     return tokenizer_from(path.read_text(encoding="utf-8", errors="replace"), path)
 
 
+def num_ids(tokenizer: Any) -> int:
+    """One more than the largest id, which may be more than there are tokens."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
 def check_tokenizer(tokenizer: Any, vocab_size: int, path: Path) -> None:
     """Raise a ValueError naming the file if an id has no row in the embedding."""
-    most = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
-    if most >= vocab_size:
-        raise ValueError(f"{path}: token ids up to {most:,}, but the model's {vocab_size=:,}")
+    if (count := num_ids(tokenizer)) > vocab_size:
+        raise ValueError(f"{path}: token ids up to {count - 1:,}, but the model's {vocab_size=:,}")
 
 
 def end_of_text_id(tokenizer: Any) -> int | None:
@@ -948,7 +989,11 @@ def end_of_text_id(tokenizer: Any) -> int | None:
 
 def valid_unicode(text: str) -> str:
     """`text` with U+FFFD for every lone surrogate, which has no UTF-8."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -957,8 +1002,13 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """sha256 that identifies a tokenizer."""
-    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+    """sha256 of what a tokenizer does, which versions of the library spell in different ways: its
+    ids, and how it splits a text of all its tokens."""
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    names = sorted(vocab, key=lambda name: (vocab[name], name))
+    text = " ".join(names) + "".join(names) + "Ab 12,\n\t é 漢字 🐱"
+    found = [names, [vocab[name] for name in names], encode(tokenizer, text)]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
 # -----------------------------------------------------------------------------
@@ -974,21 +1024,24 @@ KNOWN_DATA = {
 }
 _OF_LINES = ("wikitext-2", "wikitext-103")  # rows are lines of one long text, not documents
 _WITH_VALIDATION = (*_OF_LINES, "tinystories")  # have a validation split
-_SUFFIXES = (".txt", ".jsonl", ".parquet")
-_PIECE_CHARS, _LONGEST_PIECE = 1 << 16, 1 << 20  # lines are joined, longer rows are cut
+_PIECE_CHARS, _LONGEST_PIECE = 1 << 16, 1 << 18  # lines are joined, longer rows are cut
 _STREAMING = "max_train_tokens with a folder or a data set of the hub"
 _TOKENIZER_CHARS = 100_000_000  # text a tokenizer is trained on at most
-_FIRST_ROWS = 100  # decide which column is the text
+_FIRST_ROWS = 20  # with text decide which column it is
+_MARK_IN_TEXT = "lines that are %s stay text; --document-separator '%s' ends documents there"
 _warn_once = lru_cache(log.warning)  # a source is read several times
 
 Piece = tuple[str, bool]  # text, and whether a document ends with it
 Part = tuple[Iterator[str], bool, bool]  # rows; whether they are lines; whether the last ends one
 
 
-def _row_texts(rows: Iterable[dict[Any, Any]], wanted: str | None, source: Any) -> Iterator[str]:
-    """The text of each row, "" where it has none; ValueError where no column holds text."""
-    rows, kinds, skipped = iter(rows), {}, 0
-    first = list(itertools.islice(rows, _FIRST_ROWS))
+def row_texts(rows: Iterator[dict[Any, Any]], wanted: str | None, source: Any) -> Iterator[str]:
+    """The text of each row, "" where it has none; ValueError where most have none."""
+    kinds, count, skipped, row = {}, 0, 0, {}
+    for row in rows:  # those before have no text at all
+        if any(isinstance(value, str) for value in row.values()):
+            break
+    first = [row, *itertools.islice(rows, _FIRST_ROWS)]
     for name, value in (item for row in first for item in row.items()):
         if isinstance(value, str) or kinds.get(name, "NoneType") == "NoneType":
             kinds[name] = type(value).__name__
@@ -996,62 +1049,64 @@ def _row_texts(rows: Iterable[dict[Any, Any]], wanted: str | None, source: Any) 
     column = wanted or ("text" if "text" in texts else texts[0] if len(texts) == 1 else None)
     columns = ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "none"
     expected = f"a column of text; {source} has columns {columns}; name one with --text-column"
-    fits = not first or kinds.get(column) in ("str", "NoneType")
+    fits = not row or kinds.get(column) in ("str", "NoneType")
     require(fits, "text_column", column, expected)
     for row in itertools.chain(first, rows):
-        value = row.get(column)
+        value, count = row.get(column), count + 1
         skipped += not isinstance(value, str | None)
+        if skipped > max(_FIRST_ROWS, count / 2):
+            raise ValueError(f"{source}: {column} is not text in {skipped:,} of {count:,} rows")
         yield valid_unicode(value) if isinstance(value, str) else ""
     if skipped:
         _warn_once("%s: skipped %d rows whose %s is not text", source, skipped, column)
 
 
-def _file_rows(path: Path) -> Iterator[Any]:
-    """The lines of a .txt, every line end made \\n, or the rows of another file as dicts."""
-    suffix, number = path.suffix.lower(), 0
+_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+
+
+def text_lines(file: Any, encoding: str | None, longest: int = -1) -> Iterator[str]:
+    """The lines of a binary file in `encoding`, by default as its mark says; line ends are \\n."""
+    with file:
+        start = file.peek(4)[:4]
+        found = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8")
+        if not encoding and found == "utf-8" and b"\0" in start:
+            raise ValueError("perhaps UTF-16 without its mark: try --encoding utf-16-le or -be")
+        errors = "strict" if encoding else "surrogatepass"
+        text = io.TextIOWrapper(file, encoding or found, errors)
+        yield from iter(partial(text.readline, longest), "")
+
+
+def _file_rows(path: Path, suffix: str, opened: Any, encoding: str | None) -> Iterator[Any]:
+    """The lines of a .txt, or the rows of a .jsonl as dicts; `opened` opens the binary file."""
+    number = 0
     try:
-        if suffix == ".parquet":
-            with library("pyarrow.parquet", f"reading {path.name}").ParquetFile(path) as file:
-                columns = [x.name for x in file.schema_arrow if "string" in str(x.type)]
-                for batch in file.iter_batches(_FIRST_ROWS, columns=columns):
-                    yield from batch.to_pylist()
+        if suffix == ".txt":
+            yield from map(valid_unicode, text_lines(opened(), encoding, _LONGEST_PIECE))
             return
-        with path.open(encoding="utf-8-sig") as file:
-            for line in file:
-                number += 1
-                if suffix == ".txt":
-                    yield line
-                elif not line.isspace():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError('expected an object such as {"text": "..."}')
-                    yield row
+        for line in text_lines(opened(), encoding):
+            number += 1
+            if not line.isspace():
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError('expected an object such as {"text": "..."}')
+                yield row
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
-    except (OSError, ValueError, RecursionError, NotImplementedError) as error:
-        where = f"{path}, line {number}" if number else path
+        at = "?"
+        with contextlib.suppress(ImportError):
+            at = extension("files", "").first_bad_byte(opened(), error.encoding)
+        why = (
+            f"not {error.encoding.upper()} text, at byte {at}; save it as UTF-8, or name what it is"
+        )
+        raise ValueError(f"{path}: {why} (--encoding latin-1)") from error
+    except (OSError, ValueError, RuntimeError, EOFError, LookupError, zlib.error) as error:
+        where = f"{path}, line {number:,}" if number else path
         raise ValueError(f"{where}: cannot be read as {suffix} ({first_line(error)})") from error
 
 
-def local_files(source: str, split: str = "train") -> list[Path]:
-    """The files of a source, sorted.
-
-    In a folder, names that begin with the word valid, validation, dev or test are not training
-    text; hidden files and a run's metrics.jsonl are left out.
-    """
-    path = Path(source).expanduser()
-    files = [path] if path.is_file() and split == "train" else []
-    for file in sorted(path.rglob("*")) if path.is_dir() else ():
-        parts, word = file.relative_to(path).parts, re.split(r"[\W\d_]", file.stem.lower())[0]
-        held = "validation" if word in ("valid", "validation", "dev") else word
-        hidden = any(part.startswith((".", "__MACOSX")) for part in parts)
-        if split == (held if held in ("validation", "test") else "train") and not hidden:
-            files += [file] if file.is_file() and file.name != "metrics.jsonl" else []
-    files = [file for file in files if file.suffix.lower() in _SUFFIXES]
-    place = " in the folder" if path.is_dir() else f", not {path.suffix or 'no suffix'}"
-    expected = f"{', '.join(_SUFFIXES)} files{place}"
-    require(split != "train" or bool(files), "data", source, expected)
-    return files
+def file_part(path: Path, suffix: str, opened: Any, config: DataConfig) -> Part:
+    """What a .txt or .jsonl file holds; `opened` opens the binary file."""
+    rows, lines = _file_rows(path, suffix, opened, config.encoding), suffix == ".txt"
+    return (rows if lines else row_texts(rows, config.text_column, path)), lines, True
 
 
 def is_local(source: str) -> bool:
@@ -1061,9 +1116,12 @@ def is_local(source: str) -> bool:
 def text_parts(source: str, split: str, config: DataConfig) -> Iterator[Part]:
     """Files, a hub's data set or its shards (of a stream); nothing without such a split."""
     if is_local(source):
-        for path in local_files(source, split):
-            rows, lines = _file_rows(path), path.suffix.lower() == ".txt"
-            yield rows if lines else _row_texts(rows, config.text_column, path), lines, True
+        path = Path(source).expanduser()
+        suffix = path.suffix.lower()
+        if path.is_dir() or suffix not in (".txt", ".jsonl"):
+            yield from extension("files", f"reading {source}").parts(path, split, config)
+        elif split == "train":
+            yield file_part(path, suffix, partial(path.open, "rb"), config)
         return
     if source == "pydocs" and split == "train":
         from pydoc_data.topics import topics  # the interpreter's own
@@ -1092,34 +1150,42 @@ def text_parts(source: str, split: str, config: DataConfig) -> Iterator[Part]:
         ) from error
     count = data.num_shards if streaming else 1
     for shard in (data.shard(count, i) if streaming else data for i in range(count)):
-        rows = (
+        rows: Iterator[dict[str, Any]] = (
             dict(zip(batch, values, strict=True))
             for batch in shard.iter(_FIRST_ROWS)
             for values in zip(*batch.values(), strict=True)
         )
-        yield _row_texts(rows, column or config.text_column, name), source in _OF_LINES, False
+        yield row_texts(rows, column or config.text_column, name), source in _OF_LINES, False
 
 
-def text_pieces(rows: Iterable[str], lines: bool, ends: bool) -> Iterator[Piece]:
+def text_pieces(
+    rows: Iterable[str], lines: bool, ends: bool, separator: str | None = None
+) -> Iterator[Piece]:
     """Rows as documents, or lines joined up to one without indent, which no token could join;
-    cut at white space, where there is any, after a million characters."""
+    cut at white space, where there is any, after 262,144 characters.
 
-    def cut(text: str, last: bool) -> Iterator[Piece]:
-        while len(text) > _LONGEST_PIECE:
+    A line that is `separator` ends a document and is left out.
+    """
+    held, size, ended = [], 0, False
+    for row in filter(None, rows):
+        mark = lines and row.strip() == separator
+        full = size >= _PIECE_CHARS and not row[:1].isspace() and held[-1].endswith("\n")
+        if size and (full or mark or not lines):
+            yield "".join(held), mark or not lines
+            held, size = [], 0
+        elif mark and not ended:
+            yield "", True
+        if ended := mark:
+            continue
+        held.append(row)
+        size += len(row)
+        while size > _LONGEST_PIECE:
+            text = "".join(held)
             at = max(text.rfind(" ", 1, _LONGEST_PIECE), 0) or _LONGEST_PIECE
             yield text[:at], False
-            text = text[at:]
-        yield text, last
-
-    piece, size = [], 0
-    for row in filter(None, rows):
-        if size and (not lines or (size >= _PIECE_CHARS and not row[:1].isspace())):
-            yield from cut("".join(piece), not lines)
-            piece, size = [], 0
-        piece.append(row)
-        size += len(row)
+            held, size = [text[at:]], size - at
     if size:
-        yield from cut("".join(piece), ends or not lines)
+        yield "".join(held), ends or not lines
 
 
 def read_pieces(
@@ -1129,12 +1195,12 @@ def read_pieces(
 
     A .txt is one document; a row of anything else is one. No text where there is no such split.
 
-    Raises:
-        FileNotFoundError, ValueError: no such source, or not readable as what its name says.
-        ConnectionError: the hub cannot be reached (after the library's own few tries).
+    FileNotFoundError, ValueError: no such source, or not readable as what its name says.
+    ConnectionError: the hub cannot be reached (after the library's own few tries).
     """
-    for part in text_parts(source, split, config or DataConfig(data=source)):
-        yield from text_pieces(*part)
+    config = config or DataConfig(data=source)
+    for part in text_parts(source, split, config):
+        yield from text_pieces(*part, config.document_separator)
 
 
 def _part_of(pieces: Iterable[Piece], chars: int, head: bool) -> Iterator[Piece]:
@@ -1190,9 +1256,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def encode_pieces(tokenizer: Any, pieces: Iterable[Piece]) -> Iterator[tuple[list[int], int]]:
     """The tokens of each piece, <|endoftext|> where a document ends, and its bytes of UTF-8."""
     eot, pieces = end_of_text_id(tokenizer), iter(pieces)
-    while batch := list(itertools.islice(pieces, 64)):
+    while batch := list(itertools.islice(pieces, 16)):
         encoded = tokenizer.encode_batch_fast([t for t, _ in batch], add_special_tokens=False)
         for (text, ends), tokens in zip(batch, encoded, strict=True):
+            if END_OF_TEXT in text:
+                _warn_once(_MARK_IN_TEXT, END_OF_TEXT, END_OF_TEXT)
             yield tokens.ids + [eot] * (ends and eot is not None), len(text.encode())
 
 
@@ -1265,7 +1333,9 @@ def _epoch_order(seed: int, epoch: int, windows: int, tokens: int) -> tuple[int,
 def same_data(out: Path, config: DataConfig, vocab_size: int) -> bool:
     """Whether a run folder's token files were made with these settings."""
     manifest = read_json(out / "data" / "manifest.json") or {}
-    return manifest.get("asked") == {"data": asdict(config), "vocab_size": vocab_size}
+    asked = manifest.get("asked") or {"data": {}}
+    asked["data"] = {**asdict(DataConfig()), **asked["data"]}  # later fields have their defaults
+    return asked == {"data": asdict(config), "vocab_size": vocab_size}
 
 
 def _open_data(out: Path) -> tuple[TokenData, Any] | None:
@@ -1275,7 +1345,8 @@ def _open_data(out: Path) -> tuple[TokenData, Any] | None:
     streamed = "stream_state" in manifest
     try:
         tokenizer = load_tokenizer(out / "tokenizer.json")
-        same = manifest["tokenizer_sha256"] == tokenizer_hash(tokenizer)
+        spelled = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()  # of earlier versions
+        same = manifest["tokenizer_sha256"] in (tokenizer_hash(tokenizer), spelled)
         require(manifest["dtype"] in ("uint16", "uint32"), "dtype", manifest["dtype"], "integers")
         for split in ("train", "validation")[streamed:]:
             path, expected = folder / f"{split}.bin", manifest[split]
@@ -1315,7 +1386,7 @@ def _write_data(config: DataConfig, context: int, out: Path, manifest: dict[str,
         log.info("tokenizer: %d tokens", tokenizer.get_vocab_size())
     check_tokenizer(tokenizer, vocab_size, path)
     manifest["tokenizer_sha256"] = tokenizer_hash(tokenizer)
-    manifest["dtype"] = "uint16" if tokenizer.get_vocab_size() <= 1 << 16 else "uint32"
+    manifest["dtype"] = "uint16" if num_ids(tokenizer) <= 1 << 16 else "uint32"
     write = partial(tokenize, tokenizer, dtype=manifest["dtype"])
     if streaming:
         manifest |= streaming.begin_stream(config, held, write, folder)
@@ -1338,10 +1409,8 @@ def prepare_data(
     """Tokenizer and token files of a run folder, made where they are not there yet.
 
     Files: `tokenizer.json` (reused when present) and `data/{train,validation}.bin` with
-    `data/manifest.json`. The source is not read again once they are there.
-
-    Raises:
-        ValueError: too little text, or the local source has changed since the files were made.
+    `data/manifest.json`. The source is not read again once they are there. ValueError: too little
+    text, or the local source has changed since the files were made.
     """
     out, asked = Path(out), {"data": asdict(config), "vocab_size": vocab_size}
     manifest = {"format_version": 1, "asked": asked, "source_sha256": None}
@@ -1349,8 +1418,9 @@ def prepare_data(
     if config.max_train_tokens and not whole:
         manifest["stream_state"] = None
     elif is_local(config.data):
-        paths = [p for split in ("train", "validation") for p in local_files(config.data, split)]
-        digests = "".join(map(file_hash, paths))
+        path = Path(config.data).expanduser()
+        files = [path] if path.is_file() else extension("files", "a folder").files_on_disk(path)
+        digests = "".join(map(file_hash, files))
         manifest["source_sha256"] = hashlib.sha256(digests.encode()).hexdigest()
     found = _open_data(out) if same_data(out, config, vocab_size) else None
     if found and manifest["source_sha256"]:
@@ -1439,7 +1509,7 @@ def _pieces(
     """Yield the next piece of each prompt's continuation, in complete characters."""
     from tokenizers.decoders import DecodeStream
 
-    eot, size = end_of_text_id(tokenizer), tokenizer.get_vocab_size()
+    eot, size = end_of_text_id(tokenizer), num_ids(tokenizer)
     ids = [encode(tokenizer, p) or [eot or 0] for p in prompts]  # empty: where a document ends
     decoders = [DecodeStream(skip_special_tokens=True) for _ in ids]
     for decoder, row in zip(decoders, ids, strict=True):
@@ -1524,16 +1594,22 @@ class Processes:
             optimizer.step()
 
 
+def warmup_that_fits(config: TrainConfig) -> int:
+    """`config.warmup_steps`, or as many as there are before the cooldown, or in the run."""
+    rest = 1 - config.cooldown_fraction if config.schedule == "wsd" else 1
+    return min(config.warmup_steps, max(int(rest * config.max_steps), 1))
+
+
 def learning_rate_factor(config: TrainConfig, step: int) -> float:
     """What multiplies the peak rates at optimizer step `step` (from 0), in (0, 1].
-
     wsd: linear warm-up, constant, linear cooldown to 0 [5]; cosine: warm-up, half a cosine to 0.1.
     """
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
+    warmup = warmup_that_fits(config)
+    if step < warmup:
+        return (step + 1) / warmup
     if config.schedule == "cosine":
-        span = max(config.max_steps - config.warmup_steps, 1)
-        return 0.55 + 0.45 * math.cos(math.pi * min((step - config.warmup_steps) / span, 1))
+        span = max(config.max_steps - warmup, 1)
+        return 0.55 + 0.45 * math.cos(math.pi * min((step - warmup) / span, 1))
     cooldown = max(round(config.cooldown_fraction * config.max_steps), 1)
     return min(1.0, (config.max_steps - step) / cooldown)
 
@@ -1546,75 +1622,15 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and any(getattr(torch.cpu, n, lambda: False)() for n in names)
 
 
-def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
-    """Newton-Schulz [3]: singular values to about 1, of each matrix of a batch, (n, O, I).
-
-    It computes in bfloat16 or, on a GPU without it, float16, and so is the result; in float32
-    elsewhere, since a CPU without bfloat16 takes sixty times as long to emulate it.
-    """
-    device, tall = matrices.device, matrices.shape[1] > matrices.shape[2]
-    other = torch.float16 if device.type == "cuda" else torch.float32
-    norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True, dtype=torch.float32)
-    x = (matrices / norms.clamp(min=1e-7)).to(torch.bfloat16 if has_bfloat16(device) else other)
-    x = x.mT if tall else x
-    for _ in range(steps):
-        gram = x @ x.mT
-        gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, gram, x, beta=3.4445)
-    return x.mT.contiguous() if tall else x
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal [3], as in torch.optim.Muon, but a batch of equal shapes at once.
-
-    torch's, one matrix after the other, takes 11.7 ms for 49 on an H200; this takes 2.5. Small
-    models learn more with three steps of Newton-Schulz than with torch's five (docs/log.md).
-    """
-
-    BATCH_NUMBERS = 1 << 24  # at most, or one matrix: a batch needs 16 bytes of memory for each
-
-    def __init__(self, params: Any, lr: float, momentum=0.95, weight_decay=0.0, ns_steps=3):
-        options = {"momentum": momentum, "weight_decay": weight_decay, "ns_steps": ns_steps}
-        super().__init__(params, {"lr": lr, **options})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Update the parameters that have a gradient, which is used up."""
-        for group in self.param_groups:
-            weights = [weight for weight in group["params"] if weight.grad is not None]
-            for shape in dict.fromkeys(weight.shape for weight in weights):
-                alike = [weight for weight in weights if weight.shape == shape]
-                count = max(self.BATCH_NUMBERS // shape.numel(), 1)
-                for start in range(0, len(alike), count):
-                    self._update(alike[start : start + count], group)
-
-    def _update(self, weights: list[Any], group: dict[str, Any]) -> None:
-        for weight in weights:
-            if not self.state[weight]:
-                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-        gradients = [weight.grad for weight in weights]
-        means = [self.state[weight]["momentum_buffer"] for weight in weights]
-        ops: Any = torch  # its _foreach functions have no types
-        ops._foreach_lerp_(means, gradients, 1 - group["momentum"])
-        ops._foreach_lerp_(gradients, means, group["momentum"])  # Nesterov's look ahead
-        rows, columns = weights[0].shape
-        rate = group["lr"] * math.sqrt(max(1, rows / columns))
-        ops._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        ops._foreach_add_(weights, self.updates(gradients, group["ns_steps"]), alpha=-rate)
-
-    def updates(self, directions: list[Any], steps: int) -> Sequence[Any]:
-        return orthogonalize(torch.stack(directions), steps).to(directions[0].dtype).unbind()
-
-
 def parameters_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[Tensor]:
     """All parameters, in the optimizers' order."""
     return [p for o in optimizers for group in o.param_groups for p in group["params"]]
 
 
-def make_optimizers(model: BitLM, config: TrainConfig, muon: Any = Muon) -> list[Any]:
+def make_optimizers(model: BitLM, config: TrainConfig, muon: Any = None) -> list[Any]:
     """Muon [3] for the matrices inside the blocks and AdamW for the rest, or AdamW for all.
-
-    Only matrices are decayed. Each group's peak rate is its `initial_lr`.
+    Only matrices are decayed. Each group's peak rate is its `initial_lr`. Small models learn more
+    with three steps of Newton-Schulz than with torch's five (docs/log.md).
     """
     matrices = {f"{n}.weight": m.weight for n, m in model.bit_linears().items() if n != "lm_head"}
     others = [p for name, p in model.named_parameters() if name not in matrices]
@@ -1624,7 +1640,10 @@ def make_optimizers(model: BitLM, config: TrainConfig, muon: Any = Muon) -> list
     adamw = partial(torch.optim.AdamW, betas=(config.adam_beta1, config.adam_beta2), fused=True)
     if config.optimizer == "adamw":
         return [adamw([decayed, rest])]
-    return [muon([decayed], lr=first["lr"], momentum=config.momentum), adamw([rest])]
+    with contextlib.suppress(ImportError):  # the same, faster
+        muon = muon or extension("muon", "Muon in batches").Muon
+    options = {"lr": first["lr"], "momentum": config.momentum, "ns_steps": 3}
+    return [(muon or torch.optim.Muon)([decayed], **options), adamw([rest])]
 
 
 def apply_gradients(
@@ -1714,6 +1733,7 @@ def snapshot(contents: dict[str, Any]) -> tuple[str, dict[str, Tensor]]:
         return {"tensor": str(len(tensors) - 1)}
 
     text = json.dumps({"format_version": FORMAT_VERSION, **contents}, default=number)
+    require(len(text) < 50_000_000, "contents", f"{text[:40]}...", "less than 50 MB beside tensors")
     return text, tensors
 
 
@@ -1770,10 +1790,9 @@ def read_manifest(folder: Folder, name: str) -> dict[str, Any]:
 def load_checkpoint(path: str | Path, checkpoint: str | int = "last", mapped: bool = False) -> dict:
     """Read a checkpoint as data, to the CPU; ValueError: damaged, or not a checkpoint.
 
-    Args:
-        path: a checkpoint file, its manifest beside it; or a run folder.
-        checkpoint: of a run folder: "last", "best" (lowest validation loss) or a kept step.
-        mapped: leave a file's tensors in it; it must not change while they are used.
+    `path` is a file, its manifest beside it, or a run folder, of which `checkpoint` is "last",
+    "best" (lowest validation loss) or a kept step. `mapped` leaves a file's tensors in it, which
+    must not change while they are used.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -1900,10 +1919,9 @@ def load_run(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM, A
 def load_model(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM, Any]:
     """A model ready to generate, and its tokenizer; nothing in the files is executed.
 
-    Args:
-        path: a run folder or a mirror of one; a checkpoint; a packed file or Hugging Face folder
-            that bitllm exported; a seed script's .pth file, its tokenizer.json beside it.
-        checkpoint: of a run folder: "last", "best" (lowest validation loss) or a kept step.
+    `path` is a run folder or a mirror of one (`checkpoint`: see `load_checkpoint`); a checkpoint; a
+    packed file or Hugging Face folder that bitllm exported; or a seed script's .pth file, its
+    tokenizer.json beside it.
     """
     path = Path(path)
     packed = path.suffix in (".safetensors", ".gguf") and not _NAME.fullmatch(path.name)
@@ -1956,7 +1974,6 @@ def windows_at_once(
     model: ModelConfig, train: TrainConfig, device: Device, world_size: int = 1
 ) -> int:
     """Windows of a micro-batch, for each process.
-
     What the blocks keep for the backward pass takes at most 192 MB on a CPU, near its caches, and a
     quarter of a GPU's free memory.
     """
@@ -1980,7 +1997,6 @@ def total_loss(
     processes: Processes | None = None,
 ) -> float:
     """Nats of `tokens`, each predicted once, `first` standing before them; not per token.
-
     A window of the context length begins every `stride` tokens, by default every context, and
     counts what the one before did not: with at least context - stride tokens before each.
     """
@@ -2004,25 +2020,23 @@ def evaluate(
     tokenizer: Any,
     data: str | Path,
     *,
-    text_column: str | None = None,
     stride: int | None = None,
     batch_size: int = 16,
     device: Device | None = None,
+    **reading: Any,
 ) -> dict[str, float]:
     """How well the model predicts `data`, named as in `DataConfig`; `stride`: see `total_loss`.
 
-    Returns:
-        loss: nats per token. perplexity: exp(loss). bits_per_byte: of the text in UTF-8.
-        word_perplexity: exp(nats / words), comparable between vocabularies; line ends are words.
-        tokens, words, bytes: how many there are.
+    `reading` is text_column, encoding or document_separator, as in `DataConfig`.
 
-    Raises:
-        ValueError, FileNotFoundError, ConnectionError: as `read_pieces`; or no text in it.
+    Returns loss: nats per token; perplexity: exp(loss); bits_per_byte of the text in UTF-8;
+    word_perplexity: exp(nats / words), comparable between vocabularies (line ends are words); and
+    how many tokens, words, bytes. Raises what `read_pieces` does; ValueError: no text.
     """
     device, context = device or choose_device(), model.config.max_position_embeddings
     require(stride is None or 1 <= stride <= context, "stride", stride, f"1 to {context} tokens")
     eot, ids, words, size = end_of_text_id(tokenizer), [], 0, 0
-    config = DataConfig(data=str(data), text_column=text_column)
+    config = DataConfig(data=str(data), **reading)
     for text, ends in read_pieces(config.data, "train", config):
         ids += encode(tokenizer, text) + ([eot] if ends and eot is not None else [])
         words += len(text.split()) + text.count("\n")
@@ -2037,9 +2051,7 @@ def evaluate(
         "perplexity": math.exp(min(nats / len(ids), 700)),
         "bits_per_byte": nats / math.log(2) / size,
         "word_perplexity": math.exp(min(nats / max(words, 1), 700)),
-        "tokens": len(ids),
-        "words": words,
-        "bytes": size,
+        **{"tokens": len(ids), "words": words, "bytes": size},
     }
 
 
@@ -2075,8 +2087,7 @@ class TrainState:
     _SAVED += ("best_step", "evals_since_best", "train_seconds")
 
     @property
-    def tokens(self) -> int:
-        """training tokens read so far"""
+    def tokens(self) -> int:  # read so far
         return self.step * self.config.batch_tokens
 
     @property
@@ -2158,36 +2169,8 @@ class Callback:
     def on_end(self, state: TrainState) -> None: ...
 
 
-class ProgressBar(Callback):
-    """tqdm on stderr: loss, tokens/s, time left; texts and evaluations above it."""
-
-    def on_start(self, state: TrainState) -> None:
-        from tqdm.auto import tqdm
-
-        total = state.config.max_steps
-        self.bar = tqdm(total=total, initial=state.step, unit="step", dynamic_ncols=True)
-        self.print = partial(self.bar.write, file=sys.stderr)
-
-    def on_step(self, state: TrainState, metrics: dict[str, Any] | None) -> None:
-        if metrics:
-            text = "loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s".format_map(metrics)
-            self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update()
-
-    def on_eval(self, state: TrainState, metrics: dict[str, Any]) -> None:
-        text = "step {step}: validation loss {val_loss:.4f}, perplexity {val_perplexity:.1f}"
-        self.print(text.format_map(metrics))
-
-    def on_sample(self, state: TrainState, text: str) -> None:
-        self.print(f"  | {' '.join(text.split())[:160]}")
-
-    def on_end(self, state: TrainState) -> None:
-        self.bar.close()
-
-
 class MetricsLog:
     """metrics.jsonl: one JSON object per line, cut back to the step that a run resumes from.
-
     NaN becomes null. A line that the disk refuses is written with the next; without a path, none.
     """
 
@@ -2256,7 +2239,7 @@ SAVE_RETRY_S = 60.0  # until a checkpoint that could not be saved is tried again
 MAX_SKIPPED_STEPS = 25  # in a row end a run; float16's first loss scale takes some to settle
 METRICS: list[Any] = []  # functions of the TrainState, in all processes, that add to a logged line
 LOCK_NAME = ".lock"
-_SET_ASIDE = "set-aside-"
+_SET_ASIDE, _SYSTEMS = "set-aside-", {"desktop.ini", "Thumbs.db", "lost+found"}  # in any folder
 _MAY_CHANGE = "micro_batch_size device dtype compile deterministic max_steps patience fsdp "
 _MAY_CHANGE += "sample_prompt keep_checkpoints log_every_steps eval_every_steps eval_tokens "
 _MAY_CHANGE += "save_every_steps save_every_minutes save_every_epoch"
@@ -2280,7 +2263,7 @@ def check_same_settings(where: Path, saved: dict[str, Any], now: dict[str, Any])
 def check_run_folder(folder: Path) -> None:
     """ValueError for a file, or a folder of something else. Nothing is written."""
     ours = {"config.json", "checkpoints", "tokenizer.json", "metrics.jsonl", "data", "lock.json"}
-    names = sorted(path.name for path in folder.glob("[!.]*"))
+    names = sorted({path.name for path in folder.glob("[!.]*")} - _SYSTEMS)
     if folder.is_file() or (names and not {*ours, f"{_SET_ASIDE}1"} & {*names}):
         what = "a file" if folder.is_file() else ", ".join(names[:3]) + " in it"
         raise ValueError(f"{folder}: not a run folder ({what}); expected a folder, new or a run's")
@@ -2288,7 +2271,7 @@ def check_run_folder(folder: Path) -> None:
 
 def set_aside(folder: Path, keep_data: bool) -> None:
     """Move what a run left to a folder inside it, so that another can begin; nothing is lost."""
-    kept = {"lock.json", *(("data", "tokenizer.json") if keep_data else ())}
+    kept = {"lock.json", *_SYSTEMS, *(("data", "tokenizer.json") if keep_data else ())}
     left = [p for p in folder.glob("[!.]*") if p.name not in kept and _SET_ASIDE not in p.name]
     numbered = (folder / f"{_SET_ASIDE}{n}" for n in itertools.count(1))
     target = next(path for path in numbered if not path.exists())
@@ -2318,8 +2301,7 @@ def _open(stack: contextlib.ExitStack, configs: Any, out: Path, resume: str, mir
     try:
         stack.enter_context(filelock.FileLock(out / LOCK_NAME, timeout=0, thread_local=False))
     except filelock.Timeout:
-        why = "another process is training in it. Stop that one or choose another folder"
-        raise ValueError(f"{out}: {why}") from None
+        raise ValueError(f"{out}: another process is training in it. Stop that one") from None
     copier = module and stack.enter_context(module.Mirror(out, place, config.keep_checkpoints))
     if resume == "never":
         for where in {out, place}:
@@ -2348,8 +2330,8 @@ def _open(stack: contextlib.ExitStack, configs: Any, out: Path, resume: str, mir
 
 def versions() -> dict[str, str]:
     """What decides the bits of a run besides its settings."""
-    python, library = platform.python_version(), str(torch.__version__)
-    return {"python": python, "torch": library, "numpy": np.__version__}
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    return {**found, "numpy": np.__version__, "threads": str(torch.get_num_threads())}
 
 
 class Session:
@@ -2438,6 +2420,10 @@ class Session:
         for more in METRICS:
             metrics |= more(state)
         self.log.write(metrics)
+        if not self.callbacks and self.processes.is_main:
+            log.info(
+                "step {step}: loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s".format_map(metrics)
+            )
         return metrics
 
     def evaluate(self, final: bool = False) -> None:
@@ -2595,6 +2581,10 @@ def _finish(session: Session) -> None:
     epochs = config.max_steps / session.data.steps_per_epoch(config, session.context)
     log.info(f"{size:.2f}M parameters on {session.device}, {session.micro_batch} windows at once")
     log.info(f"{tokens:,} training tokens, {epochs:.1f} epochs of them in {config.max_steps} steps")
+    if config.save_every_epoch and epochs >= 1:
+        log.info(f"a checkpoint of every epoch is kept, up to {size * 12 * epochs:,.0f} MB in all")
+    if (steps := warmup_that_fits(config)) < config.warmup_steps:
+        log.info(f"warmup_steps: {config.warmup_steps} -> {steps}, in so short a run")
     if state.step:
         log.info(f"resuming from step {state.step} of {config.max_steps}")
     saver = _Saver(session)
@@ -2643,13 +2633,10 @@ def train(
         mirror: a second folder, in one that exists, for copies of checkpoints; also resumed from.
         callbacks: default: a progress bar. Of several processes, only the main one calls them.
 
-    Returns:
-        the state after the last step; interrupted, it has a `stop_signal` and a checkpoint.
-
-    Raises:
-        ValueError: settings are wrong or not the run's, or another process writes to the folder.
-        FloatingPointError: the loss does not return to finite numbers.
-        OSError: the last checkpoint of a session could not be saved.
+    Returns the state after the last step; interrupted, it has a `stop_signal` and a checkpoint.
+    ValueError: settings are wrong or not the run's, or another process writes to the folder.
+    FloatingPointError: the loss does not return to finite numbers.
+    OSError: the last checkpoint of a session could not be saved.
     """
     out, configs = Path(out), {"model": model_config, "data": data_config, "train": train_config}
     require(resume in ("auto", "never", "must"), "resume", resume, "auto, never or must")
@@ -2659,9 +2646,11 @@ def train(
         distributed = extension("distributed", "training with several processes")
         processes = distributed.join(model_config, train_config)
     with contextlib.suppress(ImportError):
-        planner, size = extension("planner", "a check of memory"), processes.world_size
-        planner.check_memory(model_config, train_config, size)
-    callbacks = [ProgressBar()] if callbacks is None else callbacks
+        check = extension("planner", "a check of memory").check_memory
+        check(model_config, train_config, processes.world_size)
+    if callbacks is None:
+        with contextlib.suppress(ImportError):
+            callbacks = [extension("progress", "a progress bar").ProgressBar()]
     with contextlib.ExitStack() as stack:
         if train_config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
@@ -2675,13 +2664,22 @@ def train(
         if step is not None and not checkpoint:
             path = out / "checkpoints" / f"step_{step:08d}.safetensors"
             checkpoint = load_checkpoint(path, mapped=train_config.fsdp)
-        session = Session(configs, out, processes, callbacks if processes.is_main else ())
+        session = Session(configs, out, processes, callbacks or () if processes.is_main else ())
         session.state.mirror = copier
         if checkpoint:
             _restore(session, checkpoint)
             del checkpoint  # as large as the model and its optimizers
         _finish(session)
     return session.state
+
+
+if not TYPE_CHECKING:  # the package's names, which earlier versions had in this file
+
+    def __getattr__(name: str) -> Any:
+        with contextlib.suppress(ImportError):
+            if not name.startswith("_") and name in (package := extension("", name)).__all__:
+                return getattr(package, name)
+        raise AttributeError(f"module 'bitllm_core' has no attribute {name!r}")
 
 
 # -----------------------------------------------------------------------------
@@ -2715,7 +2713,7 @@ def from_flags(base: Any, flags: argparse.Namespace) -> Any:
     return dataclasses.replace(base, **{k: v for k, v in vars(flags).items() if k in vars(base)})
 
 
-def train_command(flags: argparse.Namespace, callbacks: Sequence[Callback] = ()) -> int:
+def train_command(flags: argparse.Namespace, callbacks: Any = None) -> int:
     """train, or resume a run"""
     configs: Sequence[Any] = PRESETS[flags.preset or "demo"]
     for place in map(Path, filter(None, [] if flags.preset else [flags.mirror, flags.out])):
@@ -2726,7 +2724,7 @@ def train_command(flags: argparse.Namespace, callbacks: Sequence[Callback] = ())
             configs = [type(base)(**part) for base, part in zip(configs, parts, strict=True)]
     model, data, config = (from_flags(base, flags) for base in configs)
     more = {"resume": flags.resume, "mirror": flags.mirror}
-    state = train(model, data, config, flags.out, callbacks=[ProgressBar(), *callbacks], **more)
+    state = train(model, data, config, flags.out, callbacks=callbacks, **more)
     if state.stop_signal:
         log.info(f"stopped at step {state.step} of {config.max_steps}; saved in {flags.out}")
         return 128 + state.stop_signal
@@ -2756,7 +2754,8 @@ def generate_command(flags: argparse.Namespace) -> None:
 
 def evaluate_command(flags: argparse.Namespace) -> None:
     """print the loss on a text, as one JSON object"""
-    options = {"text_column": flags.text_column, "stride": flags.stride}
+    names = ("stride", "text_column", "encoding", "document_separator")
+    options = {name: getattr(flags, name) for name in names}
     options["device"] = choose_device(dtype=TrainConfig(dtype=flags.dtype).dtype)
     print(json.dumps(evaluate(*load_model(flags.model, flags.checkpoint), flags.data, **options)))
 
@@ -2772,7 +2771,8 @@ def command_parser(kind: Any = argparse.ArgumentParser) -> tuple[Any, Any]:
     model = {"--model": {"required": True}, "--checkpoint": step}
     flags = {**model, "--prompt": {"default": ""}}
     add_command(commands, "generate", generate_command, flags, SamplingConfig)
-    flags = {**model, "--data": {"required": True}, "--text-column": {}, "--stride": {"type": int}}
+    flags = {**model, "--data": {"required": True}, "--stride": {"type": int}}
+    flags |= {"--text-column": {}, "--encoding": {}, "--document-separator": {}}
     flags |= {"--dtype": {"default": "float32"}}
     add_command(commands, "evaluate", evaluate_command, flags)
     return parser, commands
@@ -2780,6 +2780,8 @@ def command_parser(kind: Any = argparse.ArgumentParser) -> tuple[Any, Any]:
 
 def main(arguments: Sequence[str] | None = None, parser: Any = None) -> int:
     """Run a command; returns the exit status: 2 for a user's mistake, 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):  # what a code page lacks becomes a question mark
+        getattr(stream, "reconfigure", dict)(errors="replace")
     flags = (parser or command_parser()[0]).parse_args(arguments)
     log_to(sys.stderr)
     try:

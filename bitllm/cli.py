@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 import bitllm_core as core
 from bitllm.export import add_export_flags, export_limits, llama_cpp_stream, run_export
+from bitllm.progress import ProgressBar, Terminal
 from bitllm_core import PRESETS, DataConfig, ModelConfig, SamplingConfig, TrainConfig, require
 
 _CONFIGS = {kind.__name__: kind for kind in (ModelConfig, DataConfig, TrainConfig, SamplingConfig)}
@@ -111,10 +112,12 @@ class _ExportNotes(core.Callback):
 def _train(flags: argparse.Namespace) -> int:
     from bitllm.loggers import TensorBoard, WandB
 
-    callbacks: list[core.Callback] = [_ExportNotes()]
+    callbacks: list[core.Callback] = [ProgressBar(), _ExportNotes()]
     callbacks += [TensorBoard(flags.out)] if flags.tensorboard else []
     callbacks += [WandB(flags.out, flags.wandb)] if flags.wandb else []
-    return core.train_command(flags, callbacks)
+    err, out = Terminal(sys.stderr), Terminal(sys.stdout)
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out):
+        return core.train_command(flags, callbacks)
 
 
 def _generate(flags: argparse.Namespace) -> None:

@@ -17,16 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitllm.distributed import DistributedProcesses
+from bitllm.muon import Muon, orthogonalize
 from bitllm_core import (
     BitLinear,
     BitLM,
     ModelConfig,
-    Muon,
     TrainConfig,
     has_bfloat16,
     initialize,
     make_optimizers,
-    orthogonalize,
     weight_quant,
 )
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from bitllm.compiling import why_not_compile
 from bitllm.distributed import BUCKET_NUMBERS, MESSAGES_AT_ONCE
 from bitllm.machine import estimate_seconds, product_rate
+from bitllm.muon import Muon
 from bitllm_core import (
     CHUNK_BYTES,
     GPU_CHUNK_BYTES,
@@ -24,7 +25,6 @@ from bitllm_core import (
     BitLM,
     Device,
     ModelConfig,
-    Muon,
     TrainConfig,
     choose_device,
     versions,
@@ -35,7 +35,7 @@ def machine() -> dict[str, Any]:
     """What a figure was measured on."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     found = {"system": platform.platform(), "cores": os.cpu_count(), "gpu": gpu}
-    return {**found, "threads": torch.get_num_threads(), **versions()}
+    return {**found, **versions(), "threads": torch.get_num_threads()}
 
 
 @cache

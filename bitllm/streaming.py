@@ -54,12 +54,13 @@ def stream_pieces(
 ) -> Iterator[tuple[list[Piece], State]]:
     """The training text, some rows at a time, each with the state that resumes after it."""
     first, start = (state or {}).get("source", 0), (state or {}).get("rows", 0)
+    mark = config.document_separator
     parts = enumerate(text_parts(config.data, "train", config))
     for number, (rows, lines, ends) in itertools.islice(parts, first, None):
         rows = itertools.islice(rows, start, None)
         while batch := list(itertools.islice(rows, ROWS)):
             start += len(batch)
-            yield list(text_pieces(batch, lines, False)), {"source": number, "rows": start}
+            yield list(text_pieces(batch, lines, False, mark)), {"source": number, "rows": start}
         if lines and ends and start:
             yield [("", True)], {"source": number + 1}
         start = 0

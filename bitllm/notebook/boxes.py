@@ -6,6 +6,7 @@ import html
 import shutil
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import bitllm.notebook.kernel as kernel
 from bitllm.notebook.figures import CARD
@@ -59,8 +60,8 @@ def download_button(path: str | Path) -> None:
     try:
         from google.colab import files  # type: ignore[import-not-found]
     except ImportError:
-        name = html.escape(path.as_posix(), quote=True)
-        link = f'<a href="{name}" download>{name}</a>'
+        address, name = quote(path.as_posix()), html.escape(path.as_posix())
+        link = f'<a href="{address}" download>{name}</a>'
         display({"text/html": link, "text/plain": path.as_posix()}, raw=True)
         return
     button = widgets.Button(description=f"Download {path.name}", layout={"width": "auto"})

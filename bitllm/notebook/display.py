@@ -15,7 +15,8 @@ from typing import Any
 import bitllm.notebook.kernel as kernel
 from bitllm.notebook.figures import CARD, figure_png, run_figure
 from bitllm.notebook.runs import run_facts
-from bitllm_core import Callback, MetricsLog, ProgressBar, TrainState, first_line
+from bitllm.progress import ProgressBar
+from bitllm_core import Callback, MetricsLog, TrainState, first_line
 
 log = logging.getLogger("bitllm")
 

@@ -78,8 +78,8 @@ class Settings:
 
     @property
     def run_folder(self) -> Path:
-        own = f"-{Path(self.data).stem}" if self.data else ""
-        return Path(self.out or f"runs/{self.preset_name}{re.sub(r'[^-.0-9A-Za-z_]+', '-', own)}")
+        own = re.sub(r"[^-.\w]+", "-", f"-{Path(self.data).stem}" if self.data else "")
+        return Path(self.out or f"runs/{self.preset_name}{own[:80]}")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -151,7 +151,8 @@ class Settings:
             return "new"
         if self.resume == "never":
             return "holds a run, which is moved aside"
-        if (saved.get("model"), saved.get("data")) != (asdict(model), asdict(data)):
+        before = {**asdict(DataConfig()), **saved.get("data", {})}  # of an earlier version
+        if (saved.get("model"), before) != (asdict(model), asdict(data)):
             return "HOLDS A RUN WITH OTHER SETTINGS; choose another folder, or resume = never"
         steps = saved["train"]["max_steps"]
         if place != self.run_folder:

@@ -269,3 +269,12 @@ def test_shapes_are_checked_before_memory_is_taken(tmp_path, tokenizer, tiny_con
     small_run(tmp_path, tokenizer, tiny_config, model=weights)
     with pytest.raises(ValueError, match=name):
         bit.load_model(tmp_path)
+
+
+def test_a_checkpoint_that_could_not_be_read_again_is_refused(tmp_path):
+    """A header of over 100 MB was written, and the older checkpoints deleted."""
+    bit.save_checkpoint(tmp_path, {"step": 1, "model": {}})
+    lines = [{"zeros": [0.333333] * 48}] * 120_000
+    with pytest.raises(ValueError, match="less than 50 MB beside tensors"):
+        bit.save_checkpoint(tmp_path, {"step": 2, "metrics": lines})
+    assert [path.name for path in bit.list_checkpoints(tmp_path)] == ["step_00000001.safetensors"]

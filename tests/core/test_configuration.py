@@ -1,5 +1,8 @@
 import dataclasses
+import math
+import re
 
+import numpy as np
 import pytest
 
 import bitllm_core as bit
@@ -38,6 +41,31 @@ def test_wrong_model_sizes_name_field_value_and_remedy(tiny_config, field, value
 def test_wrong_training_settings_name_the_field(field, value):
     with pytest.raises(ValueError, match=field):
         bit.TrainConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("value", "taken"),
+    [(4.0, 4), (np.int64(4), 4), (np.float32(4), 4), (True, None), (4.5, None), ("4", None)],
+)
+def test_numbers_of_other_types_are_taken_over_or_refused_by_name(value, taken):
+    """A float for a number of steps was trained with, and then could not be resumed."""
+    if taken is None:
+        with pytest.raises(ValueError, match=rf"max_steps={re.escape(repr(value))}: expected int"):
+            bit.TrainConfig(max_steps=value)
+    else:
+        found = bit.TrainConfig(max_steps=value).max_steps
+        assert (type(found), found) == (int, taken)
+
+
+def test_paths_and_flags_are_taken_over_and_nonsense_refused(tmp_path):
+    assert bit.DataConfig(tmp_path / "a.txt").data == str(tmp_path / "a.txt")
+    assert bit.TrainConfig(save_every_epoch=np.bool_(True)).save_every_epoch is True
+    assert type(bit.TrainConfig(save_every_minutes=5).save_every_minutes) is float
+    for field, value in (("save_every_epoch", 1), ("device", None), ("learning_rate", math.nan)):
+        with pytest.raises(ValueError, match=field):
+            bit.TrainConfig(**{field: value})
+    with pytest.raises(ValueError, match="weight_decay=inf: expected a finite number"):
+        bit.TrainConfig(weight_decay=math.inf)
 
 
 def test_batch_and_context_must_fit():

@@ -41,11 +41,12 @@ def test_pieces_join_to_the_text_tokenized_whole(tmp_path, tokenizer):
 
 
 def test_one_endless_line_is_read_in_pieces(tmp_path):
-    text = "word " * 600_000
+    text = "word " * 200_000
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     pieces = [piece for piece, _ in bit.read_pieces(str(tmp_path / "a.txt"))]
     assert "".join(pieces) == text
-    assert max(map(len, pieces)) <= 1 << 20
+    assert max(map(len, pieces)) <= 1 << 18
+    assert all(piece.startswith(" ") for piece in pieces[1:])  # no word was cut
 
 
 def test_rows_of_jsonl_and_parquet_are_documents(tmp_path):
@@ -104,18 +105,50 @@ def test_rows_without_text_are_skipped_and_counted(tmp_path, capsys):
     assert capsys.readouterr().err.count("skipped 2 rows whose text is not text") == 1
 
 
-def test_the_files_of_a_folder(tmp_path):
-    """Old suffixes, books that begin with test, copies of a notebook server, a run in the data."""
-    run = tmp_path / "run" / "checkpoints"
-    run.mkdir(parents=True)
-    (tmp_path / ".ipynb_checkpoints").mkdir()
-    train = ["BOOK.TXT", "devils.txt", "rows.JSONL", "testament.txt", "validity.txt"]
-    other = ["valid.txt", "Dev-1.txt", "test.txt", ".hidden.txt", "run/metrics.jsonl", "a.doc"]
-    for name in [*train, *other, ".ipynb_checkpoints/BOOK.txt"]:
-        (tmp_path / name).touch()
-    assert [path.name for path in bit.local_files(str(tmp_path))] == train
-    held = bit.local_files(str(tmp_path), "validation")
-    assert [path.name for path in held] == ["Dev-1.txt", "valid.txt"]
+def test_a_line_without_end_and_spaces_is_read_in_parts(tmp_path):
+    text = "ACGT" * 200_000
+    (tmp_path / "a.txt").write_text(text + "\nmore\n")
+    pieces = [piece for piece, _ in bit.read_pieces(str(tmp_path / "a.txt"))]
+    assert "".join(pieces) == text + "\nmore\n"
+    assert max(map(len, pieces)) <= 1 << 18
+
+
+def test_a_separator_ends_documents_when_asked_and_is_mentioned_when_not(tmp_path, capsys):
+    path, mark = tmp_path / "a.txt", bit.END_OF_TEXT
+    path.write_text("".join(f"story {i}\nof two lines\n{mark}\n" for i in range(300)))
+    config = bit.DataConfig(data=str(path), document_separator=mark)
+    pieces = list(bit.read_pieces(config.data, "train", config))
+    assert pieces == [(f"story {i}\nof two lines\n", True) for i in range(300)]
+    data, tokenizer = prepared(path, tmp_path / "asked", document_separator=mark)
+    assert (data.training == bit.end_of_text_id(tokenizer)).sum() == 286  # and one at the cut
+    assert mark not in capsys.readouterr().err
+    bit._warn_once.cache_clear()
+    prepared(path, tmp_path / "not-asked")
+    assert capsys.readouterr().err.count(f"--document-separator '{mark}'") == 1
+
+
+def test_a_separator_ends_documents_wherever_rows_are_cut_into_batches():
+    rows = ["a\n", "--\n", "b\n", "--\n", "--\n", "c\n"]
+    whole = "".join(text + "|" * ends for text, ends in bit.text_pieces(rows, True, True, "--"))
+    assert whole == "a\n|b\n|c\n|"
+    for at in range(1, len(rows)):
+        parts = (rows[:at], False), (rows[at:], True)
+        pieces = [piece for part, end in parts for piece in bit.text_pieces(part, True, end, "--")]
+        joined = "".join(text + "|" * ends for text, ends in pieces)
+        assert joined.replace("||", "|") == whole
+
+
+def test_a_run_of_an_earlier_version_keeps_its_tokens(tiny_corpus, tmp_path, monkeypatch):
+    """Fields that came later are not in its manifest; its tokenizer was told by its spelling."""
+    _, tokenizer = prepared(tiny_corpus, tmp_path)
+    path = tmp_path / "data" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name in ("encoding", "document_separator"):
+        del manifest["asked"]["data"][name]
+    spelled = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+    path.write_text(json.dumps({**manifest, "tokenizer_sha256": spelled}))
+    monkeypatch.setattr(bit, "tokenize", lambda *a, **k: pytest.fail("tokenized again"))
+    prepared(tiny_corpus, tmp_path)
 
 
 def test_known_names_win_over_folders(tmp_path, monkeypatch):
@@ -210,7 +243,7 @@ def test_wrong_files_say_what_would_do(tmp_path):
     with pytest.raises(ValueError, match=r"\.txt, \.jsonl, \.parquet"):
         prepared(tmp_path / "a.doc", tmp_path / "run")
     (tmp_path / "latin.txt").write_bytes("ñandú y camión".encode("latin-1") * 50)
-    with pytest.raises(ValueError, match=r"latin\.txt: not UTF-8"):
+    with pytest.raises(ValueError, match=r"latin\.txt: not UTF-8 text, at byte 0"):
         prepared(tmp_path / "latin.txt", tmp_path / "run2")
     (tmp_path / "short.txt").write_text("too short")
     with pytest.raises(ValueError, match="Give more text"):

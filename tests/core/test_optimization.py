@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -15,6 +16,20 @@ def test_wsd_warms_up_stays_and_cools_down():
     assert factors[9:61] == [1.0] * 52
     assert factors[80] == pytest.approx(0.5)
     assert 0 < factors[99] < 0.03
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "cosine"])
+@pytest.mark.parametrize("steps", [1, 2, 10, 30])
+def test_a_warm_up_longer_than_the_run_is_shortened_without_a_jump(schedule, steps):
+    """The rate rose to the last step, or fell from a half of its peak at once."""
+    config = bit.TrainConfig(max_steps=steps, warmup_steps=20, schedule=schedule)
+    factors = [bit.learning_rate_factor(config, step) for step in range(steps)]
+    assert max(factors) == 1.0
+    top = factors.index(1.0)
+    assert factors[: top + 1] == sorted(factors[: top + 1])
+    assert factors[top:] == sorted(factors[top:], reverse=True)
+    if steps == 30:
+        assert max(abs(a - b) for a, b in itertools.pairwise(factors)) < 0.2
 
 
 def test_cosine_ends_at_a_tenth():
@@ -88,92 +103,6 @@ def test_clipping_bounds_adamw_only(tiny_config):
     muon, adamw = seen
     assert torch.nn.utils.get_total_norm(adamw) == pytest.approx(1.0, rel=1e-4)
     assert all((grad == 1).all() for grad in muon)
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def matrices(*shapes):
-    return [torch.nn.Parameter(torch.randn(s, generator=seeded(i))) for i, s in enumerate(shapes)]
-
-
-def give_gradients(weights, step):
-    for i, weight in enumerate(weights):
-        weight.grad = torch.randn(weight.shape, generator=seeded(100 * step + i))
-
-
-def newton_schulz(update):
-    """Jordan's reference in float32: github.com/KellerJordan/Muon/blob/f90a42b/muon.py#L5."""
-    x = update.T if len(update) > update.shape[1] else update
-    x = x / (x.norm() + 1e-7)
-    for _ in range(3):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if len(update) > update.shape[1] else x
-
-
-SHAPES = [(24, 48), (48, 24), (32, 32), (48, 24), (24, 48), (24, 48)]
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
-
-
-@pytest.mark.parametrize(("fast", "tolerance"), [(True, 2e-2), (False, 1e-3)])
-def test_an_update_of_muon_is_the_references(monkeypatch, fast, tolerance):
-    """bfloat16 keeps 8 bits of a number, of which 3 steps lose some; float32 24."""
-    monkeypatch.setattr(bit, "has_bfloat16", lambda device: fast)
-    weights = matrices(*SHAPES)
-    give_gradients(weights, 0)
-    gradients = [weight.grad.clone() for weight in weights]
-    before = [weight.detach().clone() for weight in weights]
-    bit.Muon(weights, lr=0.1, momentum=0.9).step()
-    for weight, old, gradient in zip(weights, before, gradients, strict=True):
-        rows, columns = weight.shape
-        expected = newton_schulz((0.1 + 0.9 * 0.1) * gradient) * math.sqrt(max(1, rows / columns))
-        assert relative((old - weight) / 0.1, expected) < tolerance
-
-
-def test_muon_is_torchs_but_for_the_normalization(monkeypatch):
-    monkeypatch.setattr(bit, "has_bfloat16", lambda device: True)
-    pair = [matrices(*SHAPES) for _ in range(2)]
-    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "ns_steps": 3}
-    kinds = (bit.Muon, torch.optim.Muon)
-    optimizers = [kind(ws, **options) for kind, ws in zip(kinds, pair, strict=True)]
-    for step in range(3):
-        for optimizer, weights in zip(optimizers, pair, strict=True):
-            give_gradients(weights, step)
-            optimizer.step()
-    for ours, theirs, first in zip(*pair, matrices(*SHAPES), strict=True):
-        assert relative(ours - first, theirs - first) < 2e-2  # both round to 8 bits, elsewhere
-    states = [
-        [o.state[w]["momentum_buffer"] for w in weights]
-        for o, weights in zip(optimizers, pair, strict=True)
-    ]
-    for ours, theirs in zip(*states, strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
-@pytest.mark.parametrize("numbers", [1, 2 * 24 * 48, 1 << 24])
-def test_what_is_in_a_batch_of_muon_does_not_matter(monkeypatch, numbers):
-    monkeypatch.setattr(bit, "has_bfloat16", lambda device: False)
-    monkeypatch.setattr(bit.Muon, "BATCH_NUMBERS", numbers)
-    together, alone = matrices(*SHAPES), matrices(*SHAPES)
-    for weights in (together, alone):
-        give_gradients(weights, 0)
-    bit.Muon(together, lr=0.1).step()
-    for weight in alone:
-        bit.Muon([weight], lr=0.1).step()
-    for a, b in zip(together, alone, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # sums come in another order
-
-
-@pytest.mark.parametrize("fast", [True, False])
-def test_muon_keeps_off_emulated_bfloat16(monkeypatch, fast):
-    monkeypatch.setattr(bit, "has_bfloat16", lambda device: fast)
-    dtype = torch.bfloat16 if fast else torch.float32
-    assert bit.orthogonalize(torch.ones(2, 3, 4), 3).dtype == dtype
 
 
 def test_each_form_has_its_own_rate_where_none_is_set(tiny_config):

@@ -67,7 +67,7 @@ def test_another_optimizer_and_epoch_ends_resume_too(run, tmp_path):
 
 def test_the_micro_batch_does_not_change_the_mathematics(run, tmp_path):
     for size in (1, 4, 8):
-        run(tmp_path / str(size), micro_batch_size=size, max_steps=3)
+        run(tmp_path / str(size), micro_batch_size=size, callbacks=[StopAt(3)])
     one, four, eight = (weights_of(tmp_path / str(size)) for size in (1, 4, 8))
     for name in one:
         # Newton-Schulz in bfloat16 turns float32 rounding into its own
@@ -397,7 +397,7 @@ def test_evaluate_slides_where_asked(tmp_path, tiny_config, tokenizer):
 @pytest.mark.parametrize(("optimizer", "golden"), [("adamw", 5.59680), ("muon", 5.49659)])
 def test_three_golden_steps(run, tmp_path, monkeypatch, optimizer, golden):
     monkeypatch.setattr(bit, "has_bfloat16", lambda device: False)  # the same on every processor
-    run(tmp_path, optimizer=optimizer, max_steps=3, log_every_steps=1)
+    run(tmp_path, optimizer=optimizer, log_every_steps=1, callbacks=[StopAt(3)])
     loss = [line["loss"] for line in without_times(tmp_path) if "loss" in line][-1]
     # float32 sums come in another order on another processor
     assert loss == pytest.approx(golden, rel=5e-4), (
@@ -435,3 +435,46 @@ def test_messages_go_to_one_stream(capsys):
         bit.log.info("hello")
     assert [stream.getvalue() for stream in streams] == ["hello\n", "hello\n"]
     assert capsys.readouterr() == ("", "")
+
+
+def test_names_that_were_here_before_come_from_the_package():
+    """Notebooks of earlier versions, in many Drives, have them as bitllm_core's."""
+    import bitllm
+
+    assert bit.Settings is bitllm.Settings
+    assert bit.export_packed is bitllm.export_packed
+    with pytest.raises(AttributeError, match="module 'bitllm_core' has no attribute 'nonsense'"):
+        _ = bit.nonsense
+
+
+def test_what_a_run_shortens_or_keeps_is_said(
+    tiny_config, tiny_train, tiny_corpus, tmp_path, capsys
+):
+    config = dataclasses.replace(
+        tiny_train, max_steps=4, warmup_steps=20, save_every_epoch=True, batch_tokens=2048
+    )
+    bit.train(tiny_config, bit.DataConfig(str(tiny_corpus)), config, tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "warmup_steps: 20 -> 2, in so short a run" in said
+    assert "a checkpoint of every epoch is kept, up to" in said
+
+
+def test_files_that_systems_leave_do_not_make_a_folder_full(tmp_path):
+    for name in (".DS_Store", "desktop.ini", "Thumbs.db"):
+        (tmp_path / name).touch()
+    (tmp_path / "lost+found").mkdir()
+    bit.check_run_folder(tmp_path)
+    (tmp_path / "thesis.doc").touch()
+    with pytest.raises(ValueError, match="not a run folder"):
+        bit.check_run_folder(tmp_path)
+
+
+def test_another_number_of_threads_is_noted(run, tmp_path, capsys):
+    run(tmp_path, callbacks=[StopAt(5)])
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        run(tmp_path)
+    finally:
+        torch.set_num_threads(before)
+    assert f"threads {before} -> {before + 1}" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import sys
 import types
 import zipfile
+from urllib.parse import quote
 
 import ipywidgets
 import pytest
@@ -44,3 +45,7 @@ def test_downloads_are_offered_and_a_folder_as_a_zip(colab, tmp_path, monkeypatc
     del sys.modules["google.colab"].files
     download_button(tmp_path / "model-hf.zip")
     assert 'model-hf.zip" download' in shown[1]["text/html"]
+    name = tmp_path / 'my "50%" & more#1.txt'
+    download_button(name)
+    assert 'href="' + quote(name.as_posix()) + '" download>' in shown[2]["text/html"]
+    assert "my &quot;50%&quot; &amp; more#1.txt</a>" in shown[2]["text/html"]

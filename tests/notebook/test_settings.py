@@ -86,6 +86,9 @@ def test_without_gpu_and_choice_a_run_is_short_and_keeps_its_length(tmp_path, mo
 def test_other_data_has_another_folder_and_a_mirror_is_passed_on():
     assert Settings("ci").run_folder.as_posix() == "runs/ci"
     assert Settings("ci", data="a/My book.txt").run_folder.as_posix() == "runs/ci-My-book"
+    books = ["红楼梦.txt", "Преступление и наказание.txt", "idiot: a?.txt"]
+    names = [Settings("ci", data=name).run_folder.name for name in books]
+    assert names == ["ci-红楼梦", "ci-Преступление-и-наказание", "ci-idiot-a-"]
     assert Settings("ci", data="a.txt", out="x").run_folder.as_posix() == "x"
     assert Settings("ci").options == {"resume": "auto"}
     assert Settings("ci", mirror="m").options == {"resume": "auto", "mirror": "m"}

@@ -1,0 +1,57 @@
+"""A progress bar in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from functools import partial
+from typing import Any
+
+from bitllm_core import Callback, TrainState
+
+
+class Terminal:
+    """stderr or stdout, whose end (a closed window, a broken pipe) ends no training."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            return self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+
+class ProgressBar(Callback):
+    """tqdm on stderr: loss, tokens/s, time left; texts and evaluations above it."""
+
+    def on_start(self, state: TrainState) -> None:
+        from tqdm.auto import tqdm
+
+        total = state.config.max_steps
+        out: Any = Terminal(sys.stderr)
+        self.bar = tqdm(total=total, initial=state.step, unit="step", dynamic_ncols=True, file=out)
+        self.print = partial(self.bar.write, file=out)
+
+    def on_step(self, state: TrainState, metrics: dict[str, Any] | None) -> None:
+        if metrics:
+            text = "loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s".format_map(metrics)
+            self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+
+    def on_eval(self, state: TrainState, metrics: dict[str, Any]) -> None:
+        text = "step {step}: validation loss {val_loss:.4f}, perplexity {val_perplexity:.1f}"
+        self.print(text.format_map(metrics))
+
+    def on_sample(self, state: TrainState, text: str) -> None:
+        self.print(f"  | {' '.join(text.split())[:160]}")
+
+    def on_end(self, state: TrainState) -> None:
+        self.bar.close()
