@@ -20,6 +20,14 @@ ROOT = Path(__file__).parents[1]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+LONG = ("test_gpu_check", "test_browser", "test_notebooks", "test_distributed", "test_reliability")
+
+
+def pytest_collection_modifyitems(items):
+    """Files of long tests first, so that no process is alone with one at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture(autouse=True)
 def _restore_global_state():
     seed, dtype = torch.get_rng_state(), torch.get_default_dtype()

@@ -31,26 +31,36 @@ def prepared(tmp_path_factory):
     return folder / "data"
 
 
-@pytest.mark.parametrize("half", [0, 1])
-def test_each_stage_passes_and_is_reported_where_it_is_broken(prepared, tmp_path, half):
-    """Half of the stages are broken in the first rehearsal, the others in the second."""
-    names = list(gpu_check.STAGES)
-    broken = names[half::2]
-    out = tmp_path / "out"
-    flags = ["--rehearse", "--minutes", "4", "--break", ",".join(broken)]
+def ended(out):
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    return rows, {row["stage"]: row for row in rows if "ok" in row}
+
+
+def test_every_stage_passes_and_one_that_is_broken_stops_no_other(prepared, tmp_path):
+    names, out = list(gpu_check.STAGES), tmp_path / "out"
+    flags = ["--rehearse", "--minutes", "4", "--break", "versions"]
     result = run("run", prepared, "--out", out, *flags)
     assert result.returncode == 1
-    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    ended = {row["stage"]: row for row in rows if "ok" in row}
-    assert {name for name, row in ended.items() if not row["ok"]} == set(broken), result.stderr
-    assert set(ended) == set(names)
-    for name in broken:
-        assert "Traceback" in ended[name]["error"]
-        assert f"{name}: broken on purpose" in ended[name]["error"]
-    for name in set(names) - set(broken):
+    rows, last = ended(out)
+    assert {name for name, row in last.items() if not row["ok"]} == {"versions"}, result.stderr
+    assert set(last) == set(names)
+    for name in set(names) - {"versions"}:
         assert any(row["stage"] == name and "ok" not in row for row in rows), name
     tables = run("report", out).stdout
     assert all(f"| {name} |" in tables for name in names)
+
+
+@pytest.mark.parametrize("name", gpu_check.STAGES)
+def test_a_stage_that_is_broken_is_reported(prepared, tmp_path, name):
+    assert gpu_check.stage(gpu_check.Job(prepared, tmp_path, name, True), name) == 1
+    error = ended(tmp_path)[1][name]["error"]
+    assert "Traceback" in error
+    assert f"{name}: broken on purpose" in error
+
+
+def test_the_versions_are_noted(prepared, tmp_path):
+    assert gpu_check.stage(gpu_check.Job(prepared, tmp_path, "versions", True), "") == 0
+    assert ended(tmp_path)[1]["versions"]["ok"]
 
 
 def test_a_stage_that_hangs_is_ended(prepared, tmp_path):
