@@ -2526,7 +2526,7 @@ class _Saver:
             path = future.result()
         except OSError as error:
             safe = f"step {state.last_saved_step or 'none'} is safe"
-            log.warning(f"a checkpoint could not be saved: {error}. Training goes on; {safe}")
+            log.warning(f"a checkpoint could not be saved: {error}. Training continues; {safe}")
             if kind == "step":
                 self.begun[kind], self.due_at = -1, time.monotonic() + SAVE_RETRY_S
             return

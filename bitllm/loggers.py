@@ -41,7 +41,7 @@ class _Curves(Callback):
         try:
             if not self.failed:
                 work()
-        except Exception as error:  # a full disk, no network: training goes on
+        except Exception as error:  # a full disk, no network: training continues
             self.failed, name = True, type(self).__name__
             what = f"{type(error).__name__}: {first_line(error).rstrip('.')}"
             log.warning(f"{name}: {what}. It gets no more in this session; metrics.jsonl has all")

@@ -168,7 +168,7 @@ def plan(model: ModelConfig, config: TrainConfig, gpus: int) -> Iterator[str]:
     share = -(-config.batch_tokens // context // gpus)
     yield f"parameters: {P:,}"
     yield f"tokens: {tokens:,} in {config.max_steps:,} steps of {config.batch_tokens:,}"
-    yield f"FLOP: {per_token * tokens:.2e}, {per_token:.2e} a token"
+    yield f"FLOP: {per_token * tokens:.2e}, {per_token:.2e} per token"
     kind = f"{str(dtype).removeprefix('torch.')} products{', fsdp' if config.fsdp else ''}"
     yield f"memory on each of {gpus}, {kind}, one window of {context} tokens at once:"
     yield from (f"  {name:27} {size / 2**20:8,.0f} MB" for name, size in parts.items() if size)

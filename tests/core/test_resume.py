@@ -151,7 +151,7 @@ def test_a_full_disk_is_said_and_training_goes_on(run, tmp_path, capsys):
         state = run(tmp_path / "run")
     said = capsys.readouterr().err
     assert "could not be saved: [Errno 28] No space left on device" in said
-    assert "Training goes on" in said
+    assert "Training continues" in said
     assert state.last_saved_step == 12
 
 
