@@ -8,7 +8,7 @@
 to OUT/results.jsonl as it comes; what fails is reported there with its traceback, and the others
 run. First come the stages that are not timed, several at once; then the timed ones, one at a time,
 in order of worth, until the minutes are used up.
-`run --rehearse` does every stage with tiny shapes on a CPU.
+`run --stages NAME,NAME` does only these; `run --rehearse` does them with tiny shapes on a CPU.
 """
 
 from __future__ import annotations
@@ -71,14 +71,16 @@ def finish(job: Job, child: subprocess.Popen[str], limit: float) -> None:
         file.write(f"=== {job.name}\n{output[-6000:]}\n")
 
 
-def run(folder: Path, out: Path, minutes: float, rehearse: bool, broken: str) -> int:
-    """All stages; returns 1 where one failed or there was no time for one."""
+def run(
+    folder: Path, out: Path, minutes: float, rehearse: bool, broken: str, wanted: Sequence[str]
+) -> int:
+    """The wanted stages; returns 1 where one failed or there was no time for one."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.jsonl").write_text("", encoding="utf-8")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
     os.environ.setdefault("OMP_NUM_THREADS", "2")
     end, at_once = time.monotonic() + 60 * minutes, 2 if rehearse else 4
-    waiting = [Job(folder, out, name, rehearse) for name in TOGETHER]
+    waiting = [Job(folder, out, name, rehearse) for name in TOGETHER if name in wanted]
     running: list[tuple[Job, subprocess.Popen[str], float]] = []
     while waiting or running:
         while waiting and len(running) < at_once:
@@ -88,6 +90,8 @@ def run(folder: Path, out: Path, minutes: float, rehearse: bool, broken: str) ->
         limit = min(began + STAGES[job.name][1], end) - time.monotonic()
         finish(job, child, limit)
     for name, (_, most) in ALONE.items():
+        if name not in wanted:
+            continue
         job, left = Job(folder, out, name, rehearse), end - time.monotonic()
         if left < (1 if rehearse else 8):
             job.note(ok=False, error="no time left")
@@ -95,10 +99,10 @@ def run(folder: Path, out: Path, minutes: float, rehearse: bool, broken: str) ->
             finish(job, start(job, broken), min(most, left))
     rows = read(out)
     done = {row["stage"] for row in rows if row.get("ok")}
-    for name in STAGES:
+    for name in wanted:
         error = next((r["error"] for r in rows if r["stage"] == name and "error" in r), "ok")
         print(f"{name}: {'ok' if name in done else error.splitlines()[-1]}", file=sys.stderr)
-    return int(done != set(STAGES))
+    return int(done != set(wanted))
 
 
 def stage(job: Job, broken: str) -> int:
@@ -166,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--out", type=Path, required=True)
         command.add_argument("--minutes", type=float, default=10)
         command.add_argument("--rehearse", action="store_true", help="tiny shapes, on a CPU")
+        command.add_argument("--stages", default=",".join(STAGES), help="only these, by comma")
         command.add_argument("--break", dest="broken", default="", help="stages to fail, to test")
     command = commands.add_parser("report", help="tables of a run")
     command.add_argument("out", type=Path)
@@ -173,7 +178,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if flags.command == "prepare":
         prepare(flags.folder, flags.data)
     elif flags.command == "run":
-        return run(flags.folder, flags.out, flags.minutes, flags.rehearse, flags.broken)
+        wanted = flags.stages.split(",")
+        core.require(set(wanted) <= set(STAGES), "stages", flags.stages, f"of {', '.join(STAGES)}")
+        return run(flags.folder, flags.out, flags.minutes, flags.rehearse, flags.broken, wanted)
     elif flags.command == "stage":
         return stage(Job(flags.folder, flags.out, flags.name, flags.rehearse), flags.broken)
     else:
