@@ -83,6 +83,7 @@ __all__ += ["Callback", "TrainState", "train"]
 # Every field is a command-line flag of the same name. __post_init__ only checks.
 
 END_OF_TEXT = "<|endoftext|>"
+MARKS = "\ufdd0\ufdd1"  # in no text; bitllm/conversations.py puts them around turns
 WORDPIECE_SPECIALS = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"]
 MIN_VOCAB_SIZE = 257  # 256 bytes and END_OF_TEXT
 
@@ -1037,6 +1038,8 @@ Part = tuple[Iterator[str], bool, bool]  # rows; whether they are lines; whether
 
 def row_texts(rows: Iterator[dict[Any, Any]], wanted: str | None, source: Any) -> Iterator[str]:
     """The text of each row, "" where it has none; ValueError where most have none."""
+    with contextlib.suppress(ImportError):
+        rows = extension("conversations", "").as_texts(rows, wanted, source)
     kinds, count, skipped, row = {}, 0, 0, {}
     for row in rows:  # those before have no text at all
         if any(isinstance(value, str) for value in row.values()):
@@ -1162,9 +1165,8 @@ def text_pieces(
     rows: Iterable[str], lines: bool, ends: bool, separator: str | None = None
 ) -> Iterator[Piece]:
     """Rows as documents, or lines joined up to one without indent, which no token could join;
-    cut at white space, where there is any, after 262,144 characters.
-
-    A line that is `separator` ends a document and is left out.
+    cut at white space, where there is any, after 262,144 characters. A line that is `separator`
+    ends a document and is left out.
     """
     held, size, ended = [], 0, False
     for row in filter(None, rows):
@@ -1254,14 +1256,18 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def encode_pieces(tokenizer: Any, pieces: Iterable[Piece]) -> Iterator[tuple[list[int], int]]:
-    """The tokens of each piece, <|endoftext|> where a document ends, and its bytes of UTF-8."""
+    """The tokens of each piece, <|endoftext|> where a document ends, and its bytes of UTF-8.
+    Of a conversation, tokens that are read but not predicted are ~id, below zero."""
     eot, pieces = end_of_text_id(tokenizer), iter(pieces)
     while batch := list(itertools.islice(pieces, 16)):
         encoded = tokenizer.encode_batch_fast([t for t, _ in batch], add_special_tokens=False)
         for (text, ends), tokens in zip(batch, encoded, strict=True):
             if END_OF_TEXT in text:
                 _warn_once(_MARK_IN_TEXT, END_OF_TEXT, END_OF_TEXT)
-            yield tokens.ids + [eot] * (ends and eot is not None), len(text.encode())
+            ids = tokens.ids + [eot] * (ends and eot is not None)
+            if MARKS[0] in text and tokenizer.token_to_id("<|im_start|>"):
+                ids = extension("conversations", "").encode_text(tokenizer, text, ends)
+            yield ids, len(text.encode())
 
 
 def tokenize(
@@ -1347,7 +1353,7 @@ def _open_data(out: Path) -> tuple[TokenData, Any] | None:
         tokenizer = load_tokenizer(out / "tokenizer.json")
         spelled = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()  # of earlier versions
         same = manifest["tokenizer_sha256"] in (tokenizer_hash(tokenizer), spelled)
-        require(manifest["dtype"] in ("uint16", "uint32"), "dtype", manifest["dtype"], "integers")
+        require(manifest["dtype"] in ("uint16", "uint32", "int32"), "dtype", "", "integers")
         for split in ("train", "validation")[streamed:]:
             path, expected = folder / f"{split}.bin", manifest[split]
             tokens = arrays[split] = np.memmap(path, dtype=manifest["dtype"], mode="r")
@@ -1378,15 +1384,20 @@ def _write_data(config: DataConfig, context: int, out: Path, manifest: dict[str,
         chars = round(sum(len(text) for text, _ in read()) * (1 - config.validation_fraction))
     head = _part_of(read(), min(chars, _TOKENIZER_CHARS), head=True)
     texts = streaming.tokenizer_texts(config) if streaming else (text for text, _ in head)
+    chats = MARKS[0] in next(read(), ("", True))[0]
     if path.is_file():
         tokenizer = load_tokenizer(path)
         log.info("tokenizer: reusing %s", path)
     else:
-        tokenizer = train_tokenizer(texts, vocab_size, config.tokenizer)
+        texts = (text.translate(dict.fromkeys(map(ord, MARKS))) for text in texts)
+        tokenizer = train_tokenizer(texts, vocab_size - 2 * chats, config.tokenizer)
         log.info("tokenizer: %d tokens", tokenizer.get_vocab_size())
+    if chats:
+        extension("conversations", "a conversation").add_marks(tokenizer)
     check_tokenizer(tokenizer, vocab_size, path)
     manifest["tokenizer_sha256"] = tokenizer_hash(tokenizer)
-    manifest["dtype"] = "uint16" if num_ids(tokenizer) <= 1 << 16 else "uint32"
+    size = "uint16" if num_ids(tokenizer) <= 1 << 16 else "uint32"
+    manifest["dtype"] = "int32" if chats else size
     write = partial(tokenize, tokenizer, dtype=manifest["dtype"])
     if streaming:
         manifest |= streaming.begin_stream(config, held, write, folder)
@@ -1986,6 +1997,11 @@ def windows_at_once(
     return max(d for d in range(1, windows + 1) if windows % d == 0 and d <= max(fit, 1))
 
 
+def read_signed(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of signed tokens: those below zero are read, but not predicted."""
+    return torch.where(x < 0, ~x, x), y.masked_fill(y < 0, -100)
+
+
 @torch.no_grad()
 def total_loss(
     model: BitLM,
@@ -2008,6 +2024,7 @@ def total_loss(
         for _, start in processes.micro_batches(starts, starts[:, None], batch_size):
             at = start + t  # (B, T), the places of the targets in the text
             x, y = (torch.from_numpy(tokens.take(i, mode="clip")).long() for i in (at - 1, at))
+            x, y = read_signed(x, y)
             x[at == 0] = first
             counted = (t < context - stride) & (start > 0)  # by the window before
             y[counted | (at > last) | (start < 0)] = -100  # a start of -100 is a filler of FSDP's
@@ -2026,7 +2043,6 @@ def evaluate(
     **reading: Any,
 ) -> dict[str, float]:
     """How well the model predicts `data`, named as in `DataConfig`; `stride`: see `total_loss`.
-
     `reading` is text_column, encoding or document_separator, as in `DataConfig`.
 
     Returns loss: nats per token; perplexity: exp(loss); bits_per_byte of the text in UTF-8;
@@ -2038,7 +2054,7 @@ def evaluate(
     eot, ids, words, size = end_of_text_id(tokenizer), [], 0, 0
     config = DataConfig(data=str(data), **reading)
     for text, ends in read_pieces(config.data, "train", config):
-        ids += encode(tokenizer, text) + ([eot] if ends and eot is not None else [])
+        ids += next(encode_pieces(tokenizer, [(text, ends)]))[0]
         words += len(text.split()) + text.count("\n")
         size += len(text.encode("utf-8", "replace"))
     ids = ids[:-1] if ids[-1:] == [eot] else ids  # it stands between documents
@@ -2046,12 +2062,13 @@ def evaluate(
         raise ValueError(f"data={config.data!r}: no text in it to evaluate on")
     model.to(device.device)
     nats = total_loss(model, np.asarray(ids), eot or 0, device, batch_size, stride)
+    count = max(sum(token >= 0 for token in ids), 1)  # of a conversation, the answers'
     return {
-        "loss": nats / len(ids),
-        "perplexity": math.exp(min(nats / len(ids), 700)),
+        "loss": nats / count,
+        "perplexity": math.exp(min(nats / count, 700)),
         "bits_per_byte": nats / math.log(2) / size,
         "word_perplexity": math.exp(min(nats / max(words, 1), 700)),
-        **{"tokens": len(ids), "words": words, "bytes": size},
+        **{"tokens": count, "words": words, "bytes": size},
     }
 
 
@@ -2238,8 +2255,7 @@ def _stop_on_signals(state: TrainState) -> Iterator[None]:
 SAVE_RETRY_S = 60.0  # until a checkpoint that could not be saved is tried again
 MAX_SKIPPED_STEPS = 25  # in a row end a run; float16's first loss scale takes some to settle
 METRICS: list[Any] = []  # functions of the TrainState, in all processes, that add to a logged line
-LOCK_NAME = ".lock"
-_SET_ASIDE, _SYSTEMS = "set-aside-", {"desktop.ini", "Thumbs.db", "lost+found"}  # in any folder
+SET_ASIDE, FOREIGN = "set-aside-", {"desktop.ini", "Thumbs.db", "lost+found"}  # in any folder
 _MAY_CHANGE = "micro_batch_size device dtype compile deterministic max_steps patience fsdp "
 _MAY_CHANGE += "sample_prompt keep_checkpoints log_every_steps eval_every_steps eval_tokens "
 _MAY_CHANGE += "save_every_steps save_every_minutes save_every_epoch"
@@ -2263,23 +2279,10 @@ def check_same_settings(where: Path, saved: dict[str, Any], now: dict[str, Any])
 def check_run_folder(folder: Path) -> None:
     """ValueError for a file, or a folder of something else. Nothing is written."""
     ours = {"config.json", "checkpoints", "tokenizer.json", "metrics.jsonl", "data", "lock.json"}
-    names = sorted({path.name for path in folder.glob("[!.]*")} - _SYSTEMS)
-    if folder.is_file() or (names and not {*ours, f"{_SET_ASIDE}1"} & {*names}):
+    names = sorted({path.name for path in folder.glob("[!.]*")} - FOREIGN)
+    if folder.is_file() or (names and not {*ours, f"{SET_ASIDE}1"} & {*names}):
         what = "a file" if folder.is_file() else ", ".join(names[:3]) + " in it"
         raise ValueError(f"{folder}: not a run folder ({what}); expected a folder, new or a run's")
-
-
-def set_aside(folder: Path, keep_data: bool) -> None:
-    """Move what a run left to a folder inside it, so that another can begin; nothing is lost."""
-    kept = {"lock.json", *_SYSTEMS, *(("data", "tokenizer.json") if keep_data else ())}
-    left = [p for p in folder.glob("[!.]*") if p.name not in kept and _SET_ASIDE not in p.name]
-    numbered = (folder / f"{_SET_ASIDE}{n}" for n in itertools.count(1))
-    target = next(path for path in numbered if not path.exists())
-    for path in left:
-        target.mkdir(exist_ok=True)
-        path.rename(target / path.name)
-    if left:
-        log.info(f"{folder}: the run in it was moved to {target}")
 
 
 def _open(stack: contextlib.ExitStack, configs: Any, out: Path, resume: str, mirror: Any) -> Any:
@@ -2299,13 +2302,14 @@ def _open(stack: contextlib.ExitStack, configs: Any, out: Path, resume: str, mir
         module.check_mirror(out, place)
     out.mkdir(parents=True, exist_ok=True)
     try:
-        stack.enter_context(filelock.FileLock(out / LOCK_NAME, timeout=0, thread_local=False))
+        stack.enter_context(filelock.FileLock(out / ".lock", timeout=0, thread_local=False))
     except filelock.Timeout:
         raise ValueError(f"{out}: another process is training in it. Stop that one") from None
     copier = module and stack.enter_context(module.Mirror(out, place, config.keep_checkpoints))
     if resume == "never":
+        aside = extension("aside", "--resume never")
         for where in {out, place}:
-            set_aside(where, same_data(where, data, model.vocab_size))
+            aside.set_aside(where, same_data(where, data, model.vocab_size))
     checkpoint = copier.newest_checkpoint(settings) if copier else newest_checkpoint(folder)
     if checkpoint is None:
         if list_checkpoints(folder) or (copier and copier.has_checkpoints()):
@@ -2365,6 +2369,8 @@ class Session:
             windows = torch.from_numpy(self.data.batch(config, self.context, state.step))
             factor = learning_rate_factor(config, state.step)
             loss = processes.reduce_gradients(parameters, self.gradients(windows))
+            if (windows < 0).any():
+                extension("conversations", "").mean_of_counted(loss, parameters, windows)
             state.loss, norm = apply_gradients(
                 state.optimizers, state.scaler, factor, config.max_grad_norm, loss, processes
             )
@@ -2390,7 +2396,7 @@ class Session:
 
     def gradients(self, windows: Tensor) -> Tensor:
         """Add up the gradients of this process' windows, (N, T + 1); return their loss."""
-        device, x, y = self.device.device, windows[:, :-1], windows[:, 1:]  # (N, T)
+        device, (x, y) = self.device.device, read_signed(windows[:, :-1], windows[:, 1:])  # (N, T)
         total = torch.zeros((), device=device)
         with self.hold(self.device.dtype):
             for pair in self.processes.micro_batches(x, y, self.micro_batch):
@@ -2432,13 +2438,14 @@ class Session:
         first, counts = end_of_text_id(self.tokenizer) or 0, self.data.manifest["validation"]
         tokens = self.data.validation[: None if final else config.eval_tokens]
         nats = total_loss(state.model, tokens, first, self.device, processes=processes)
-        loss = state.val_loss = nats / len(tokens)
+        count = max(int((tokens >= 0).sum()), 1)
+        loss = state.val_loss = nats / count
         metrics = {
             "step": state.step,
             "val_loss": loss,
             "val_perplexity": math.exp(min(loss, 700)),
             "val_bits_per_byte": loss / math.log(2) / (counts["bytes"] / counts["tokens"]),
-            "val_tokens": len(tokens),
+            "val_tokens": count,
             **({"final": True} if final else {}),
         }
         self.log.write(metrics)
@@ -2713,7 +2720,7 @@ def from_flags(base: Any, flags: argparse.Namespace) -> Any:
     return dataclasses.replace(base, **{k: v for k, v in vars(flags).items() if k in vars(base)})
 
 
-def train_command(flags: argparse.Namespace, callbacks: Any = None) -> int:
+def train_command(flags: argparse.Namespace, callbacks: Any = None, report: Any = None) -> int:
     """train, or resume a run"""
     configs: Sequence[Any] = PRESETS[flags.preset or "demo"]
     for place in map(Path, filter(None, [] if flags.preset else [flags.mirror, flags.out])):
@@ -2728,19 +2735,10 @@ def train_command(flags: argparse.Namespace, callbacks: Any = None) -> int:
     if state.stop_signal:
         log.info(f"stopped at step {state.step} of {config.max_steps}; saved in {flags.out}")
         return 128 + state.stop_signal
-    if not state.processes.is_main:
-        return 0
-    which, prompt = "best" if state.out_of_patience else "last", config.sample_prompt
-    text = generate(*load_model(flags.out, which), prompt, SamplingConfig(120, seed=0))
-    print(
-        f"\n{prompt}{text}\n\n"
-        f"complete: {state.step} steps ({state.skipped} skipped), {state.tokens:,} tokens, "
-        f"{state.tokens / (state.train_seconds or math.inf):,.0f} tokens/s\n"
-        f"training loss {state.loss:.4f}, validation loss {state.val_loss:.4f}, perplexity "
-        f"{math.exp(min(state.val_loss, 700)):.1f} (a uniform guess: {model.vocab_size})\n"
-        f"checkpoint: {list_checkpoints(Path(flags.out, 'checkpoints'))[-1]}; "
-        f"the text above is from --checkpoint {which}"
-    )
+    if state.processes.is_main:
+        print(f"complete: {state.step} steps, validation loss {state.val_loss:.4f}")
+        if report:
+            report(state)
     return 0
 
 

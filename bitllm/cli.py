@@ -8,16 +8,21 @@ import contextlib
 import inspect
 import itertools
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 import bitllm_core as core
+from bitllm.chat import SAMPLING as CHAT_SAMPLING
+from bitllm.chat import Chat, chat
+from bitllm.conversations import can_chat
 from bitllm.export import add_export_flags, export_limits, llama_cpp_stream, run_export
 from bitllm.progress import ProgressBar, Terminal
 from bitllm_core import PRESETS, DataConfig, ModelConfig, SamplingConfig, TrainConfig, require
@@ -57,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
     generate.set_defaults(run=_generate)
     model = {"--model": {"required": True}, "--checkpoint": {"default": "last"}}
+    core.add_command(commands, "chat", _chat, model, SamplingConfig)
     add_export_flags(core.add_command(commands, "export", _export, model))
     quick = {"action": "store_true", "help": "a small shape, seconds"}
     core.add_command(commands, "bench", _bench, {"--quick": quick})
@@ -109,6 +115,25 @@ class _ExportNotes(core.Callback):
             core.log.info(f"note: not every client will load this model: {limit}")
 
 
+def _report(out: str, state: core.TrainState) -> None:
+    """Print what the trained model says, and how its training went."""
+    which, prompt = "best" if state.out_of_patience else "last", state.config.sample_prompt
+    model, tokenizer = core.load_model(out, which)
+    if can_chat(tokenizer):
+        question = prompt or "hello"
+        print(f"\n> {question}\n{Chat(model, tokenizer, CHAT_SAMPLING).answer(question)}\n")
+    else:
+        print(f"\n{prompt}{core.generate(model, tokenizer, prompt, SamplingConfig(120, seed=0))}\n")
+    perplexity, vocab = math.exp(min(state.val_loss, 700)), model.config.vocab_size
+    print(
+        f"{state.skipped} steps skipped, {state.tokens:,} tokens, "
+        f"{state.tokens / (state.train_seconds or math.inf):,.0f} tokens/s\n"
+        f"training loss {state.loss:.4f}, perplexity {perplexity:.1f} (a uniform guess: {vocab})\n"
+        f"checkpoint: {core.list_checkpoints(Path(out, 'checkpoints'))[-1]}; "
+        f"the text above is from --checkpoint {which}"
+    )
+
+
 def _train(flags: argparse.Namespace) -> int:
     from bitllm.loggers import TensorBoard, WandB
 
@@ -117,7 +142,7 @@ def _train(flags: argparse.Namespace) -> int:
     callbacks += [WandB(flags.out, flags.wandb)] if flags.wandb else []
     err, out = Terminal(sys.stderr), Terminal(sys.stdout)
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out):
-        return core.train_command(flags, callbacks)
+        return core.train_command(flags, callbacks, partial(_report, flags.out))
 
 
 def _generate(flags: argparse.Namespace) -> None:
@@ -129,10 +154,18 @@ def _generate(flags: argparse.Namespace) -> None:
         print(piece, end="", flush=True)
 
 
+def _step(name: str) -> str | int:
+    return int(name) if name.isdecimal() else name
+
+
+def _chat(flags: argparse.Namespace) -> None:
+    """talk with a model that was trained on conversations"""
+    chat(flags.model, _step(flags.checkpoint), core.from_flags(CHAT_SAMPLING, flags))
+
+
 def _export(flags: argparse.Namespace) -> int:
     """write a model for other programs"""
-    number = flags.checkpoint.isdecimal()
-    return run_export(flags, int(flags.checkpoint) if number else flags.checkpoint)
+    return run_export(flags, _step(flags.checkpoint))
 
 
 def _bench(flags: argparse.Namespace) -> None:

@@ -1,0 +1,131 @@
+"""Conversations as training text: ChatML, of which only the answers are learned.
+
+A row with `messages` (role and content) or `conversations` (from and value) becomes a text between
+two characters that no text has, for `bitllm_core` to read in pieces like any other. Its tokens have
+a sign: those that are read but not predicted are stored as ~id, below zero. Loss, gradient and
+evaluation take the mean over the others.
+
+    <|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n
+                                                             ^^^^^^ ^^^^^^^^^^  learned
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from bitllm_core import END_OF_TEXT, MARKS, require
+
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+SPECIAL = (IM_START, IM_END)
+COLUMNS = ("messages", "conversations")
+_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""the same in Jinja, as exports carry it"""
+
+Message = dict[str, str]
+
+
+def messages_of(value: Any) -> list[Message] | None:
+    """The messages of a column's value, in one shape; None where it is no conversation."""
+    if not isinstance(value, list) or not value:
+        return None
+    found = []
+    for item in value:
+        if not isinstance(item, dict):
+            return None
+        role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
+        if not isinstance(role, str) or not isinstance(content, str):
+            return None
+        found.append({"role": _ROLES.get(role, role), "content": content})
+    return found
+
+
+def as_text(messages: Iterable[Message]) -> str:
+    """Messages as one text whose marks are two characters that are in no text."""
+    turns = ([message["role"], message["content"].strip()] for message in messages)
+    clean = (["".join("\ufffd" if c in MARKS else c for c in part) for part in t] for t in turns)
+    return "".join(f"{MARKS[0]}{role}\n{content}{MARKS[1]}\n" for role, content in clean)
+
+
+def as_texts(
+    rows: Iterable[dict[Any, Any]], wanted: str | None, source: Any
+) -> Iterator[dict[Any, Any]]:
+    """Rows, in which a conversation is the text.
+
+    ValueError: no answer in the first of them that are conversations.
+    """
+    answers = silent = 0
+    for row in rows:
+        for column in (wanted,) if wanted else COLUMNS:
+            messages = messages_of(row.get(column))
+            if messages is None:
+                continue
+            answers += any(message["role"] == "assistant" for message in messages)
+            silent += 1
+            expected = f"turns of an assistant to learn in {source}; its first rows have none"
+            require(bool(answers) or silent < 20, "text_column", column, expected)
+            row = {wanted or "text": as_text(messages)}
+            break
+        yield row
+
+
+def encode_text(tokenizer: Any, text: str, ends: bool) -> list[int]:
+    """Signed tokens of what `as_text` made: ~id for what is read but not predicted.
+
+    A text that was cut begins or ends amid a turn; a beginning without its role is only read.
+    """
+    start, end = (tokenizer.token_to_id(name) for name in SPECIAL)
+    ids: list[int] = []
+    for part in re.split(f"(?={MARKS[0]})", text):
+        marked, (body, *rest) = part.startswith(MARKS[0]), part.strip(MARKS[0]).split(MARKS[1])
+        role, newline, content = body.partition("\n") if marked else ("", "", body)
+        header, answer = _ids(tokenizer, role + newline), _ids(tokenizer, content)
+        learned = marked and role == "assistant"
+        ids += [~start] * marked + [~token for token in header]
+        ids += answer if learned else [~token for token in answer]
+        if rest:
+            ids += [end if learned else ~end, *(~token for token in _ids(tokenizer, rest[0]))]
+    separator = tokenizer.token_to_id(END_OF_TEXT)
+    return ids + [~separator] * (ends and separator is not None)
+
+
+def encode_messages(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """The tokens to answer to: the messages, and the beginning of the assistant's turn.
+
+    They are those of transformers' `apply_chat_template` with `add_generation_prompt`.
+    """
+    text = as_text(messages) + f"{MARKS[0]}assistant\n"
+    return [token if token >= 0 else ~token for token in encode_text(tokenizer, text, False)]
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids if text else []
+
+
+def mean_of_counted(loss: Tensor, parameters: Iterable[Tensor], windows: Tensor) -> None:
+    """Turn loss and gradients, means over all targets, into those over the ones that count.
+
+    windows: signed tokens of the whole step, (N, T + 1). Nothing changes where none counts.
+    """
+    share = (windows[:, 1:] >= 0).float().mean().item()
+    for tensor in (loss, *(p.grad for p in parameters if p.grad is not None)) if share else ():
+        tensor /= share
+
+
+def can_chat(tokenizer: Any) -> bool:
+    """Whether a tokenizer has the marks of a conversation, which a model then knows."""
+    return all(tokenizer.token_to_id(name) is not None for name in SPECIAL)
+
+
+def add_marks(tokenizer: Any) -> None:
+    """Give a tokenizer the marks of a conversation, where it has none."""
+    tokenizer.add_special_tokens([name for name in SPECIAL if tokenizer.token_to_id(name) is None])
