@@ -189,8 +189,9 @@ def test_a_conversation_longer_than_the_context_drops_its_oldest_turns_and_says_
         talker.answer("what does a duck say?")
     assert capsys.readouterr().err.count("its first turns are left out") == 1
     start = talk.encode_messages(talker.tokenizer, turns("what"))[:2]
+    talker.messages.append({"role": "user", "content": "what?"})
     assert talker.prompt()[:2] == start  # whole turns: it begins with a user's
-    assert len(talker.messages) == 8
+    assert len(talker.messages) == 9  # all are kept, to be shown
 
 
 def test_what_knows_no_conversations_says_what_to_do(tokenizer, tiny_corpus, tmp_path):
