@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from bitllm.chat import SAMPLING
+from bitllm.conversations import IM_END, TEMPLATE, can_chat
 from bitllm.export.common import (
     NO_COUNTERPART,
     Exported,
@@ -101,7 +103,11 @@ def export_gguf(
     with replacing(out, overwrite, folder=False) as beside:
         opened = open_source(source, checkpoint, credits)
         ternary = write_gguf(beside, opened, kind)
-    return result_of(out, ternary, opened.model, _usage(out.as_posix(), opened.model.config))
+    chats = can_chat(opened.tokenizer)
+    modelfile = _modelfile(out.name, opened.model.config, chats)
+    out.with_suffix(".Modelfile").write_text(modelfile, encoding="utf-8")
+    usage = _usage(out.as_posix(), opened.model.config, chats)
+    return result_of(out, ternary, opened.model, usage)
 
 
 def write_gguf(path: Path, source: Source, kind: str) -> int:
@@ -118,6 +124,9 @@ def write_gguf(path: Path, source: Source, kind: str) -> int:
         _add_description(writer, source)
         _add_shape(writer, config)
         _add_tokenizer(writer, vocabulary, end_id(source.tokenizer))
+        if can_chat(source.tokenizer):
+            writer.add_chat_template(TEMPLATE)
+            writer.add_eot_token_id(source.tokenizer.token_to_id(IM_END))
         return _add_tensors(writer, source.model, kind)
     finally:
         writer.close()
@@ -222,24 +231,41 @@ def _add_tensors(writer: Any, model: BitLM, kind: str) -> int:
     return ternary
 
 
-def _usage(path: str, config: ModelConfig) -> str:
-    """Commands with `generate`'s sampling. The file itself names the token that ends a text."""
-    s, context = SamplingConfig(), config.max_position_embeddings
-    penalty = s.repetition_penalty
+_OLLAMA_CHAT = """\
+TEMPLATE \"""{{ range .Messages }}<|im_start|>{{ .Role }}
+{{ .Content }}<|im_end|>
+{{ end }}<|im_start|>assistant
+\"""
+PARAMETER stop <|im_end|>"""
+
+
+def _modelfile(name: str, config: ModelConfig, chats: bool) -> str:
+    """What `ollama create` reads: how a prompt is made, and our sampling."""
+    s = SAMPLING if chats else SamplingConfig()
     return f"""\
-  llama.cpp      llama-completion -m "{path}" -no-cnv -p "..." -n {s.max_new_tokens} \
+FROM ./{name}
+{_OLLAMA_CHAT if chats else "TEMPLATE {{ .Prompt }}"}
+PARAMETER stop {END_OF_TEXT}
+PARAMETER num_ctx {config.max_position_embeddings}
+PARAMETER num_predict {s.max_new_tokens}
+PARAMETER temperature {s.temperature}
+PARAMETER top_k {s.top_k}
+PARAMETER top_p {s.top_p}
+PARAMETER min_p 0.0
+PARAMETER repeat_penalty {s.repetition_penalty}
+"""
+
+
+def _usage(path: str, config: ModelConfig, chats: bool) -> str:
+    """Commands with our sampling. The file itself names the token that ends a text or an answer."""
+    s, context = SAMPLING if chats else SamplingConfig(), config.max_position_embeddings
+    how = (
+        f'llama-cli -m "{path}" -cnv' if chats else f'llama-completion -m "{path}" -no-cnv -p "..."'
+    )
+    return f"""\
+  llama.cpp      {how} -n {s.max_new_tokens} \
 -c {context} --temp {s.temperature} --top-k {s.top_k} --top-p {s.top_p} --min-p 0 \
---repeat-penalty {penalty}
+--repeat-penalty {s.repetition_penalty}
                  (builds before December 2025: llama-cli, with the same arguments)
 {generate_usage(path)}
-  ollama         ollama create NAME -f Modelfile, with these lines in the file Modelfile:
-                 FROM "{path}"
-                 TEMPLATE {{{{ .Prompt }}}}
-                 PARAMETER stop {END_OF_TEXT}
-                 PARAMETER num_ctx {context}
-                 PARAMETER num_predict {s.max_new_tokens}
-                 PARAMETER temperature {s.temperature}
-                 PARAMETER top_k {s.top_k}
-                 PARAMETER top_p {s.top_p}
-                 PARAMETER min_p 0.0
-                 PARAMETER repeat_penalty {penalty}"""
+  ollama         ollama create NAME -f "{Path(path).with_suffix(".Modelfile").as_posix()}\""""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitllm.conversations import IM_END, TEMPLATE, can_chat
 from bitllm.export.common import (
     EXPORT_VERSION,
     NO_COUNTERPART,
@@ -187,6 +188,7 @@ def _json_files(source: Source, dense: bool) -> dict[str, str]:
     """File name -> text. Most of Hugging Face's defaults differ, so everything is spelled out."""
     config, end = source.model.config, end_id(source.tokenizer)
     ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    chats = can_chat(source.tokenizer)
     settings = {
         "architectures": ["BitNetForCausalLM"],
         "model_type": "bitnet",
@@ -206,12 +208,15 @@ def _json_files(source: Source, dense: bool) -> dict[str, str]:
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT),
         "add_bos_token": False,
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,  # special tokens inside a text are text, as in training
+        # special tokens inside a text are text, as in training; a template's have to be marks
+        "split_special_tokens": not chats,
         "model_max_length": config.max_position_embeddings,
+        **({"chat_template": TEMPLATE} if chats else {}),
     }
     sampling, size = SamplingConfig(), source.tokenizer.get_vocab_size()
     generation = {
         **ends,
+        **({"eos_token_id": [end, source.tokenizer.token_to_id(IM_END)]} if chats else {}),
         "do_sample": True,
         **{name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")},
         "max_new_tokens": sampling.max_new_tokens,
@@ -223,7 +228,8 @@ def _json_files(source: Source, dense: bool) -> dict[str, str]:
         "tokenizer_config.json": tokens,
         "generation_config.json": generation,
     }
-    return {name: json.dumps(values, indent=1) + "\n" for name, values in files.items()}
+    texts = {name: json.dumps(values, indent=1) + "\n" for name, values in files.items()}
+    return {**texts, **({"chat_template.jinja": TEMPLATE} if chats else {})}
 
 
 def _usage(folder: str, dense: bool) -> str:
@@ -244,8 +250,7 @@ _CARD = """\
 ---
 # {title}
 
-A ternary (BitNet b1.58) language model, trained from scratch with bitllm. It continues text; it
-was not trained to follow instructions or to be right.
+A ternary (BitNet b1.58) language model, trained from scratch with bitllm. It {does}.
 
 | | |
 | --- | --- |
@@ -286,7 +291,11 @@ def _model_card(source: Source, size: int, dense: bool) -> str:
     front = ["library_name: transformers", "pipeline_tag: text-generation"]
     front += [f"license: {json.dumps(facts['licence'])}"] if facts.get("licence") else []
     front += ["datasets:", f"- {known[1]}"] if known else []
+    does = "continues text; it\nwas not trained to follow instructions or to be right"
+    if can_chat(source.tokenizer):
+        does = "answers in conversations\nlike those it was trained on; what it says may be wrong"
     return _CARD.format(
+        does=does,
         front="\n".join(front),
         title=facts.get("name") or "A ternary language model",
         table="\n".join(f"| {key} | {_shown(value)} |" for key, value in rows.items()),
