@@ -17,6 +17,7 @@ import bitllm_core
 __version__ = "1.0.0.dev0"
 
 _MODULES = {
+    "chat": ("Chat", "chat"),
     "export": (
         "Exported",
         "export_gguf",
@@ -33,6 +34,7 @@ _MODULES = {
         "LiveDisplay",
         "Settings",
         "SettingsPanel",
+        "chat_box",
         "download_button",
         "environment_report",
         "furthest_run",

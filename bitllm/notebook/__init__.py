@@ -4,7 +4,7 @@ ipywidgets, matplotlib and IPython are imported where they are used; where there
 everything has a form in plain text.
 """
 
-from bitllm.notebook.boxes import download_button, prompt_box
+from bitllm.notebook.boxes import chat_box, download_button, prompt_box
 from bitllm.notebook.display import LiveDisplay
 from bitllm.notebook.drive import mount_drive
 from bitllm.notebook.form import SettingsPanel
@@ -16,6 +16,7 @@ __all__ = [
     "LiveDisplay",
     "Settings",
     "SettingsPanel",
+    "chat_box",
     "download_button",
     "environment_report",
     "furthest_run",

@@ -1,21 +1,29 @@
-"""Boxes under a cell: a prompt with sliders, and a download button."""
+"""Boxes under a cell: a conversation, a prompt with sliders, and a download button."""
 
 from __future__ import annotations
 
 import html
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import bitllm.notebook.kernel as kernel
+from bitllm.chat import SAMPLING, Chat
+from bitllm.conversations import can_chat
 from bitllm.notebook.figures import CARD
 from bitllm_core import BitLM, SamplingConfig, generate, stream
 
 
 def prompt_box(model: BitLM, tokenizer: Any, prompt: str = "") -> None:
-    """A prompt box with sliders that streams the answer; without widgets, prints one text."""
+    """A prompt box with sliders that streams the answer; without widgets, prints one text.
+
+    With a model that was trained on conversations, it is `chat_box`.
+    """
     widgets = kernel.widgets()
+    if can_chat(tokenizer):
+        return chat_box(model, tokenizer, prompt)
     if widgets is None:
         print(prompt + generate(model, tokenizer, prompt, SamplingConfig(seed=0)))
         return
@@ -43,6 +51,62 @@ def prompt_box(model: BitLM, tokenizer: Any, prompt: str = "") -> None:
 
     button.on_click(write)
     display(w.VBox([text, *sliders.values(), button, answer]))
+
+
+def _bubbles(messages: list[dict[str, str]], coming: str | None = None) -> str:
+    """A conversation as HTML: the user's turns on the right, the answers on the left."""
+    turns = [(m["role"] == "user", m["content"]) for m in messages]
+    turns += [] if coming is None else [(False, coming)]
+    rows = [
+        f'<div style="text-align:{"right" if user else "left"};margin:4px 0"><span style="{CARD};'
+        f'display:inline-block;max-width:80%;white-space:pre-wrap">{html.escape(text)}</span></div>'
+        for user, text in turns
+    ]
+    return f'<div style="width:520px">{"".join(rows)}</div>'
+
+
+def chat_box(
+    model: BitLM, tokenizer: Any, prompt: str = "", sampling: SamplingConfig = SAMPLING
+) -> None:
+    """A conversation with history that streams its answers; without widgets, prints one answer.
+
+    Args:
+        prompt: what the user may say first.
+
+    Raises:
+        ValueError: the model was not trained on conversations.
+    """
+    talk, widgets = Chat(model, tokenizer, sampling), kernel.widgets()
+    if widgets is None:
+        question = prompt or "hello"
+        print(f"> {question}\n{talk.answer(question)}")
+        return
+    from IPython.display import display
+
+    text = widgets.Text(value=prompt, placeholder="Say something", layout={"width": "380px"})
+    say, new = widgets.Button(description="Say"), widgets.Button(description="New conversation")
+    say.layout.width, history = "60px", widgets.HTML()
+
+    def answer(_: Any) -> None:
+        question, said = text.value.strip(), ""
+        if not question:
+            return
+        text.value = ""
+        for piece in talk.reply(question):
+            said += piece
+            history.value = _bubbles(talk.messages, said)
+        history.value = _bubbles(talk.messages)
+
+    def begin(_: Any) -> None:
+        talk.new()
+        history.value = ""
+
+    say.on_click(answer)
+    with warnings.catch_warnings():  # Enter: later versions prefer an event that comes on blur too
+        warnings.simplefilter("ignore", DeprecationWarning)
+        text.on_submit(answer)
+    new.on_click(begin)
+    display(widgets.VBox([history, widgets.HBox([text, say, new])]))
 
 
 def download_button(path: str | Path) -> None:

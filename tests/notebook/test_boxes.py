@@ -49,3 +49,36 @@ def test_downloads_are_offered_and_a_folder_as_a_zip(colab, tmp_path, monkeypatc
     download_button(name)
     assert 'href="' + quote(name.as_posix()) + '" download>' in shown[2]["text/html"]
     assert "my &quot;50%&quot; &amp; more#1.txt</a>" in shown[2]["text/html"]
+
+
+TALK = """
+import json, pathlib
+turn = lambda role, text: {"role": role, "content": text}
+rows = [[turn("user", "hello"), turn("assistant", "I am <b>Pip</b>.")]] * 200
+pathlib.Path("talk.jsonl").write_text("".join(json.dumps({"messages": r}) + "\\n" for r in rows))
+config = bit.TrainConfig(120, 256, eval_every_steps=0, compile="off", warmup_steps=2)
+bit.train(tiny.MODEL, bit.DataConfig("talk.jsonl"), config, "talk", callbacks=[])
+bit.prompt_box(*bit.load_model("talk"), "hello")
+print("shown")
+"""
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_model_that_talks_has_a_box_with_its_history(tmp_path, name):
+    with kernel(python_of(name), tmp_path) as client:
+        cell = Cell(client, TRAIN + "from tests import tiny\n" + TALK)
+        cell.listen_until(lambda c: c.done)
+        assert "shown" in cell.text, cell.text
+        Cell(client, "").listen_until(lambda c: c.done)
+        cell.click("Say", new_subshell(client))
+        answer = "I am &lt;b&gt;Pip&lt;/b&gt;."  # what a model writes is never markup
+        cell.listen_until(lambda c: answer in str(c.states))
+
+
+def test_without_widgets_one_answer_is_printed(monkeypatch, capsys):
+    from bitllm.notebook import boxes
+
+    monkeypatch.setattr(boxes, "can_chat", lambda tokenizer: True)
+    monkeypatch.setattr(boxes, "Chat", lambda *a: types.SimpleNamespace(answer=str.upper))
+    boxes.prompt_box(None, None)
+    assert capsys.readouterr().out == "> hello\nHELLO\n"
