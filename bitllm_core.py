@@ -254,6 +254,8 @@ class DataConfig(_Checked):
     """bpe (byte-level, lossless) or wordpiece (the seed's)"""
     encoding: str | None = None
     """of local text, such as latin-1; default: UTF-8, or what a byte order mark says"""
+    persona: str | None = None
+    """a .json file that says who the companion is: name, home, likes, maker, motto"""
     document_separator: str | None = None
     """a line that ends a document of a .txt, such as <|endoftext|>; default: there is none"""
 
@@ -1026,7 +1028,6 @@ KNOWN_DATA = {
 _OF_LINES = ("wikitext-2", "wikitext-103")  # rows are lines of one long text, not documents
 _WITH_VALIDATION = (*_OF_LINES, "tinystories")  # have a validation split
 _PIECE_CHARS, _LONGEST_PIECE = 1 << 16, 1 << 18  # lines are joined, longer rows are cut
-_STREAMING = "max_train_tokens with a folder or a data set of the hub"
 _TOKENIZER_CHARS = 100_000_000  # text a tokenizer is trained on at most
 _FIRST_ROWS = 20  # with text decide which column it is
 _MARK_IN_TEXT = "lines that are %s stay text; --document-separator '%s' ends documents there"
@@ -1113,7 +1114,8 @@ def file_part(path: Path, suffix: str, opened: Any, config: DataConfig) -> Part:
 
 
 def is_local(source: str) -> bool:
-    return source not in ("pydocs", *KNOWN_DATA) and Path(source).expanduser().exists()
+    known = source.partition(":")[0] in ("pydocs", "companion", *KNOWN_DATA)
+    return not known and Path(source).expanduser().exists()
 
 
 def text_parts(source: str, split: str, config: DataConfig) -> Iterator[Part]:
@@ -1126,11 +1128,14 @@ def text_parts(source: str, split: str, config: DataConfig) -> Iterator[Part]:
         elif split == "train":
             yield file_part(path, suffix, partial(path.open, "rb"), config)
         return
+    name = source.partition(":")[0]
     if source == "pydocs" and split == "train":
         from pydoc_data.topics import topics  # the interpreter's own
 
         yield (topics[name].strip() + "\n" for name in sorted(topics)), False, True
-    if source == "pydocs" or not (split == "train" or source in _WITH_VALIDATION):
+    if name == "companion":
+        yield from extension("companion", f"data={source!r}").parts(source, split, config)
+    if name in ("pydocs", "companion") or not (split == "train" or source in _WITH_VALIDATION):
         return
     pattern = r"hf:([^/:#]+/[^/:#]+)(?::([^#]+))?(?:#(.+))?"
     found = re.fullmatch(pattern, KNOWN_DATA.get(source, source))
@@ -1138,7 +1143,7 @@ def text_parts(source: str, split: str, config: DataConfig) -> Iterator[Part]:
         raise FileNotFoundError(
             f"data={source!r}: no such file or folder, and no known data set; expected a .txt, "
             ".jsonl or .parquet file, a folder of them, hf:OWNER/NAME[:CONFIG][#COLUMN], or one "
-            f"of {', '.join(['pydocs', *KNOWN_DATA])}"
+            f"of {', '.join(['companion', 'pydocs', *KNOWN_DATA])}"
         )
     name, subset, column = found.groups()
     datasets = library("datasets", f"data={name!r} from the Hugging Face hub")
@@ -1364,8 +1369,8 @@ def _open_data(out: Path) -> tuple[TokenData, Any] | None:
     if not same:
         return None
     if streamed:
-        streaming = extension("streaming", _STREAMING)
-        data = streaming.open_stream(folder, arrays["validation"], manifest)
+        opened = extension("streaming", "a stream").open_stream
+        data = opened(folder, arrays["validation"], manifest)
         return data and (data, tokenizer)
     return TokenData(arrays["train"], arrays["validation"], manifest), tokenizer
 
@@ -1379,7 +1384,7 @@ def _write_data(config: DataConfig, context: int, out: Path, manifest: dict[str,
     held = read_pieces(other or config.data, "train" if other else "validation", config)
     first = next(held, None)
     held = itertools.chain([first], held) if first else None
-    streaming = extension("streaming", _STREAMING) if "stream_state" in manifest else None
+    streaming = extension("streaming", "a stream") if "stream_state" in manifest else None
     if not held and not streaming:
         chars = round(sum(len(text) for text, _ in read()) * (1 - config.validation_fraction))
     head = _part_of(read(), min(chars, _TOKENIZER_CHARS), head=True)
@@ -1396,8 +1401,7 @@ def _write_data(config: DataConfig, context: int, out: Path, manifest: dict[str,
         extension("conversations", "a conversation").add_marks(tokenizer)
     check_tokenizer(tokenizer, vocab_size, path)
     manifest["tokenizer_sha256"] = tokenizer_hash(tokenizer)
-    size = "uint16" if num_ids(tokenizer) <= 1 << 16 else "uint32"
-    manifest["dtype"] = "int32" if chats else size
+    manifest["dtype"] = "int32" if chats else f"uint{16 if num_ids(tokenizer) <= 1 << 16 else 32}"
     write = partial(tokenize, tokenizer, dtype=manifest["dtype"])
     if streaming:
         manifest |= streaming.begin_stream(config, held, write, folder)
@@ -1425,7 +1429,8 @@ def prepare_data(
     """
     out, asked = Path(out), {"data": asdict(config), "vocab_size": vocab_size}
     manifest = {"format_version": 1, "asked": asked, "source_sha256": None}
-    whole = config.data == "pydocs" or Path(config.data).expanduser().is_file()
+    made = config.data.partition(":")[0] in ("pydocs", "companion")
+    whole = made or Path(config.data).expanduser().is_file()
     if config.max_train_tokens and not whole:
         manifest["stream_state"] = None
     elif is_local(config.data):
@@ -2752,10 +2757,11 @@ def generate_command(flags: argparse.Namespace) -> None:
 
 def evaluate_command(flags: argparse.Namespace) -> None:
     """print the loss on a text, as one JSON object"""
-    names = ("stride", "text_column", "encoding", "document_separator")
-    options = {name: getattr(flags, name) for name in names}
-    options["device"] = choose_device(dtype=TrainConfig(dtype=flags.dtype).dtype)
-    print(json.dumps(evaluate(*load_model(flags.model, flags.checkpoint), flags.data, **options)))
+    more = {
+        n: getattr(flags, n) for n in ("stride", "text_column", "encoding", "document_separator")
+    }
+    more["device"] = choose_device(dtype=TrainConfig(dtype=flags.dtype).dtype)
+    print(json.dumps(evaluate(*load_model(flags.model, flags.checkpoint), flags.data, **more)))
 
 
 def command_parser(kind: Any = argparse.ArgumentParser) -> tuple[Any, Any]:
@@ -2778,8 +2784,6 @@ def command_parser(kind: Any = argparse.ArgumentParser) -> tuple[Any, Any]:
 
 def main(arguments: Sequence[str] | None = None, parser: Any = None) -> int:
     """Run a command; returns the exit status: 2 for a user's mistake, 130 after Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):  # what a code page lacks becomes a question mark
-        getattr(stream, "reconfigure", dict)(errors="replace")
     flags = (parser or command_parser()[0]).parse_args(arguments)
     log_to(sys.stderr)
     try:

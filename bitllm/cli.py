@@ -199,6 +199,8 @@ def _info(flags: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for a user's mistake, 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):  # what a code page lacks becomes a question mark
+        getattr(stream, "reconfigure", dict)(errors="replace")
     status = core.main(arguments, parser())
     if dist.is_available() and dist.is_initialized():
         # gloo's threads abort a process that ends in order, and NCCL's may wait for the dead

@@ -1,0 +1,61 @@
+"""The companion as a source of text (`--data companion`, `companion:es`), and its answers checked."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from bitllm.conversations import IM_END, as_text, encode_messages
+from bitllm.corpora import LANGUAGES, WHICH, Persona, conversations, questions
+from bitllm_core import BitLM, DataConfig, Part, SamplingConfig, generate_tokens, num_ids, require
+
+COUNTS = {"train": 40_000, "validation": 1_000}  # conversations
+ANSWER_TOKENS = 60
+BATCH = 50  # questions at once
+
+
+def language_of(source: str) -> str:
+    """The language in `companion:LANGUAGE`; English without one. ValueError: not known."""
+    language = source.partition(":")[2] or "en"
+    expected = f"companion:LANGUAGE, one of {', '.join(LANGUAGES)}"
+    require(language in LANGUAGES, "data", source, expected)
+    return language
+
+
+def persona_of(path: str | None) -> Persona | None:
+    """The character in a .json file; None: the one of the language."""
+    return Persona.read(path) if path else None
+
+
+def parts(source: str, split: str, config: DataConfig) -> Iterator[Part]:
+    """The conversations of a split; those of the validation split are made from another seed."""
+    language, persona = language_of(source), persona_of(config.persona)
+    if split in COUNTS:
+        made = conversations(language, persona, seed=list(COUNTS).index(split))
+        yield map(as_text, itertools.islice(made, COUNTS[split])), False, True
+
+
+def right_answers(
+    model: BitLM,
+    tokenizer: Any,
+    source: str = "companion",
+    persona: str | None = None,
+    count: int = 200,
+) -> dict[str, float]:
+    """Shares of right answers, greedy: of questions as trained on ("seen"), of combinations and of
+    phrasings that were held out of the training text; `count` of each."""
+    language, character = language_of(source), persona_of(persona)
+    sampling = SamplingConfig(max_new_tokens=ANSWER_TOKENS, temperature=0)
+    end, size, found = tokenizer.token_to_id(IM_END), num_ids(tokenizer), {}
+    for which in WHICH:
+        asked = questions(language, character, which, count, seed=0)
+        right = 0
+        for start in range(0, count, BATCH):
+            batch = asked[start : start + BATCH]
+            prompts = [encode_messages(tokenizer, question.messages) for question in batch]
+            rows = zip(*generate_tokens(model, prompts, sampling, end, size), strict=True)
+            for question, row in zip(batch, rows, strict=True):
+                right += question.right(tokenizer.decode([t for t in row if t is not None]))
+        found[which] = right / count
+    return found
