@@ -1,0 +1,109 @@
+"""Conversations out of templates, typed as people type, and questions to check a model with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from .templates import Book, Kind, Random, Row, Rows, fill, pick
+
+WORD = re.compile(r"\{[^}]*\}|[^\W\d_]{4,}")  # a slot, or a word that is long enough for a typo
+ACCENTS = str.maketrans("áéíóúüÁÉÍÓÚÜ", "aeiouuAEIOUU")
+TURNS = 3  # of the user, at most
+# How often users ask on about something else, come back to what they told, and how they type.
+ASK_ON, COME_BACK = 0.5, 0.6
+LOWER, NO_MARK, NO_OPENING, NO_ACCENTS, TYPO = 0.7, 0.5, 0.8, 0.3, 0.06
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A user's turn and its answer, and what they were made of."""
+
+    kind: Kind
+    rows: Rows
+    user: str
+    assistant: str
+
+
+def conversation(book: Book, me: Row, random: Random) -> list[Exchange]:
+    """One conversation of the training text."""
+    turns, done = 1 + int(random() * TURNS), []
+    while len(done) < turns and not (done and done[-1].kind.last):
+        done.append(_next(book, me, random, done))
+    return done
+
+
+def _next(book: Book, me: Row, random: Random, done: Sequence[Exchange]) -> Exchange:
+    """The exchange that follows these."""
+    before = {exchange.kind.name: exchange for exchange in done}
+    if done and done[-1].kind.then and random() < ASK_ON:
+        kind = done[-1].kind
+        rows = book.draw(kind, random, False, done[-1].rows)
+        return exchange(book, kind, kind.then, rows, me, random)
+    told = [kind for kind in book.kinds.values() if kind.after in before]
+    told = [kind for kind in told if kind.name not in before]
+    if told and random() < COME_BACK:
+        kind = pick(told, random)
+        return exchange(book, kind, kind.ask, before[kind.after].rows, me, random)
+    often = [kind for kind in book.kinds.values() for _ in range(kind.weight) if not kind.after]
+    kind = pick([k for k in often if k.name not in before and k.unless not in before], random)
+    return exchange(book, kind, kind.ask, book.draw(kind, random, False), me, random)
+
+
+def exchange(
+    book: Book, kind: Kind, ways: Sequence[str], rows: Rows, me: Row, random: Random
+) -> Exchange:
+    """Ask in one of these ways about these fillers, and answer."""
+    user = typed(pick(ways, random), rows, random)
+    rows = book.complete(kind, rows, random)
+    return Exchange(kind, rows, user, fill(pick(kind.answer, random), {**rows, "me": me}))
+
+
+def typed(template: str, rows: Rows, random: Random) -> str:
+    """A user's turn as people type it. A typo is never in what is asked about."""
+    words = [match for match in WORD.finditer(template) if match[0][0] != "{"]
+    if words and random() < TYPO:
+        word = pick(words, random)
+        at = word.start() + 1 + int(random() * (len(word[0]) - 2))
+        letter, after = template[at], template[at + 1]
+        wrong = pick(["", letter * 2 + after, after + letter], random) or after
+        template = template[:at] + wrong + template[at + 2 :]
+    text = fill(template, rows)
+    if random() < LOWER:
+        text = text.lower()
+    if random() < NO_MARK:
+        text = text.rstrip(".?!")
+    if random() < NO_OPENING:
+        text = text.replace("¿", "").replace("¡", "")
+    return text.translate(ACCENTS) if random() < NO_ACCENTS else text
+
+
+def messages(exchanges: Sequence[Exchange]) -> list[dict[str, str]]:
+    """Exchanges as chat messages."""
+    return [
+        {"role": role, "content": text}
+        for exchange in exchanges
+        for role, text in (("user", exchange.user), ("assistant", exchange.assistant))
+    ]
+
+
+def last_exchanges(book: Book, me: Row, which: str, random: Random) -> Iterator[list[Exchange]]:
+    """Endless conversations whose last exchange is one of `which`; each kind as often as others."""
+    kinds = [k for k in book.kinds.values() if which != "combinations" or book.remembered(k).slots]
+    held_out = which == "combinations"
+    while True:
+        round_of, left = [], [*kinds]
+        while left:
+            round_of.append(left.pop(int(random() * len(left))))
+        for kind in round_of:
+            ways, start = kind.held_out if which == "phrasings" else kind.ask, []
+            rows = book.draw(book.remembered(kind), random, held_out)
+            if kind.after:
+                first = book.kinds[kind.after]
+                start = [exchange(book, first, first.ask, rows, me, random)]
+            elif kind.then and which != "phrasings" and random() < 0.25:
+                earlier = book.draw(kind, random, False, rows)
+                start = [exchange(book, kind, kind.ask, earlier, me, random)]
+                ways = kind.then
+            yield [*start, exchange(book, kind, ways, rows, me, random)]
