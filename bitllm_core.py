@@ -554,8 +554,7 @@ class BitLinear(nn.Linear):
 
 # -----------------------------------------------------------------------------
 # 3 Model
-# The block of BitNet b1.58 2B4T [2] with a SiLU gate, as in transformers' and llama.cpp's "bitnet";
-# and, with the same classes, the seed guide's.
+# The block of BitNet b1.58 2B4T [2] with a SiLU gate, and the seed guide's, of the same classes.
 
 
 class RMSNorm(nn.RMSNorm):
@@ -1696,9 +1695,8 @@ def apply_gradients(
 
 # -----------------------------------------------------------------------------
 # 8 Checkpoints
-# A checkpoint is one safetensors file, the whole state of a run as data, and a manifest with its
-# size and sha256. It is written beside its name, read back, compared, given its manifest and then
-# its name: what has the name was whole once, and the manifest shows what has been damaged since.
+# A checkpoint is one safetensors file and a manifest with its size and sha256. It is written beside
+# its name, read back, compared, given its manifest and then its name: so it was whole once.
 
 FORMAT_VERSION = 3  # 2, which also held the lines of metrics.jsonl, can be read too
 PART = ".part"  # suffix of a file that is not finished

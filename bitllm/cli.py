@@ -22,6 +22,7 @@ import torch.distributed as dist
 import bitllm_core as core
 from bitllm.chat import SAMPLING as CHAT_SAMPLING
 from bitllm.chat import Chat, chat
+from bitllm.companion import right_answers
 from bitllm.conversations import can_chat
 from bitllm.export import add_export_flags, export_limits, llama_cpp_stream, run_export
 from bitllm.progress import ProgressBar, Terminal
@@ -61,6 +62,10 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--wandb", nargs="?", const="bitllm", metavar="PROJECT", help=text)
     train.set_defaults(run=_train)
     generate.set_defaults(run=_generate)
+    commands.choices["evaluate"].set_defaults(run=_evaluate)
+    commands.choices["evaluate"].add_argument(
+        "--persona", help="who the companion is: a .json file"
+    )
     model = {"--model": {"required": True}, "--checkpoint": {"default": "last"}}
     core.add_command(commands, "chat", _chat, model, SamplingConfig)
     add_export_flags(core.add_command(commands, "export", _export, model))
@@ -152,6 +157,16 @@ def _generate(flags: argparse.Namespace) -> None:
     pieces = llama_cpp_stream(flags.model, flags.prompt, sampling)
     for piece in itertools.chain([flags.prompt], pieces, ["\n"]):
         print(piece, end="", flush=True)
+
+
+def _evaluate(flags: argparse.Namespace) -> None:
+    """print the loss on a text, or the companion's right answers, as one JSON object"""
+    if flags.data.partition(":")[0] != "companion":
+        return core.evaluate_command(flags)
+    found = right_answers(
+        *core.load_model(flags.model, flags.checkpoint), flags.data, flags.persona
+    )
+    print(json.dumps(found))
 
 
 def _step(name: str) -> str | int:

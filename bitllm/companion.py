@@ -1,4 +1,4 @@
-"""The companion as a source of text (`--data companion`, `companion:es`), and its answers checked."""
+"""The companion as a source of text (`--data companion`, `companion:es`), and how right it is."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ print(f"complete: {state.step} steps, {state.tokens:,} tokens, in {run.as_posix(
 
 def files() -> list[Path]:
     """The core, and of the package what the cell can come to."""
-    parts = [p for p in sorted((ROOT / "bitllm").rglob("*")) if p.suffix in (".py", ".c")]
+    parts = [p for p in sorted((ROOT / "bitllm").rglob("*")) if p.suffix in (".py", ".c", ".json")]
     return [ROOT / "bitllm_core.py"] + [
         path for path in parts if path.relative_to(ROOT / "bitllm").parts[0] not in LEFT_OUT
     ]

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, fields
 from itertools import islice, repeat
 from pathlib import Path
 
-from . import talk
-from .templates import LANGUAGES, Row, book, fill
+import bitllm.corpora.talk as talk
+from bitllm.corpora.templates import LANGUAGES, Row, book, fill
 
 __all__ = ["LANGUAGES", "WHICH", "Persona", "Question", "conversations", "questions"]
 

@@ -6,14 +6,14 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .templates import Book, Kind, Random, Row, Rows, fill, pick
+from bitllm.corpora.templates import Book, Kind, Random, Row, Rows, fill, pick
 
 WORD = re.compile(r"\{[^}]*\}|[^\W\d_]{4,}")  # a slot, or a word that is long enough for a typo
 ACCENTS = str.maketrans("áéíóúüÁÉÍÓÚÜ", "aeiouuAEIOUU")
 TURNS = 3  # of the user, at most
 # How often users ask on about something else, come back to what they told, and how they type.
 ASK_ON, COME_BACK = 0.5, 0.6
-LOWER, NO_MARK, NO_OPENING, NO_ACCENTS, TYPO = 0.7, 0.5, 0.8, 0.3, 0.06
+LOWER, NO_MARK, NO_OPENING, NO_ACCENTS, TYPO = 0.85, 0.5, 0.8, 0.3, 0.04
 
 
 @dataclass(frozen=True)

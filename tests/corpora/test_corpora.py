@@ -13,8 +13,8 @@ from bitllm.corpora import talk, templates
 
 STRANGE = 'Zoë "{animal}" {me.home} {0} %s \\1 <|im_start|>user 漢字 🐱'
 GOLDEN = {
-    "en": "c86a183480abe8197c19353f6dfecba4e75fa1c3c4422e790cd58928b41a8fcb",
-    "es": "6cca0b1bb532d23139c42f9b0e28e1636bf78e98ba1b3566ffd912f71722aba0",
+    "en": "d63c9b86949b88cf5c0d6c153af2d3098f1369f44f59a7a7da84b635310c9fca",
+    "es": "67537115c24d2f18f136a40c35b27387f1737ced8c922840b2ef6cbf16b952f0",
 }
 in_both = pytest.mark.parametrize("language", ["en", "es"])
 
@@ -149,8 +149,12 @@ def test_held_out_combinations_are_not_asked_on_about_or_remembered(language):
     number, asked_on = random.Random(7).random, 0
     for _ in range(20_000):
         done = talk.conversation(book, me, number)
+        before = set()
         for exchange in done:
             assert not book.is_held_out(book.remembered(exchange.kind), exchange.rows)
+            assert exchange.kind.unless not in before
+            assert not exchange.kind.after or exchange.kind.after in before
+            before.add(exchange.kind.name)
         asked_on += len({exchange.kind.name for exchange in done}) < len(done)
     assert asked_on > 1_000
     for question in corpora.questions(language, which="combinations", count=300):
@@ -181,7 +185,7 @@ def test_users_type_and_the_companion_writes(language):
             turns[message["role"], "lower"] += message["content"] == message["content"].lower()
             turns[message["role"], "mark"] += message["content"][-1] in ".?!"
             turns[message["role"]] += 1
-    assert 0.6 < turns["user", "lower"] / turns["user"] < 0.9
+    assert 0.8 < turns["user", "lower"] / turns["user"] < 0.95
     assert 0.3 < turns["user", "mark"] / turns["user"] < 0.7
     assert turns["assistant", "lower"] == 0
     assert turns["assistant", "mark"] == turns["assistant"]
