@@ -2739,9 +2739,9 @@ def train_command(flags: argparse.Namespace, callbacks: Any = None, report: Any 
         log.info(f"stopped at step {state.step} of {config.max_steps}; saved in {flags.out}")
         return 128 + state.stop_signal
     if state.processes.is_main:
-        print(f"complete: {state.step} steps, validation loss {state.val_loss:.4f}")
         if report:
             report(state)
+        print(f"complete: {state.step} steps, validation loss {state.val_loss:.4f}")
     return 0
 
 
