@@ -904,8 +904,7 @@ def import_seed_checkpoint(path: str | Path, num_attention_heads: int = 8) -> Bi
 # The library `tokenizers` does the work; here are the choice of tokenizer and its special tokens.
 
 
-# after so many characters a word is cut for training, and of so many at most: in DNA, base64 or
-# Chinese, without spaces, every word would be new
+# characters after which a word is cut for training, and of such text: in DNA, each word is new
 _LONG_WORD, _LONG_WORDS_CHARS = 64, 2_000_000
 
 
@@ -1445,7 +1444,8 @@ def prepare_data(
     if not found:
         _write_data(config, context, out, manifest)
         found = _open_data(out)
-    assert found, "token files differ from what was just written"
+    if not found:
+        raise OSError(errno.EIO, "not what was just written", str(out / "data"))
     return found
 
 
