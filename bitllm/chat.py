@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bitllm.conversations import IM_END, Message, can_chat, encode_messages
+from bitllm.conversations import IM_END, Message, encode_messages, require_chat
 from bitllm_core import BitLM, SamplingConfig, generate_tokens, load_model, num_ids
 
 log = logging.getLogger("bitllm")
@@ -26,11 +26,7 @@ class Chat:
     """
 
     def __init__(self, model: BitLM, tokenizer: Any, sampling: SamplingConfig = SAMPLING) -> None:
-        if not can_chat(tokenizer):
-            raise ValueError(
-                f"this model knows no conversations (its tokenizer has no {IM_END}); expected one "
-                "that was trained on rows with messages. To continue a text, use generate"
-            )
+        require_chat(tokenizer)
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.messages: list[Message] = []
         self._told = False

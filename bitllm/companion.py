@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from bitllm.conversations import IM_END, as_text, encode_messages
+from bitllm.conversations import IM_END, as_text, encode_messages, require_chat
 from bitllm.corpora import LANGUAGES, WHICH, Persona, conversations, questions
 from bitllm_core import BitLM, DataConfig, Part, SamplingConfig, generate_tokens, num_ids, require
 
@@ -45,6 +45,7 @@ def right_answers(
 ) -> dict[str, float]:
     """Shares of right answers, greedy: of questions as trained on ("seen"), of combinations and of
     phrasings that were held out of the training text; `count` of each."""
+    require_chat(tokenizer)
     language, character = language_of(source), persona_of(persona)
     sampling = SamplingConfig(max_new_tokens=ANSWER_TOKENS, temperature=0)
     end, size, found = tokenizer.token_to_id(IM_END), num_ids(tokenizer), {}

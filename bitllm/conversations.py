@@ -126,6 +126,15 @@ def can_chat(tokenizer: Any) -> bool:
     return all(tokenizer.token_to_id(name) is not None for name in SPECIAL)
 
 
+def require_chat(tokenizer: Any) -> None:
+    """ValueError, with what would do, where a model was not trained on conversations."""
+    if not can_chat(tokenizer):
+        raise ValueError(
+            f"this model knows no conversations (its tokenizer has no {IM_END}); expected one "
+            "that was trained on rows with messages. To continue a text, use generate"
+        )
+
+
 def add_marks(tokenizer: Any) -> None:
     """Give a tokenizer the marks of a conversation, where it has none."""
     tokenizer.add_special_tokens([name for name in SPECIAL if tokenizer.token_to_id(name) is None])

@@ -44,6 +44,11 @@ def test_a_persona_is_learned_from_a_file(few, tmp_path):
     assert (data.training == ~tokenizer.token_to_id("<|im_start|>")).any()
 
 
+def test_a_model_that_knows_no_conversations_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="knows no conversations"):
+        companion.right_answers(None, tokenizer)
+
+
 class Parrot:
     """Answers every question rightly, or never, in place of a model."""
 
