@@ -39,6 +39,8 @@ _HELP = {
     "prompt": "beginning of the text",
     "data": "file, folder or name of a data set (required)",
     "text_column": "column of .jsonl, .parquet or hub rows",
+    "encoding": "of local text, such as latin-1",
+    "document_separator": "a line that ends a document of a .txt",
     "stride": "tokens the context moves; default: all of it",
     "dtype": "auto, float32 (default), bfloat16 or float16",
 }
@@ -104,7 +106,7 @@ def _add_help(command: argparse.ArgumentParser) -> None:
             with contextlib.suppress(OSError):  # no source file, as in a notebook cell
                 texts = field_help(config)
             if config is SamplingConfig:  # elsewhere a preset or the run changes them
-                known = {item.name: item.default for item in fields(config)}
+                known = vars(CHAT_SAMPLING if command.prog.endswith(" chat") else SamplingConfig())
                 defaults = {k: f" (default: {v})" for k, v in known.items() if v is not None}
         for action in group._group_actions:
             if not action.help and action.dest in texts:

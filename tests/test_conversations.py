@@ -208,6 +208,15 @@ def test_the_command_line_talks(run, run_cli):
     assert done.stdout.splitlines()[1:] == ["A dog says woof.", chat.HELP, "A cat says meow."]
 
 
+def test_help_shows_the_defaults_of_a_conversation():
+    from bitllm.cli import parser
+
+    [commands] = [a for a in parser()._actions if isinstance(a.choices, dict)]
+    assert "(default: 0.3)" in commands.choices["chat"].format_help()
+    assert "(default: 0.8)" in commands.choices["generate"].format_help()
+    assert "latin-1" in commands.choices["evaluate"].format_help()
+
+
 def test_evaluate_counts_the_answers_only(run, source):
     found = bit.evaluate(*bit.load_model(run[0]), source)
     assert found["loss"] < 0.2
