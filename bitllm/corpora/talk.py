@@ -21,6 +21,7 @@ class Exchange:
     """A user's turn and its answer, and what they were made of."""
 
     kind: Kind
+    way: str
     rows: Rows
     user: str
     assistant: str
@@ -39,25 +40,24 @@ def _next(book: Book, me: Row, random: Random, done: Sequence[Exchange]) -> Exch
     before = {exchange.kind.name: exchange for exchange in done}
     if done and done[-1].kind.then and random() < ASK_ON:
         kind = done[-1].kind
-        rows = book.draw(kind, random, False, done[-1].rows)
-        return exchange(book, kind, kind.then, rows, me, random)
+        way, rows = book.draw(kind, kind.then, random, other=done[-1].rows)
+        return exchange(book, kind, way, rows, me, random)
     told = [kind for kind in book.kinds.values() if kind.after in before]
     told = [kind for kind in told if kind.name not in before]
     if told and random() < COME_BACK:
         kind = pick(told, random)
-        return exchange(book, kind, kind.ask, before[kind.after].rows, me, random)
+        rows = before[kind.after].rows
+        return exchange(book, kind, pick(book.ways(kind, kind.ask, rows), random), rows, me, random)
     often = [kind for kind in book.kinds.values() for _ in range(kind.weight) if not kind.after]
     kind = pick([k for k in often if k.name not in before and k.unless not in before], random)
-    return exchange(book, kind, kind.ask, book.draw(kind, random, False), me, random)
+    return exchange(book, kind, *book.draw(kind, kind.ask, random), me, random)
 
 
-def exchange(
-    book: Book, kind: Kind, ways: Sequence[str], rows: Rows, me: Row, random: Random
-) -> Exchange:
-    """Ask in one of these ways about these fillers, and answer."""
-    user = typed(pick(ways, random), rows, random)
+def exchange(book: Book, kind: Kind, way: str, rows: Rows, me: Row, random: Random) -> Exchange:
+    """Ask in this way about these fillers, and answer."""
+    user = typed(way, rows, random)
     rows = book.complete(kind, rows, random)
-    return Exchange(kind, rows, user, fill(pick(kind.answer, random), {**rows, "me": me}))
+    return Exchange(kind, way, rows, user, fill(pick(kind.answer, random), {**rows, "me": me}))
 
 
 def typed(template: str, rows: Rows, random: Random) -> str:
@@ -98,12 +98,13 @@ def last_exchanges(book: Book, me: Row, which: str, random: Random) -> Iterator[
             round_of.append(left.pop(int(random() * len(left))))
         for kind in round_of:
             ways, start = kind.held_out if which == "phrasings" else kind.ask, []
-            rows = book.draw(book.remembered(kind), random, held_out)
+            asked_on = bool(kind.then) and which != "phrasings" and random() < 0.25
+            way, rows = book.draw(kind, kind.then if asked_on else ways, random, held_out)
             if kind.after:
                 first = book.kinds[kind.after]
-                start = [exchange(book, first, first.ask, rows, me, random)]
-            elif kind.then and which != "phrasings" and random() < 0.25:
-                earlier = book.draw(kind, random, False, rows)
-                start = [exchange(book, kind, kind.ask, earlier, me, random)]
-                ways = kind.then
-            yield [*start, exchange(book, kind, ways, rows, me, random)]
+                ways = book.ways(first, first.ask, rows)
+                start = [exchange(book, first, pick(ways, random), rows, me, random)]
+            elif asked_on:
+                earlier = book.draw(kind, kind.ask, random, other=rows)
+                start = [exchange(book, kind, *earlier, me, random)]
+            yield [*start, exchange(book, kind, way, rows, me, random)]

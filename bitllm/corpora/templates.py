@@ -23,9 +23,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,20 +89,33 @@ class Book:
             for name, lines in content["tables"].items()
         }
         self.kinds = {name: Kind(name, **kind) for name, kind in content["kinds"].items()}
-        self._alone: dict[str, set[tuple[str, ...]]] = {}  # held out of kinds with one slot
 
     def remembered(self, kind: Kind) -> Kind:
         """The kind whose fillers an exchange is about: this one, or what was told before."""
         return self.kinds[kind.after] if kind.after else kind
 
-    def draw(self, kind: Kind, random: Random, held_out: bool, other: Rows | None = None) -> Rows:
-        """Fillers that a user asks about, none of them among `other`, those of the turn before."""
+    def draw(
+        self,
+        kind: Kind,
+        ways: Sequence[str],
+        random: Random,
+        held_out: bool = False,
+        other: Rows | None = None,
+    ) -> tuple[str, Rows]:
+        """One of these ways to ask and the fillers that are asked about (or were told before), none
+        of them among `other`, those of the turn before."""
         while True:
-            rows = self._rows(kind.slots, random)
+            rows = self._rows(self.remembered(kind).slots, random)
             again = other and any(rows[slot] == other[slot] for slot in rows)
-            fits = self._differ(kind, rows) and not again
-            if fits and self.is_held_out(kind, rows) is held_out:
-                return rows
+            free = self.ways(kind, ways, rows, held_out)
+            if free and not again and self._differ(self.remembered(kind), rows):
+                return pick(free, random), rows
+
+    def ways(
+        self, kind: Kind, ways: Sequence[str], rows: Rows, held_out: bool = False
+    ) -> list[str]:
+        """Those ways to ask whose combination with these fillers is held out, or is not."""
+        return [way for way in ways if self.is_held_out(kind, way, rows) is held_out]
 
     def complete(self, kind: Kind, rows: Rows, random: Random) -> Rows:
         """The same rows, and some for the slots that only the answers have."""
@@ -111,19 +125,17 @@ class Book:
             if self._differ(kind, found):
                 return found
 
-    def is_held_out(self, kind: Kind, rows: Rows) -> bool:
-        """Whether training never asks about these fillers in an exchange of this kind."""
-        texts = kind.fillers(rows)
-        if len(kind.slots) != 1:
-            return bool(texts) and _share(kind.name, texts) < HELD_OUT
-        if kind.name not in self._alone:  # few: so none would often be under a tenth
-            table = self.tables[_table(kind.slots[0])]
-            every = sorted(
-                {kind.fillers({kind.slots[0]: row}) for row in table},
-                key=lambda texts: _share(kind.name, texts),
-            )
-            self._alone[kind.name] = {*every[: round(len(every) * HELD_OUT)]}
-        return texts in self._alone[kind.name]
+    def is_held_out(self, kind: Kind, way: str, rows: Rows) -> bool:
+        """Whether training never has this combination in an exchange of this kind.
+
+        Of two fillers or more it is they, whatever the way to ask; a single one, also one that was
+        told before, is combined with the way to ask: what is not known at all cannot be answered.
+        """
+        asked = self.remembered(kind)
+        texts = asked.fillers(rows)
+        if len(asked.slots) == 1:
+            texts = (_letters(way), *texts)
+        return bool(texts) and _share(kind.name, texts) < HELD_OUT
 
     def _rows(self, slots: Iterable[str], random: Random) -> dict[str, Row]:
         return {slot: pick(self.tables[_table(slot)], random) for slot in slots}
@@ -177,7 +189,15 @@ def _cell(row: Row, column: str | None) -> str:
     return row[column] if column else next(iter(row.values()))
 
 
-def _share(kind: str, texts: Sequence[str]) -> float:
+@cache
+def _letters(text: str) -> str:
+    """What is left of a text however it is typed: lower case letters without their accents."""
+    decomposed = unicodedata.normalize("NFD", text.casefold())
+    return "".join(c for c in decomposed if c.isalpha())
+
+
+@cache
+def _share(kind: str, texts: tuple[str, ...]) -> float:
     """A number from 0 to 1 that belongs to this kind with these fillers, on every machine."""
     digest = hashlib.sha256("\0".join([kind, *texts]).encode()).digest()
     return int.from_bytes(digest[:4], "big") / 2**32

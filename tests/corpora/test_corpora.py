@@ -13,8 +13,8 @@ from bitllm.corpora import talk, templates
 
 STRANGE = 'Zoë "{animal}" {me.home} {0} %s \\1 <|im_start|>user 漢字 🐱'
 GOLDEN = {
-    "en": "d63c9b86949b88cf5c0d6c153af2d3098f1369f44f59a7a7da84b635310c9fca",
-    "es": "67537115c24d2f18f136a40c35b27387f1737ced8c922840b2ef6cbf16b952f0",
+    "en": "6aa7396a8c29dc6b365a562eccb9ae7b0f58544c1b39780d7899db7dc5ff7b21",
+    "es": "7a67e44dde4283568e8e3b9ab96d4030180974746c0be596872c14f53706c53c",
 }
 in_both = pytest.mark.parametrize("language", ["en", "es"])
 
@@ -102,7 +102,7 @@ def test_each_way_to_answer_is_right(language, which):
     assert kinds.keys() == asked
     assert max(kinds.values()) - min(kinds.values()) <= 1
     for kind in book.kinds.values():
-        rows = book.draw(book.remembered(kind), number, held_out=False)
+        _, rows = book.draw(kind, kind.ask, number)
         for way in kind.answer:
             full = {**book.complete(kind, rows, number), "me": me}
             groups = ([need] if isinstance(need, str) else need for need in kind.needs)
@@ -129,18 +129,44 @@ def test_answers_of_other_kinds_are_wrong(language):
 
 @in_both
 def test_held_out_combinations_are_never_asked_about(language, asked):
+    """Not these two fillers together, or not this filler in this way, and all the others are."""
     book, texts = templates.book(language), set(asked[language])
     for kind in book.kinds.values():
         if not kind.slots:
             continue
-        every = combinations(book, kind)
-        held = [rows for rows in every if book.is_held_out(kind, rows)]
-        assert 0.06 < len(held) / len(every) < 0.14, kind.name
-        for rows in held:
-            assert not texts & {plain(templates.fill(way, rows)) for way in kind.ask}, kind.name
-        if len(kind.slots) == 1:  # and all others are
-            found = [{plain(templates.fill(way, r)) for way in kind.ask} & texts for r in every]
-            assert sum(map(bool, found)) == len(every) - len(held), kind.name
+        held, free = set(), set()
+        for rows, way in product(combinations(book, kind), kind.ask):
+            text = plain(templates.fill(way, rows))
+            (held if book.is_held_out(kind, way, rows) else free).add(text)
+        assert 0.02 < len(held) / len(held | free) < 0.25, kind.name
+        assert not held & texts, kind.name
+        if len(kind.slots) == 1:
+            assert len(free & texts) > 0.8 * len(free), kind.name
+        else:
+            pairs = [r for r in combinations(book, kind) if book.is_held_out(kind, "", r)]
+            assert all(book.is_held_out(kind, way, rows) for rows in pairs for way in kind.ask)
+
+
+@in_both
+def test_what_is_not_known_is_not_asked(language):
+    """Each filler of a single slot is asked about in some ways, so no fact has to be guessed."""
+    book = templates.book(language)
+    for kind in book.kinds.values():
+        if len(book.remembered(kind).slots) == 1:
+            for rows in combinations(book, book.remembered(kind)):
+                assert len(book.ways(kind, kind.ask, rows)) >= 3
+
+
+@in_both
+def test_questions_about_combinations_are_about_held_out_ones(language, asked):
+    book, texts, together = templates.book(language), set(asked[language]), 0
+    for question in corpora.questions(language, which="combinations", count=500):
+        kind = book.kinds[question.kind]
+        assert book.remembered(kind).slots
+        if len(question.messages) == 1:
+            assert plain(question.messages[-1]["content"]) not in texts, question
+        together += len(kind.slots) > 1
+    assert together > 20
 
 
 @in_both
@@ -151,7 +177,7 @@ def test_held_out_combinations_are_not_asked_on_about_or_remembered(language):
         done = talk.conversation(book, me, number)
         before = set()
         for exchange in done:
-            assert not book.is_held_out(book.remembered(exchange.kind), exchange.rows)
+            assert not book.is_held_out(exchange.kind, exchange.way, exchange.rows)
             assert exchange.kind.unless not in before
             assert not exchange.kind.after or exchange.kind.after in before
             before.add(exchange.kind.name)
@@ -246,7 +272,7 @@ def test_a_persona_goes_through_as_it_is(language, field, tmp_path):
     book, number = templates.book(language), random.Random(0).random
     kind, me = book.kinds[field], persona.row(language)
     for way in kind.answer:
-        told = talk.exchange(book, kind, kind.ask, {}, me, number)
+        told = talk.exchange(book, kind, kind.ask[0], {}, me, number)
         assert STRANGE in told.assistant
         assert STRANGE in templates.fill(way, {"me": me})
     asked = corpora.questions(language, persona, count=200)
