@@ -30,7 +30,7 @@ _NEXT_FIELD = re.compile(r";\s*(?=\w+\s*=)")
 class Persona:
     """Who the companion is. What is empty comes from the language's template file."""
 
-    name: str = "Pip"
+    name: str = ""
     home: str = ""  # "I live in ..."
     likes: str = ""  # "I like ..."
     maker: str = ""  # "I was made by ..."
@@ -86,7 +86,7 @@ class Persona:
 
     def spelled(self) -> str:
         """As `parse` reads it, the same for the same character; empty: all is the language's."""
-        own = {k: v for k, v in asdict(self).items() if v != getattr(Persona, k)}
+        own = {name: value for name, value in asdict(self).items() if value}
         text = "; ".join(f"{name}={value}" for name, value in own.items())
         try:
             same = Persona.parse(text) == self
