@@ -255,13 +255,15 @@ class DataConfig(_Checked):
     encoding: str | None = None
     """of local text, such as latin-1; default: UTF-8, or what a byte order mark says"""
     persona: str | None = None
-    """a .json file that says who the companion is: name, home, likes, maker, motto"""
+    """who the companion is: "name=Luna; home=a boat" (likes, maker, motto); a flag takes a .json"""
     document_separator: str | None = None
     """a line that ends a document of a .txt, such as <|endoftext|>; default: there is none"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.data), "data", "", "a file, a folder, a data set's name or pydocs")
+        fits = not self.persona or self.data.partition(":")[0] == "companion"
+        require(fits, "persona", self.persona, f"none with data={self.data!r}; companion has one")
 
 
 @dataclass(frozen=True)
@@ -1429,12 +1431,11 @@ def prepare_data(
     """
     out, asked = Path(out), {"data": asdict(config), "vocab_size": vocab_size}
     manifest = {"format_version": 1, "asked": asked, "source_sha256": None}
-    made = config.data.partition(":")[0] in ("pydocs", "companion")
-    whole = made or Path(config.data).expanduser().is_file()
+    path = Path(config.data).expanduser()
+    whole = config.data.partition(":")[0] in ("pydocs", "companion") or path.is_file()
     if config.max_train_tokens and not whole:
         manifest["stream_state"] = None
     elif is_local(config.data):
-        path = Path(config.data).expanduser()
         files = [path] if path.is_file() else extension("files", "a folder").files_on_disk(path)
         digests = "".join(map(file_hash, files))
         manifest["source_sha256"] = hashlib.sha256(digests.encode()).hexdigest()
@@ -2757,9 +2758,8 @@ def generate_command(flags: argparse.Namespace) -> None:
 
 def evaluate_command(flags: argparse.Namespace) -> None:
     """print the loss on a text, as one JSON object"""
-    more = {
-        n: getattr(flags, n) for n in ("stride", "text_column", "encoding", "document_separator")
-    }
+    names = ("stride", "text_column", "encoding", "document_separator")
+    more = {name: getattr(flags, name) for name in names}
     more["device"] = choose_device(dtype=TrainConfig(dtype=flags.dtype).dtype)
     print(json.dumps(evaluate(*load_model(flags.model, flags.checkpoint), flags.data, **more)))
 

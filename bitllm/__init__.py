@@ -17,7 +17,8 @@ import bitllm_core
 __version__ = "1.0.0.dev0"
 
 _MODULES = {
-    "chat": ("Chat", "chat"),
+    "chat": ("Chat", "chat", "respond"),
+    "conversations": ("can_chat",),
     "export": (
         "Exported",
         "export_gguf",

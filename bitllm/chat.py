@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bitllm.conversations import IM_END, Message, encode_messages, require_chat
-from bitllm_core import BitLM, SamplingConfig, generate_tokens, load_model, num_ids
+from bitllm.conversations import IM_END, Message, can_chat, encode_messages, require_chat
+from bitllm_core import BitLM, SamplingConfig, generate_tokens, load_model, num_ids, stream
 
 log = logging.getLogger("bitllm")
 
@@ -71,6 +71,16 @@ class Chat:
     def answer(self, text: str) -> str:
         """Say something; return the whole answer."""
         return "".join(self.reply(text))
+
+
+def respond(
+    model: BitLM, tokenizer: Any, prompt: str, sampling: SamplingConfig | None = None
+) -> Iterator[str]:
+    """What a model has to say, piece by piece: an answer to `prompt`, where it was trained on
+    conversations, and how the text goes on, where it was not."""
+    if can_chat(tokenizer):
+        return Chat(model, tokenizer, sampling or SAMPLING).reply(prompt)
+    return stream(model, tokenizer, prompt, sampling or SamplingConfig())
 
 
 HELP = "/new begins a new conversation, /quit ends"

@@ -22,7 +22,7 @@ import torch.distributed as dist
 import bitllm_core as core
 from bitllm.chat import SAMPLING as CHAT_SAMPLING
 from bitllm.chat import Chat, chat
-from bitllm.companion import right_answers
+from bitllm.companion import recorded_persona, right_answers
 from bitllm.conversations import can_chat
 from bitllm.export import add_export_flags, export_limits, llama_cpp_stream, run_export
 from bitllm.progress import ProgressBar, Terminal
@@ -65,9 +65,8 @@ def parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
     generate.set_defaults(run=_generate)
     commands.choices["evaluate"].set_defaults(run=_evaluate)
-    commands.choices["evaluate"].add_argument(
-        "--persona", help="who the companion is: a .json file"
-    )
+    text = 'who the companion is: a .json or "name=Luna; home=a boat"; default: as the run has it'
+    commands.choices["evaluate"].add_argument("--persona", help=text)
     model = {"--model": {"required": True}, "--checkpoint": {"default": "last"}}
     core.add_command(commands, "chat", _chat, model, SamplingConfig)
     add_export_flags(core.add_command(commands, "export", _export, model))
@@ -147,6 +146,8 @@ def _train(flags: argparse.Namespace) -> int:
     callbacks: list[core.Callback] = [ProgressBar(), _ExportNotes()]
     callbacks += [TensorBoard(flags.out)] if flags.tensorboard else []
     callbacks += [WandB(flags.out, flags.wandb)] if flags.wandb else []
+    if "persona" in flags:
+        flags.persona = recorded_persona(flags.persona)
     err, out = Terminal(sys.stderr), Terminal(sys.stdout)
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out):
         return core.train_command(flags, callbacks, partial(_report, flags.out))
@@ -165,10 +166,13 @@ def _evaluate(flags: argparse.Namespace) -> None:
     """print the loss on a text, or the companion's right answers, as one JSON object"""
     if flags.data.partition(":")[0] != "companion":
         return core.evaluate_command(flags)
-    found = right_answers(
-        *core.load_model(flags.model, flags.checkpoint), flags.data, flags.persona
-    )
-    print(json.dumps(found))
+    if flags.persona is None:
+        saved = (core.read_json(Path(flags.model, "config.json")) or {}).get("data")
+        persona = saved.get("persona") if isinstance(saved, dict) else None
+    else:
+        persona = recorded_persona(flags.persona)
+    model, tokenizer = core.load_model(flags.model, flags.checkpoint)
+    print(json.dumps(right_answers(model, tokenizer, flags.data, persona)))
 
 
 def _step(name: str) -> str | int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from bitllm.conversations import IM_END, as_text, encode_messages, require_chat
@@ -23,14 +25,20 @@ def language_of(source: str) -> str:
     return language
 
 
-def persona_of(path: str | None) -> Persona | None:
-    """The character in a .json file; None: the one of the language."""
-    return Persona.read(path) if path else None
+def recorded_persona(given: str) -> str | None:
+    """What DataConfig records of a character, given as a .json file or as `Persona.parse` takes it.
+
+    It is what the file says, not its name: so a run has its character wherever it is resumed.
+    """
+    path = None
+    with contextlib.suppress(OSError, RuntimeError):  # a long text, "~" without a home
+        path = Path(given).expanduser() if Path(given).expanduser().is_file() else None
+    return (Persona.read(path) if path else Persona.parse(given)).spelled() or None
 
 
 def parts(source: str, split: str, config: DataConfig) -> Iterator[Part]:
     """The conversations of a split; those of the validation split are made from another seed."""
-    language, persona = language_of(source), persona_of(config.persona)
+    language, persona = language_of(source), Persona.parse(config.persona or "")
     if split in COUNTS:
         made = conversations(language, persona, seed=list(COUNTS).index(split))
         yield map(as_text, itertools.islice(made, COUNTS[split])), False, True
@@ -44,9 +52,10 @@ def right_answers(
     count: int = 200,
 ) -> dict[str, float]:
     """Shares of right answers, greedy: of questions as trained on ("seen"), of combinations and of
-    phrasings that were held out of the training text; `count` of each."""
+    phrasings that were held out of the training text; `count` of each. `persona` as in
+    DataConfig."""
     require_chat(tokenizer)
-    language, character = language_of(source), persona_of(persona)
+    language, character = language_of(source), Persona.parse(persona or "")
     sampling = SamplingConfig(max_new_tokens=ANSWER_TOKENS, temperature=0)
     end, size, found = tokenizer.token_to_id(IM_END), num_ids(tokenizer), {}
     for which in WHICH:

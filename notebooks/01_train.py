@@ -75,13 +75,17 @@ drive = bit.mount_drive() if use_drive else None
 #
 # Empty or 0 means the preset's value. `data` takes a text file or a folder, a known name
 # (`wikitext-2`, `tinystories`, `fineweb-edu`, `wikipedia-es`, `pydocs`) or `hf:OWNER/NAME`.
+# `companion` is somebody to talk with, whom you make up: in `persona`, as in
+# `name=Luna; home=a boat; likes=tea; maker=Ana; motto=Slow is fine.`, or in the form below. What
+# is left out is as it was thought up here, in English or, with `companion:es`, in Spanish.
 # `minutes` is a time budget, which sets the number of steps. `resume = never` moves the run in
 # the folder aside and starts a new one.
 
 # %%
 # @title Settings
 preset = "auto"  # @param ["auto", "ci", "demo", "laptop", "t4-1h", "t4-3h", "seed"]
-data = ""  # @param {type: "string"}
+data = ""  # @param ["", "companion", "companion:es"] {allow-input: true}
+persona = ""  # @param {type: "string"}
 minutes = 0.0  # @param {type: "number"}
 hidden_size = 0  # @param {type: "integer"}
 num_hidden_layers = 0  # @param {type: "integer"}
@@ -102,6 +106,7 @@ settings = bit.Settings(
     resume,
     out,
     mirror,
+    persona,
 )
 if drive and not mirror:
     settings = settings.replace(mirror=str(drive / settings.run_folder.name))
@@ -152,18 +157,26 @@ print(f"perplexity {last['val_perplexity']:.1f}; a uniform guess: {model.vocab_s
 # %% [markdown]
 # ## Let it write
 #
-# A model this small knows the look of its text rather than its sense. More steps, more text and
-# more width help, in this order; see `docs/troubleshooting.md`.
+# A model that was trained on conversations answers; any other goes on with a text. One this small
+# knows the look of its text rather than its sense. More steps, more text and more width help, in
+# this order; see `docs/troubleshooting.md`.
 
 # %%
 net, tokenizer = bit.load_model(run)
-sampling = bit.SamplingConfig(max_new_tokens=120, temperature=0.8, seed=0)
-for piece in bit.stream(net, tokenizer, "The ", sampling):
+prompt = "hello" if bit.can_chat(tokenizer) else "The "
+sampling = bit.SamplingConfig(max_new_tokens=120, temperature=0.5, seed=0)
+for piece in bit.respond(net, tokenizer, prompt, sampling):
     print(piece, end="")
 
 # %% [markdown]
-# `02_use` gives a prompt box with sliders for this model; `03_inside_ternary` shows what the
-# ternary weights do. The run folder is all there is to keep.
+# Now you. Press **Say** or **Write** as often as you like.
+
+# %%
+bit.prompt_box(net, tokenizer, prompt)
+
+# %% [markdown]
+# `02_use` weighs and exports this model; `03_inside_ternary` shows what the ternary weights do.
+# The run folder is all there is to keep.
 
 # %%
 assert state.finished, (

@@ -20,8 +20,9 @@
 #
 # [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/bitllm/blob/main/notebooks/02_use.ipynb)
 #
-# A prompt box with sliders for the model that `01_train` left behind, and what its ternary weights
-# weigh. Costs nothing and takes seconds. Where no model is found, a small one is trained first.
+# A chat, or a prompt box with sliders, for the model that `01_train` left behind, and what its
+# ternary weights weigh. Costs nothing and takes seconds. Where no model is found, a small one is
+# trained first.
 
 # %% [markdown]
 # ## Installation
@@ -74,19 +75,23 @@ print(f"{run.as_posix()}: {net.config.num_parameters / 1e6:.2f}M parameters")
 # %% [markdown]
 # ## Write
 #
-# Temperature 0 always takes the likeliest token; higher values dare more. Top-k and top-p leave
-# out what is unlikely. Press **Write** as often as you like.
+# A model that was trained on conversations gets a chat here, and remembers what was said. Any
+# other gets a box for the beginning of a text. There, temperature 0 always takes the likeliest
+# token; higher values dare more. Top-k and top-p leave out what is unlikely. Press **Say** or
+# **Write** as often as you like. Empty: `hello`, or `The `.
 
 # %%
-prompt = "The "  # @param {type: "string"}
+prompt = ""  # @param {type: "string"}
+prompt = prompt or ("hello" if bit.can_chat(tokenizer) else "The ")
 bit.prompt_box(net, tokenizer, prompt)
 
 # %% [markdown]
-# The same in code: `stream` yields the text as it comes.
+# The same in code: `respond` yields an answer, or how the text goes on, as it comes. `bit.Chat` is
+# a conversation with its history; `bit.stream` and `bit.generate` know text alone.
 
 # %%
 sampling = bit.SamplingConfig(max_new_tokens=80, temperature=0.7, top_k=40, top_p=0.95, seed=0)
-for piece in bit.stream(net, tokenizer, prompt, sampling):
+for piece in bit.respond(net, tokenizer, prompt, sampling):
     print(piece, end="")
 
 # %% [markdown]
@@ -95,7 +100,8 @@ for piece in bit.stream(net, tokenizer, prompt, sampling):
 # %%
 for temperature in (0.0, 0.7, 1.5):
     sampling = bit.SamplingConfig(max_new_tokens=30, temperature=temperature, seed=0)
-    print(f"temperature {temperature}: {bit.generate(net, tokenizer, prompt, sampling)!r}")
+    text = "".join(bit.respond(net, tokenizer, prompt, sampling))
+    print(f"temperature {temperature}: {text!r}")
 
 # %% [markdown]
 # ## What it weighs
@@ -183,7 +189,7 @@ except OSError as error:
 again, its_tokenizer = bit.load_model(exports[0].path)
 sampling = bit.SamplingConfig(max_new_tokens=30, temperature=0, seed=0)
 for model, words in ((net, tokenizer), (again, its_tokenizer)):
-    print(repr(bit.generate(model, words, prompt, sampling)))
+    print(repr("".join(bit.respond(model, words, prompt, sampling))))
 
 # %% [markdown]
 # llama.cpp itself, inside this notebook. It is a download of 34 MB, so only with a tick.

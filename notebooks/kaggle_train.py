@@ -76,21 +76,25 @@ print(bit.environment_report())
 #
 # `data` takes a known name (`wikitext-2`, `tinystories`, `fineweb-edu`, `wikipedia-es`, `pydocs`),
 # `hf:OWNER/NAME`, or a file or folder such as one under `/kaggle/input`; empty: as the preset has
-# it. `max_steps = 0` is the preset's number; a larger one makes a finished run longer. Kaggle ends
-# a session after 12 hours: after `max_hours` training is stopped and saved, and the cells below
+# it. `companion` (`companion:es`) is somebody to talk with, whom you make up in `persona`, as in
+# `name=Luna; home=a boat; likes=tea; maker=Ana; motto=Slow is fine.`.
+#
+# `max_steps = 0` is the preset's number; a larger one makes a finished run longer. Kaggle ends a
+# session after 12 hours: after `max_hours` training is stopped and saved, and the cells below
 # still run. `gpus = 0` means all there are.
 
 # %%
 # @title Settings
 preset = "auto"  # @param ["auto", "ci", "demo", "laptop", "t4-1h", "t4-3h", "seed"]
-data = ""  # @param {type: "string"}
+data = ""  # @param ["", "companion", "companion:es"] {allow-input: true}
+persona = ""  # @param {type: "string"}
 max_steps = 0  # @param {type: "integer"}
 max_hours = 11.5  # @param {type: "number"}
 gpus = 0  # @param {type: "integer"}
 
 began = time.monotonic()
 working = next(folder for folder in (Path("/kaggle/working"), Path()) if folder.is_dir())
-settings = bit.Settings(preset, data)
+settings = bit.Settings(preset, data, persona=persona)
 run = working / settings.run_folder
 settings = settings.replace(out=str(run))
 
@@ -183,13 +187,15 @@ if process.returncode and not stopped:
 # %% [markdown]
 # ## Let it write
 #
-# A model this small knows the look of its text rather than its sense. More steps, more text and
-# more width help, in this order.
+# A model that was trained on conversations answers; any other goes on with a text. One this small
+# knows the look of its text rather than its sense. More steps, more text and more width help, in
+# this order.
 
 # %%
 net, tokenizer = bit.load_model(run)
-sampling = bit.SamplingConfig(max_new_tokens=120, temperature=0.8, seed=0)
-for piece in bit.stream(net, tokenizer, "The ", sampling):
+prompt = "hello" if bit.can_chat(tokenizer) else "The "
+sampling = bit.SamplingConfig(max_new_tokens=120, temperature=0.5, seed=0)
+for piece in bit.respond(net, tokenizer, prompt, sampling):
     print(piece, end="")
 
 # %% [markdown]

@@ -6,7 +6,7 @@ import json
 import pytest
 
 import bitllm_core as bit
-from bitllm import companion
+from bitllm import cli, companion
 from bitllm.conversations import as_text
 from bitllm.corpora import WHICH, Persona, conversations, questions
 
@@ -33,15 +33,71 @@ def test_a_wrong_language_is_named():
         list(bit.read_pieces("companion:xx"))
 
 
-def test_a_persona_is_learned_from_a_file(few, tmp_path):
+def test_a_persona_is_learned_and_what_its_file_says_is_recorded(few, tmp_path):
     path, name = tmp_path / "me.json", 'Ünï "{name}" <|im_start|>'
     path.write_text(json.dumps({"name": name}))
-    config = bit.DataConfig("companion", persona=str(path))
+    recorded = companion.recorded_persona(str(path))
+    assert recorded == f"name={name}"
+    config = bit.DataConfig("companion", persona=recorded)
     text = "".join(text for text, _ in bit.read_pieces("companion", "train", config))
     assert name in text
     data, tokenizer = bit.prepare_data(config, 512, 64, tmp_path / "run")
     assert (data.training >= 0).any()
     assert (data.training == ~tokenizer.token_to_id("<|im_start|>")).any()
+
+
+def test_the_character_of_a_run_is_known_without_its_file(few, tmp_path, monkeypatch, capsys):
+    path, run = tmp_path / "me.json", tmp_path / "run"
+    flags = {"data": "companion", "persona": path, "out": run, "preset": "ci", "max_steps": 1}
+    flags |= {"max_position_embeddings": 16, "batch_tokens": 16}
+
+    def train(**changes):
+        given = {**flags, **changes}.items()
+        flag = [x for k, v in given for x in ("--" + k.replace("_", "-"), str(v))]
+        return bit.main(["train", *flag], cli.parser()), capsys.readouterr().err
+
+    path.write_text('{"name": "Luna", "home": "a boat"}')
+    assert train()[0] == 0
+    path.write_text('{"home": "a boat",\n "name": "Luna"}')
+    assert train()[0] == train(persona="home=a boat; name=Luna")[0] == 0  # the same character
+    path.write_text('{"name": "Lena"}')
+    status, said = train()
+    assert status == 2
+    assert "persona (run: name=Luna; home=a boat, asked: name=Lena)" in said
+    path.unlink()
+    assert train(persona="name=Luna; home=a boat", max_steps=2)[0] == 0
+    asked = []
+    monkeypatch.setattr(cli, "right_answers", lambda *a: asked.append(a[3]) or {})
+    for more in ([], ["--persona", "name=Lena"], ["--persona", ""]):
+        evaluate = ["evaluate", "--model", str(run), "--data", "companion", *more]
+        assert bit.main(evaluate, cli.parser()) == 0
+    assert asked == ["name=Luna; home=a boat", "name=Lena", None]
+
+
+@pytest.mark.parametrize(
+    ("persona", "says"),
+    [
+        ("nmae=Luna", "persona='nmae=Luna': 'nmae' is no field; expected name, home, likes, maker"),
+        ("name=Luna; hom=x", "'hom' is no field; expected name, home, likes, maker, motto"),
+        ("name=Luna; home=", "home='': expected a text that is not empty"),
+        ("name=Luna; name=Lena", "name is given twice"),
+        ("there_is_none.json", 'expected "name=TEXT; home=TEXT", of name, home, likes, maker'),
+        ("Luna " * 1000, 'expected "name=TEXT'),
+        ('{"name": 3}', "name=3: expected a text that is not empty"),
+        ('{"name"', "cannot be read as .json"),
+    ],
+)
+def test_a_persona_that_cannot_be_read_ends_the_command(persona, says, tmp_path, capsys):
+    flags = ["--data", "companion", "--persona", persona, "--out", str(tmp_path / "run")]
+    assert bit.main(["train", *flags], cli.parser()) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_the_companion_has_a_persona():
+    assert bit.DataConfig("companion:es", persona="name=Luna").persona == "name=Luna"
+    with pytest.raises(ValueError, match="persona='name=Luna': expected none with data='pydocs'"):
+        bit.DataConfig("pydocs", persona="name=Luna")
 
 
 def test_a_model_that_knows_no_conversations_is_refused(tokenizer):

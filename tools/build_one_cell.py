@@ -24,11 +24,12 @@ an hour; without a GPU a small model is kept to about three minutes."""
 FORM = """\
 # @title Train a 1.58-bit language model
 preset = "auto"  # @param ["auto", "ci", "demo", "laptop", "t4-1h", "t4-3h", "seed"]
-data = ""  # @param {type: "string"}
+data = ""  # @param ["", "companion", "companion:es"] {allow-input: true}
+persona = ""  # @param {type: "string"}
 minutes = 0.0  # @param {type: "number"}
 resume = "auto"  # @param ["auto", "never"]
 use_drive = False  # @param {type: "boolean"}
-prompt = "The "  # @param {type: "string"}
+prompt = ""  # @param {type: "string"}
 """
 
 LAUNCHER = """
@@ -57,7 +58,7 @@ import bitllm as bit
 bit.log_to(sys.stdout)
 print(bit.environment_report())
 drive = bit.mount_drive() if use_drive else None
-settings = bit.Settings(preset, data, minutes=minutes, resume=resume)
+settings = bit.Settings(preset, data, minutes=minutes, resume=resume, persona=persona)
 run = settings.run_folder
 if drive:
     settings = settings.replace(mirror=str(drive / run.name))
@@ -65,7 +66,8 @@ print(settings.describe())
 state = bit.train(*settings.configs(), run, callbacks=[bit.LiveDisplay(run)], **settings.options)
 bit.show_run(run)
 net, tokenizer = bit.load_model(run)
-print(prompt + bit.generate(net, tokenizer, prompt, bit.SamplingConfig(seed=0)))
+prompt = prompt or ("hello" if bit.can_chat(tokenizer) else "The ")
+print(prompt + "\\n" * bit.can_chat(tokenizer), *bit.respond(net, tokenizer, prompt), sep="")
 bit.prompt_box(net, tokenizer, prompt)
 assert state.step == state.config.max_steps, (
     f"stopped at step {state.step} of {state.config.max_steps}, and saved: run the cell again"

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from itertools import islice, repeat
 from pathlib import Path
+from typing import Any
 
 import bitllm.corpora.talk as talk
 from bitllm.corpora.templates import LANGUAGES, Row, book, fill
@@ -21,13 +23,14 @@ from bitllm.corpora.templates import LANGUAGES, Row, book, fill
 __all__ = ["LANGUAGES", "WHICH", "Persona", "Question", "conversations", "questions"]
 
 WHICH = ("seen", "combinations", "phrasings")
+_NEXT_FIELD = re.compile(r";\s*(?=\w+\s*=)")
 
 
 @dataclass(frozen=True)
 class Persona:
     """Who the companion is. What is empty comes from the language's template file."""
 
-    name: str = "Pip"
+    name: str = ""
     home: str = ""  # "I live in ..."
     likes: str = ""  # "I like ..."
     maker: str = ""  # "I was made by ..."
@@ -36,20 +39,60 @@ class Persona:
     @classmethod
     def read(cls, path: str | Path) -> Persona:
         """From a .json file with some of these fields. ValueError names the file and the field."""
+        return cls._from_json(Path(path).read_bytes(), str(path))
+
+    @classmethod
+    def parse(cls, text: str) -> Persona:
+        """From `name=TEXT; home=TEXT` with some of these fields, or the same as a JSON object.
+
+        A text may have semicolons, but none before a word and "=". ValueError names the field.
+        """
+        where = f"persona={text!r}"
+        if text.lstrip().startswith("{"):
+            return cls._from_json(text, where)
+        pairs = [part.partition("=") for part in _NEXT_FIELD.split(text.strip(" ;"))]
+        if pairs == [("", "", "")]:
+            return cls()
+        names = [name.strip() for name, _, _ in pairs]
+        if not all(equals for _, equals, _ in pairs):
+            raise ValueError(
+                f'{where}: expected "name=TEXT; home=TEXT", of {_names(cls)}; '
+                "--persona and the notebooks take a .json file that exists, too"
+            )
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"{where}: {min(twice)} is given twice")
+        values = (value.strip() for _, _, value in pairs)
+        return cls._checked(dict(zip(names, values, strict=True)), where)
+
+    @classmethod
+    def _from_json(cls, text: str | bytes, where: str) -> Persona:
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        except ValueError as error:
-            raise ValueError(f"{path}: cannot be read as .json ({error})") from error
-        names = [field.name for field in fields(cls)]
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: cannot be read as .json ({error})") from error
         if not isinstance(content, dict):
-            raise ValueError(f"{path}: expected an object with {', '.join(names)}")
+            raise ValueError(f"{where}: expected an object with {_names(cls)}")
+        return cls._checked(content, where)
+
+    @classmethod
+    def _checked(cls, content: dict[str, Any], where: str) -> Persona:
         for name, value in content.items():
-            if name not in names:
-                raise ValueError(f"{path}: {name!r} is no field; expected {', '.join(names)}")
+            if name not in _names(cls).split(", "):
+                raise ValueError(f"{where}: {name!r} is no field; expected {_names(cls)}")
             lone = isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value)
             if not isinstance(value, str) or not value.strip() or lone:
-                raise ValueError(f"{path}: {name}={value!r}: expected a text that is not empty")
+                raise ValueError(f"{where}: {name}={value!r}: expected a text that is not empty")
         return cls(**content)
+
+    def spelled(self) -> str:
+        """As `parse` reads it, the same for the same character; empty: all is the language's."""
+        own = {name: value for name, value in asdict(self).items() if value}
+        text = "; ".join(f"{name}={value}" for name, value in own.items())
+        try:
+            same = Persona.parse(text) == self
+        except ValueError:
+            same = False
+        return text if same else json.dumps(own, ensure_ascii=False)
 
     def row(self, language: str) -> Row:
         """Its fields, with the language's own where they are empty."""
@@ -102,6 +145,10 @@ def questions(
         needs = tuple(tuple(fill(text, rows) for text in group) for group in groups)
         found.append(Question(talk.messages(exchanges)[:-1], last.kind.name, needs))
     return found
+
+
+def _names(config: Any) -> str:
+    return ", ".join(field.name for field in fields(config))
 
 
 def _contains(answer: str, text: str) -> bool:

@@ -12,8 +12,12 @@ from urllib.parse import quote
 import bitllm.notebook.kernel as kernel
 from bitllm.chat import SAMPLING, Chat
 from bitllm.conversations import can_chat
-from bitllm.notebook.figures import CARD
+from bitllm.notebook.figures import CARD, INK
 from bitllm_core import BitLM, SamplingConfig, generate, stream
+
+BUBBLE = "display:inline-block;max-width:80%;white-space:pre-wrap;text-align:left;"
+BUBBLE += "line-height:1.4;padding:6px 12px;border-radius:12px"
+ASKED, ANSWERED = "background:#0b5cad;color:#ffffff", f"background:#e7ebf0;color:{INK}"
 
 
 def prompt_box(model: BitLM, tokenizer: Any, prompt: str = "") -> None:
@@ -58,8 +62,8 @@ def _bubbles(messages: list[dict[str, str]], coming: str | None = None) -> str:
     turns = [(m["role"] == "user", m["content"]) for m in messages]
     turns += [] if coming is None else [(False, coming)]
     rows = [
-        f'<div style="text-align:{"right" if user else "left"};margin:4px 0"><span style="{CARD};'
-        f'display:inline-block;max-width:80%;white-space:pre-wrap">{html.escape(text)}</span></div>'
+        f'<div style="text-align:{"right" if user else "left"};margin:4px 0"><span style="'
+        f'{ASKED if user else ANSWERED};{BUBBLE}">{html.escape(text)}</span></div>'
         for user, text in turns
     ]
     return f'<div style="width:520px">{"".join(rows)}</div>'
@@ -83,9 +87,9 @@ def chat_box(
         return
     from IPython.display import display
 
-    text = widgets.Text(value=prompt, placeholder="Say something", layout={"width": "380px"})
+    text = widgets.Text(value=prompt, placeholder="Say something", layout={"width": "300px"})
     say, new = widgets.Button(description="Say"), widgets.Button(description="New conversation")
-    say.layout.width, history = "60px", widgets.HTML()
+    say.layout.width, new.layout.width, history = "60px", "148px", widgets.HTML()
 
     def answer(_: Any) -> None:
         question, said = text.value.strip(), ""

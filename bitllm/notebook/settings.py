@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bitllm.companion import language_of, recorded_persona
 from bitllm.machine import estimate_seconds, product_rate
 from bitllm.planner import estimate_memory
 from bitllm_core import (
@@ -51,6 +52,9 @@ class Settings:
     """run folder; default: runs/PRESET, or runs/PRESET-DATA with other data than the preset's"""
     mirror: str = ""
     """folder for copies of the checkpoints, such as one on Drive"""
+    persona: str = ""
+    """who the companion is, a .json file or as DataConfig.persona; empty: as the run in the folder
+    has it, or the language"""
 
     def __post_init__(self) -> None:
         names = ("auto", *PRESETS)
@@ -72,6 +76,12 @@ class Settings:
         """Whether there is no GPU and no preset was chosen: then the run is kept short."""
         chosen = self.preset != "auto" or os.environ.get("BITLLM_PRESET")
         return not chosen and not torch.cuda.is_available()
+
+    @property
+    def language(self) -> str | None:
+        """The companion's, where that is the data."""
+        source = self.data or PRESETS[self.preset_name][1].data
+        return language_of(source) if source.partition(":")[0] == "companion" else None
 
     def replace(self, **changes: Any) -> Settings:
         return dataclasses.replace(self, **changes)
@@ -105,10 +115,19 @@ class Settings:
             model = dataclasses.replace(model, num_hidden_layers=self.num_hidden_layers)
         if self.data:
             data = dataclasses.replace(data, data=self.data)
+        if self.language or self.persona:
+            data = dataclasses.replace(data, persona=self._persona(data.data))
         check_configs(model, config)
         if self.minutes or self.is_fallback:
             config = dataclasses.replace(config, max_steps=self._fitting_steps(model, config))
         return model, data, config
+
+    def _persona(self, source: str) -> str | None:
+        """Who the companion is: as asked for, or as in the run that is resumed."""
+        if self.persona:
+            return recorded_persona(self.persona)
+        saved = self._saved_run()[1].get("data", {}) if self.resume == "auto" else {}
+        return saved.get("persona") if saved.get("data") == source else None
 
     def _fitting_steps(self, model: ModelConfig, config: TrainConfig) -> int:
         """The number of steps that fits the time budget; at most the preset's without a budget.
@@ -137,6 +156,7 @@ class Settings:
             "model": f"{model.num_parameters / 1e6:.2f}M parameters: {model.num_hidden_layers} "
             f"layers of width {model.hidden_size}, context {model.max_position_embeddings}",
             "data": data.data,
+            **({"companion": data.persona or "as its language has it"} if self.language else {}),
             "training": f"{config.max_steps:,} steps of {config.batch_tokens:,} tokens, peak "
             f"learning rate {peak_rates(model, config)[0]:g}",
             "memory": f"{memory:,.0f} MB for weights, gradients and optimizer, plus activations",

@@ -302,6 +302,7 @@ def test_a_name_without_letters_is_checked_too():
         ('{"home": "\\ud83d"}', "home=.*: expected a text"),
         ('["Pip"]', "expected an object with name, home"),
         ("name: Pip", r"cannot be read as \.json"),
+        pytest.param("[" * 100_000, r"cannot be read as \.json", id="deep"),
     ],
 )
 def test_a_wrong_persona_is_named(content, says, tmp_path):
@@ -309,6 +310,32 @@ def test_a_wrong_persona_is_named(content, says, tmp_path):
     path.write_text(content)
     with pytest.raises(ValueError, match=rf"persona\.json: {says}"):
         corpora.Persona.read(path)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"name": "Luna", "home": "a boat"},
+        {"motto": "Slow; but sure = good"},
+        {"motto": "x; home=y"},
+        {"likes": '"tea", <|im_start|> & {name}', "maker": "漢字\n🐱"},
+        {"name": " Luna;", "motto": "; ="},
+        {"name": "{x}", "home": "="},
+    ],
+)
+def test_a_persona_is_spelled_as_it_is_parsed(fields):
+    persona = corpora.Persona(**fields)
+    assert corpora.Persona.parse(persona.spelled()) == persona
+    assert corpora.Persona.parse(json.dumps(fields)) == persona
+
+
+def test_a_persona_is_spelled_plainly_where_that_does():
+    parse = corpora.Persona.parse
+    assert parse(" home = a boat ;name=Luna; ").spelled() == "name=Luna; home=a boat"
+    assert parse("motto=Slow; but sure").motto == "Slow; but sure"
+    assert corpora.Persona().spelled() == parse("").spelled() == ""
+    assert corpora.Persona(motto="x; home=y").spelled() == '{"motto": "x; home=y"}'
 
 
 def test_wrong_choices_are_named():

@@ -17,7 +17,7 @@ import pytest
 
 import bitllm_core as bit
 from tests.conftest import ROOT
-from tests.notebook.kernels import put_package
+from tests.notebook.kernels import put_package, shorten_companion
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SHOTS = ROOT / "artefacts"
@@ -214,6 +214,49 @@ def test_sliders_and_streaming_text_in_the_dark_theme(browser, tmp_path):
         _wait_for(lambda: temperature.locator(".widget-readout").inner_text() == "2.00", 20)
         lab.page.click('button:text-is("Write")')
         _wait_for(lambda: answer.inner_text() != written, 60)
+
+
+def test_a_character_in_the_form_and_a_talk_with_it_in_the_dark_theme(browser, tmp_path):
+    text = (ROOT / "notebooks" / "01_train.ipynb").read_text(encoding="utf-8")
+    for field, value in {"data": "companion", "persona": "name=Łuna; home=a boat"}.items():
+        assert text.count(f'"{field} = \\"\\" ') == 1
+        text = text.replace(f'"{field} = \\"\\" ', f'"{field} = \\"{value}\\" ')
+    (tmp_path / "01_train.ipynb").write_text(text, encoding="utf-8")
+    put_package(tmp_path)
+    shorten_companion(tmp_path)
+    dark = settings("JupyterLab Dark")
+    with (
+        jupyterlab(tmp_path, dark, BITLLM_PRESET="ci", OMP_NUM_THREADS="1") as address,
+        Lab(browser, address("01_train.ipynb")) as lab,
+    ):
+        lab.menu("Run", "Run All Cells")
+        _wait_for(lambda: "complete: 40 steps" in lab.output(), 180)
+        home, motto = (
+            lab.page.locator(".widget-text", has_text=name).locator("input")
+            for name in ("home", "motto")
+        )
+        assert home.input_value() == "a boat"
+        assert motto.get_attribute("placeholder") == "Small steps go far."
+        home.fill("<b>x</b>")
+        home.press("Enter")
+        _wait_for(lambda: "companion:  name=Łuna; home=<b>x</b>" in lab.output(), 30)
+        lab.shot("01_character_dark", "input[list]")
+        data = lab.page.locator(".widget-text", has_text="data").locator("input")
+        data.fill("pydocs")
+        data.press("Enter")
+        _wait_for(lambda: not home.is_visible(), 30)
+
+        say = lab.page.locator('input[placeholder="Say something"]')
+        bubbles = lab.page.locator(".widget-vbox .widget-html span")
+        for number, words in enumerate(("hello", "<i>who</i> are you?"), 1):
+            say.fill(words)
+            say.press("Enter") if number == 1 else lab.page.click('button:text-is("Say")')
+            _wait_for(lambda count=2 * number: bubbles.count() >= count, 60)
+            assert bubbles.nth(2 * number - 2).inner_text() == words
+            settled(bubbles.last.inner_text)
+        lab.shot("01_talk_dark", 'button:text-is("Say")')
+        lab.page.click('button:text-is("New conversation")')
+        _wait_for(lambda: not bubbles.count(), 30)
 
 
 def settled(text):

@@ -15,7 +15,7 @@ import pytest
 import bitllm
 import bitllm_core as bit
 from tests.conftest import ROOT
-from tests.notebook.kernels import KERNELS, put_package, python_of
+from tests.notebook.kernels import KERNELS, put_package, python_of, shorten_companion
 
 FOLDER = ROOT / "notebooks"
 SOURCES = sorted(FOLDER.glob("*.py"))
@@ -121,6 +121,34 @@ def test_run_all_in_an_empty_folder(tmp_path, name, kernel):
     for run in RUNS[name]:
         lines = bit.MetricsLog.read(tmp_path / "runs" / run / "metrics.jsonl")
         assert lines[-1]["final"]
+
+
+@pytest.mark.parametrize("name", ["02_use", "bitllm_one_cell"])
+def test_a_model_that_answers_gets_a_chat(tmp_path, name):
+    """The other notebooks' run all has one that goes on with a text."""
+    book = nbformat.read(FOLDER / f"{name}.ipynb", 4)
+    if name == "02_use":
+        put_package(tmp_path)
+        shorten_companion(tmp_path)
+        train = "from pathlib import Path\nmodel, _, train = bit.PRESETS['ci']\n"
+        train += "data = bit.DataConfig('companion', persona='name=Luna')\n"
+        train += "bit.train(model, data, train, Path('runs/luna'))"
+        at = next(n for n, cell in enumerate(book.cells) if "@title Model" in cell.source)
+        book.cells.insert(at, nbformat.v4.new_code_cell(train))
+    else:
+        cell = book.cells[-1]
+        for old, new in {
+            'data = "" ': 'data = "companion" ',
+            'persona = "" ': 'persona = "name=Luna" ',
+            '"train": 40_000': '"train": 2_000',
+        }.items():
+            assert cell.source.count(old) == 1
+            cell.source = cell.source.replace(old, new)
+    nbformat.write(book, tmp_path / "talk.ipynb")
+    outcome = nbval(sys.executable, tmp_path, "talk")
+    assert outcome["failures"] == outcome["errors"] == outcome["skipped"] == 0
+    config = bit.read_json(next(tmp_path.glob("runs/*/config.json")))
+    assert config["data"]["persona"] == "name=Luna"
 
 
 def test_the_check_sees_a_training_that_did_not_finish(tmp_path):

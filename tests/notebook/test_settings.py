@@ -45,6 +45,12 @@ def test_width_takes_heads_and_feed_forward_with_it():
         ({"batch_tokens": 1000}, "a multiple of max_position_embeddings=128, such as 896 or 1024"),
         ({"learning_rate": -0.1}, "learning_rate=-0.1: expected more than 0"),
         ({"minutes": -1}, "minutes=-1: expected 0"),
+        (
+            {"data": "pydocs", "persona": "name=x"},
+            "persona='name=x': expected none with data='pydocs'",
+        ),
+        ({"data": "companion", "persona": "nme=x"}, "'nme' is no field; expected name, home"),
+        ({"data": "companion:xx"}, "data='companion:xx': expected companion:LANGUAGE, one of en"),
         ({"resume": "maybe"}, "resume='maybe': expected auto or never"),
     ],
 )
@@ -92,6 +98,27 @@ def test_other_data_has_another_folder_and_a_mirror_is_passed_on():
     assert Settings("ci", data="a.txt", out="x").run_folder.as_posix() == "x"
     assert Settings("ci").options == {"resume": "auto"}
     assert Settings("ci", mirror="m").options == {"resume": "auto", "mirror": "m"}
+
+
+def test_a_run_keeps_its_character_and_a_file_is_needed_once(tmp_path):
+    (tmp_path / "me.json").write_text('{"home": "a boat", "name": "Luna"}')
+    settings = Settings("ci", data="companion", persona="me.json", mirror="drive")
+    model, data, train = settings.configs()
+    assert data == bit.DataConfig("companion", persona="name=Luna; home=a boat")
+    assert settings.language == "en"
+    (tmp_path / "me.json").unlink()
+    again = Settings("ci", data="companion", mirror="drive")
+    assert again.configs()[1].persona is None
+    (tmp_path / "drive").mkdir()  # on a new machine it is all there is
+    saved = {"model": model, "data": data, "train": train}
+    text = json.dumps({part: dataclasses.asdict(config) for part, config in saved.items()})
+    (tmp_path / "drive" / "config.json").write_text(text)
+    assert again.configs()[1] == data
+    assert "companion:  name=Luna; home=a boat" in again.describe()
+    assert "resumes the run of 40 steps in drive" in again.describe()
+    assert again.replace(resume="never").configs()[1].persona is None
+    assert again.replace(data="companion:es").configs()[1].persona is None
+    assert "OTHER SETTINGS" in again.replace(persona="name=Lena").describe()
 
 
 def test_settings_are_described_with_what_the_folder_holds(tiny_corpus):
