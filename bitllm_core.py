@@ -1261,18 +1261,17 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def encode_pieces(tokenizer: Any, pieces: Iterable[Piece]) -> Iterator[tuple[list[int], int]]:
-    """The tokens of each piece, <|endoftext|> where a document ends, and its bytes of UTF-8.
-    Of a conversation, tokens that are read but not predicted are ~id, below zero."""
+    """Tokens of each piece (~id: only read), <|endoftext|> ending documents, and UTF-8 bytes."""
     eot, pieces = end_of_text_id(tokenizer), iter(pieces)
     chat = tokenizer.token_to_id("<|im_start|>") is not None
     while batch := list(itertools.islice(pieces, 16)):
         texts = ["" if chat and MARKS[0] in text else text for text, _ in batch]
         encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        for (text, ends), tokens, plain in zip(batch, encoded, texts, strict=True):
+        for (text, ends), tokens in zip(batch, encoded, strict=True):
             if END_OF_TEXT in text:
                 _warn_once(_MARK_IN_TEXT, END_OF_TEXT, END_OF_TEXT)
             ids = tokens.ids + [eot] * (ends and eot is not None)
-            if text and not plain:
+            if chat and MARKS[0] in text:
                 ids = extension("conversations", "").encode_text(tokenizer, text, ends)
             yield ids, len(text.encode())
 

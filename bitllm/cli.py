@@ -22,7 +22,7 @@ import torch.distributed as dist
 import bitllm_core as core
 from bitllm.chat import SAMPLING as CHAT_SAMPLING
 from bitllm.chat import Chat, chat
-from bitllm.companion import recorded_persona, right_answers
+from bitllm.companion import is_companion, recorded_persona, right_answers, talk
 from bitllm.conversations import can_chat
 from bitllm.export import add_export_flags, export_limits, llama_cpp_stream, run_export
 from bitllm.progress import ProgressBar, Terminal
@@ -121,11 +121,32 @@ class _ExportNotes(core.Callback):
             core.log.info(f"note: not every client will load this model: {limit}")
 
 
+def _program() -> str:
+    """How this program was started."""
+    script = Path(sys.argv[0])
+    return f"python {script}" if script.suffix == ".py" and script.stem[0] != "_" else "bitllm"
+
+
+def _saved_data(path: str) -> dict[str, Any]:
+    """DataConfig of a run folder as it was saved; empty where there is none."""
+    saved = (core.read_json(Path(path, "config.json")) or {}).get("data")
+    return saved if isinstance(saved, dict) else {}
+
+
 def _report(out: str, state: core.TrainState) -> None:
     """Print what the trained model says, and how its training went."""
     which, prompt = "best" if state.out_of_patience else "last", state.config.sample_prompt
     model, tokenizer = core.load_model(out, which)
-    if can_chat(tokenizer):
+    data = _saved_data(out)
+    if is_companion(source := str(data.get("data"))) and not prompt:
+        print("", *talk(model, tokenizer, source), "", sep="\n")
+        right = right_answers(model, tokenizer, source, data.get("persona"))
+        print(
+            f"right answers: {right['seen']:.0%} to questions as in training, "
+            f"{right['combinations']:.0%} to new combinations, {right['phrasings']:.0%} to new "
+            f"phrasings\ntalk with it: {_program()} chat --model {out}\n"
+        )
+    elif can_chat(tokenizer):
         question = prompt or "hello"
         print(f"\n> {question}\n{Chat(model, tokenizer, CHAT_SAMPLING).answer(question)}\n")
     else:
@@ -164,11 +185,10 @@ def _generate(flags: argparse.Namespace) -> None:
 
 def _evaluate(flags: argparse.Namespace) -> None:
     """print the loss on a text, or the companion's right answers, as one JSON object"""
-    if flags.data.partition(":")[0] != "companion":
+    if not is_companion(flags.data):
         return core.evaluate_command(flags)
     if flags.persona is None:
-        saved = (core.read_json(Path(flags.model, "config.json")) or {}).get("data")
-        persona = saved.get("persona") if isinstance(saved, dict) else None
+        persona = _saved_data(flags.model).get("persona")
     else:
         persona = recorded_persona(flags.persona)
     model, tokenizer = core.load_model(flags.model, flags.checkpoint)

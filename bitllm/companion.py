@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bitllm.chat import Chat
 from bitllm.conversations import IM_END, as_text, encode_messages, require_chat
-from bitllm.corpora import LANGUAGES, WHICH, Persona, conversations, questions
+from bitllm.corpora import LANGUAGES, WHICH, Persona, Question, conversations, questions, shown
 from bitllm_core import BitLM, DataConfig, Part, SamplingConfig, generate_tokens, num_ids, require
 
 COUNTS = {"train": 40_000, "validation": 1_000}  # conversations
 ANSWER_TOKENS = 60
-BATCH = 50  # questions at once
+BATCH = 100  # questions at once
 
 
 def language_of(source: str) -> str:
@@ -44,28 +46,46 @@ def parts(source: str, split: str, config: DataConfig) -> Iterator[Part]:
         yield map(as_text, itertools.islice(made, COUNTS[split])), False, True
 
 
+def is_companion(source: str) -> bool:
+    """Whether DataConfig.data names the companion."""
+    return source.partition(":")[0] == "companion"
+
+
+def talk(model: BitLM, tokenizer: Any, source: str = "companion") -> Iterator[str]:
+    """A short conversation with the model, greedy, a turn at a time; a user's begins with "> "."""
+    chat = Chat(model, tokenizer, SamplingConfig(max_new_tokens=ANSWER_TOKENS, temperature=0))
+    for said in shown(language_of(source)):
+        yield f"> {said}"
+        yield chat.answer(said)
+
+
 def right_answers(
     model: BitLM,
     tokenizer: Any,
     source: str = "companion",
     persona: str | None = None,
     count: int = 200,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Shares of right answers, greedy: of questions as trained on ("seen"), of combinations and of
-    phrasings that were held out of the training text; `count` of each. `persona` as in
-    DataConfig."""
+    phrasings that were held out of the training text; `count` of each. And "wrong": how many
+    answers of each kind of exchange were not. `persona` as in DataConfig."""
     require_chat(tokenizer)
     language, character = language_of(source), Persona.parse(persona or "")
-    sampling = SamplingConfig(max_new_tokens=ANSWER_TOKENS, temperature=0)
-    end, size, found = tokenizer.token_to_id(IM_END), num_ids(tokenizer), {}
+    shares, wrong = {}, {}
     for which in WHICH:
         asked = questions(language, character, which, count, seed=0)
-        right = 0
-        for start in range(0, count, BATCH):
-            batch = asked[start : start + BATCH]
-            prompts = [encode_messages(tokenizer, question.messages) for question in batch]
-            rows = zip(*generate_tokens(model, prompts, sampling, end, size), strict=True)
-            for question, row in zip(batch, rows, strict=True):
-                right += question.right(tokenizer.decode([t for t in row if t is not None]))
-        found[which] = right / count
-    return found
+        answers = _answers(model, tokenizer, asked)
+        kinds = [q.kind for q, a in zip(asked, answers, strict=True) if not q.right(a)]
+        shares[which], wrong[which] = 1 - len(kinds) / count, dict(Counter(kinds).most_common())
+    return {**shares, "wrong": wrong}
+
+
+def _answers(model: BitLM, tokenizer: Any, asked: Sequence[Question]) -> Iterator[str]:
+    sampling = SamplingConfig(max_new_tokens=ANSWER_TOKENS, temperature=0)
+    end, size = tokenizer.token_to_id(IM_END), num_ids(tokenizer)
+    for start in range(0, len(asked), BATCH):
+        batch = asked[start : start + BATCH]
+        prompts = [encode_messages(tokenizer, question.messages) for question in batch]
+        rows = zip(*generate_tokens(model, prompts, sampling, end, size), strict=True)
+        for row in rows:
+            yield tokenizer.decode([token for token in row if token is not None])

@@ -20,7 +20,7 @@ from typing import Any
 import bitllm.corpora.talk as talk
 from bitllm.corpora.templates import LANGUAGES, Row, book, fill
 
-__all__ = ["LANGUAGES", "WHICH", "Persona", "Question", "conversations", "questions"]
+__all__ = ["LANGUAGES", "WHICH", "Persona", "Question", "conversations", "questions", "shown"]
 
 WHICH = ("seen", "combinations", "phrasings")
 _NEXT_FIELD = re.compile(r";\s*(?=\w+\s*=)")
@@ -119,6 +119,11 @@ def conversations(
     templates, me = book(language), (persona or Persona()).row(language)
     number = random.Random(seed).random
     return (talk.messages(talk.conversation(templates, me, number)) for _ in repeat(None))
+
+
+def shown(language: str = "en") -> list[str]:
+    """What a user says in the short conversation that shows what a model has learned."""
+    return book(language).shown
 
 
 def questions(

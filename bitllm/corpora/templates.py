@@ -1,8 +1,8 @@
 """The companion's template files: tables of facts, and kinds of exchanges filled from them.
 
-A file `<language>.json` has three parts. `persona`: who the companion is unless a user says
-otherwise. `tables`: a line of column names, then the rows; the first column names a row. `kinds`:
-for each kind of exchange
+A file `<language>.json` has four parts. `persona`: who the companion is unless a user says
+otherwise. `shown`: what a user says in the conversation that a training ends with. `tables`: a line
+of column names, then the rows; the first column names a row. `kinds`: for each kind of exchange
 
 - `ask`: ways to ask, and in `held_out` those that training never sees;
 - `answer`: ways to answer, each of which must satisfy `needs`;
@@ -84,6 +84,7 @@ class Book:
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         self.persona: Row = content["persona"]
+        self.shown: list[str] = content["shown"]
         self.tables: dict[str, list[Row]] = {
             name: [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
             for name, lines in content["tables"].items()
