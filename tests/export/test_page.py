@@ -5,7 +5,6 @@ model come out of docs/demo.html, so that nothing is fetched.
 """
 
 import json
-import os
 import re
 from urllib.parse import urlsplit
 
@@ -13,6 +12,7 @@ import pytest
 
 from bitllm.export.webpage import FOLDER_FILES, page_files, page_template
 from tests.conftest import ROOT
+from tests.export.helpers import started
 from tests.export.hostile import HOSTILE
 from tools import page_in_browsers as drive
 
@@ -38,33 +38,6 @@ def expected(demo, tmp_path_factory):
 
 PROMPT, TOKENS = "If the ", 32
 """greedy text without a near tie: the smallest gap to the second best token is 0.34 nats"""
-
-
-def started(kind):
-    if kind.path is None:
-        if os.environ.get("BITLLM_NO_SKIPS"):
-            pytest.fail(f"no {kind.__name__}, and BITLLM_NO_SKIPS forbids to skip")
-        pytest.skip(f"no {kind.__name__} on the path")
-    return kind()
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    browser = started(drive.Chromium)
-    yield browser
-    browser.close()
-
-
-@pytest.fixture
-def tab(chromium):
-    """A new tab as wide as a phone; its requests and its messages are kept."""
-    chromium.page = chromium.new_page(viewport={"width": 360, "height": 740})
-    chromium.requests, chromium.complaints = [], []
-    chromium.page.on("console", lambda message: chromium.complaints.append(message.text))
-    chromium.page.on("pageerror", lambda error: chromium.complaints.append(str(error)))
-    chromium.page.on("dialog", lambda dialog: chromium.complaints.append(dialog.message))
-    yield chromium
-    chromium.page.close()
 
 
 def outside(requests, allowed=("file", "blob", "data")):
