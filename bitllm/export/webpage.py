@@ -134,13 +134,11 @@ def page_values(source: Source, ternary_bytes: int) -> dict[str, Any]:
 def _chat_values(source: Source) -> dict[str, Any]:
     """What the page needs to make the tokens of a conversation as `encode_messages` does."""
     start, end = (source.tokenizer.token_to_id(name) for name in SPECIAL)
-    added = source.tokenizer.get_added_tokens_decoder()
+    added, mark = source.tokenizer.get_added_tokens_decoder(), MARKS[0].encode()
     return {
         "start": start,
         "end": end,
-        "special": [
-            i for i, token in added.items() if len(token.content.encode()) >= len(MARKS[0].encode())
-        ],
+        "special": [i for i, x in added.items() if len(x.content.encode()) >= len(mark)],
         "room": room_of(source.model.config.max_position_embeddings),
         "marks": MARKS,
     }

@@ -168,13 +168,13 @@ WORST_CONTRAST = """(() => {
 FACTS = "name", "data", "author", "licence", "data_licence"
 
 
-def page_about(demo, words, folder=False):
+def page_about(demo, words, folder=False, template=TEMPLATE):
     """A page with `words` wherever it describes its model; it holds no engine that could run."""
     parts = {**demo[0], "engine": b"", "model": b""}
     values = json.loads(json.dumps(demo[1]))
     values["facts"] |= dict.fromkeys(FACTS, words)
     values["prompt"] = words
-    return page_files(TEMPLATE, parts, values, folder)
+    return page_files(template, parts, values, folder)
 
 
 def layout(tab):
@@ -193,12 +193,17 @@ def opened(tab, path):
     return drive.wait_for(lambda: drive.finished(tab))  # no engine: "The model cannot run here"
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["text", "chat"])
+def template(request):
+    return page_template(request.param)
+
+
 @pytest.fixture(scope="module")
-def harmless(chromium, demo, tmp_path_factory):
+def harmless(template, chromium, demo, tmp_path_factory):
     """The layout with a name of one word."""
     chromium.page = chromium.new_page(viewport={"width": 360, "height": 740})
     path = tmp_path_factory.mktemp("harmless") / "page.html"
-    path.write_bytes(page_about(demo, "word")["index.html"])
+    path.write_bytes(page_about(demo, "word", template=template)["index.html"])
     opened(chromium, path)
     found = layout(chromium)
     chromium.page.close()
@@ -206,16 +211,18 @@ def harmless(chromium, demo, tmp_path_factory):
 
 
 @pytest.mark.parametrize("words", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_words_neither_run_nor_break_the_layout(words, tab, demo, harmless, tmp_path):
+def test_hostile_words_neither_run_nor_break_the_layout(
+    words, tab, demo, harmless, template, tmp_path
+):
     path = tmp_path / "page.html"
-    path.write_bytes(page_about(demo, words)["index.html"])
+    path.write_bytes(page_about(demo, words, template=template)["index.html"])
     opened(tab, path)
     tab.page.mouse.move(180, 60)
     assert tab.ask("globalThis.hacked") is None
     assert layout(tab) == harmless
     assert tab.ask(FITS)
-    button = tab.ask("document.getElementById('generate').getBoundingClientRect().bottom")
-    assert button < 740, "not on the first screen"
+    part = "(document.getElementById('talk') ?? document.getElementById('generate'))"
+    assert tab.ask(f"{part}.getBoundingClientRect().bottom") < 740, "not on the first screen"
     assert not outside(tab.requests)
     complaints = [x for x in tab.complaints if "Content Security Policy" in x]
     assert not complaints  # nothing even tried
@@ -255,6 +262,6 @@ def test_the_policy_lets_nothing_out_and_nothing_in(tab, page, served):
     assert not asked
 
 
-def test_the_template_names_no_address_and_no_handler():
-    assert not re.search(r"https?:|//\w+\.\w+/|\bon\w+\s*=\s*[\"']", TEMPLATE)
-    assert "innerHTML" not in TEMPLATE
+def test_the_template_names_no_address_and_no_handler(template):
+    assert not re.search(r"https?:|//\w+\.\w+/|\bon\w+\s*=\s*[\"']", template)
+    assert "innerHTML" not in template

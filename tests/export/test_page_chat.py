@@ -56,6 +56,17 @@ def shown(browser):
     )
 
 
+def never_end(browser):
+    """Let answers go on until they are stopped."""
+    browser.ask(
+        """(() => {
+            const before = goOn;
+            globalThis.goOn = (prompt, signal, show, options) =>
+                before(prompt, signal, show, { ...options, ignore_eos: true });
+        })()"""
+    )
+
+
 def begin(browser):
     browser.ask("document.getElementById('new').click()")
 
@@ -89,7 +100,7 @@ def test_firefox_answers_as_we_do(page, conversations):
 
 def test_a_conversation_longer_than_the_context_goes_on_as_here(open_page, talk):
     """And says so once; a new conversation begins at nothing."""
-    note = open_page.page.get_by_text("its first turns are left out")
+    note = open_page.page.get_by_text("its beginning is left out")
     for _ in range(2):
         begin(open_page)
         talk.new()
@@ -165,7 +176,7 @@ def test_of_a_message_longer_than_the_context_its_end_is_read(open_page, talk):
         assert text.replace("\ufffd", "").endswith(kept["content"].strip("\ufffd"))
         assert 60 < len(encode_messages(talk.tokenizer, [kept])) <= 96
     assert ask(open_page, text, 3) is not None
-    assert open_page.page.get_by_text("its first turns are left out").count() == 1
+    assert open_page.page.get_by_text("its beginning is left out").count() == 1
 
 
 # What is typed is text
@@ -233,15 +244,16 @@ def test_keys_and_labels_are_enough(tab, page):
 
 def test_stop_keeps_what_was_said(open_page):
     """And nothing of a question that nobody answered."""
+    never_end(open_page)
     for stop in (
         lambda: open_page.page.get_by_role("button", name="Stop").click(),
         lambda: open_page.page.keyboard.press("Escape"),
     ):
         begin(open_page)
         drive.press_generate(open_page, "what?", 500, temperature=2)
-        drive.wait_for(lambda: drive.speed_of(open_page)[0] > 1 or drive.finished(open_page))
+        drive.wait_for(lambda: drive.speed_of(open_page)[0] > 3)
         stop()
-        drive.wait_finished(open_page)
+        assert drive.wait_finished(open_page) == "Stopped."
         question, answer = shown(open_page)
         assert question["content"] == "what?"
         open_page.page.wait_for_timeout(200)
@@ -258,11 +270,14 @@ def test_stop_keeps_what_was_said(open_page):
 
 
 def test_a_new_conversation_ends_an_answer_and_knows_nothing_of_it(open_page, conversations):
+    before = open_page.ask("(globalThis.before = goOn, true)")
+    never_end(open_page)
     drive.press_generate(open_page, "and a cow?", 500, temperature=2)
-    drive.wait_for(lambda: drive.speed_of(open_page)[0] > 1 or drive.finished(open_page))
+    drive.wait_for(lambda: drive.speed_of(open_page)[0] > 3)
     begin(open_page)
     drive.wait_for(lambda: open_page.ask("!running"))
     assert drive.status_of(open_page) == "Ready."
+    assert open_page.ask("(globalThis.goOn = before, true)") is before
     assert not shown(open_page)
     assert ask(open_page, conversations[0][0]["content"]) == conversations[0][1]["content"]
     assert shown(open_page) == conversations[0][:2]
@@ -281,8 +296,9 @@ def test_light_and_dark_can_be_read_on_a_phone(open_page):
         for width in (360, 1000):
             open_page.page.set_viewport_size({"width": width, "height": 740})
             assert open_page.ask(FITS), width
-            send = "document.getElementById('generate').getBoundingClientRect().bottom"
-            assert open_page.ask(f"scrollTo(0, 0) ?? {send}") < 740, "not on the first screen"
+            open_page.ask("(scrollTo(0, 0), true)")
+            send = open_page.ask("at('generate').getBoundingClientRect().bottom")
+            assert send < 740, "not on the first screen"
             path = SHOTS / f"chat_{scheme}_{width}.png"
             open_page.page.screenshot(path=path, full_page=True)
     assert papers[0] != papers[1]

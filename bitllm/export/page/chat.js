@@ -4,17 +4,18 @@ let turns = [], noted = false;
 
 /**
  * The history that fits into the context, as `Chat.prompt` in bitllm/chat.py chooses it: the oldest
- * turns are dropped whole, until one of the user is the first. Of one that is too long alone, its
- * end is kept.
+ * turns are dropped whole, until one of the user is the first. Of one turn that is longer than the
+ * context, the end is kept.
  */
 function fitting(history) {
-  const fits = () => tokenizer.conversation(kept).length <= told.chat.room;
+  const length = () => tokenizer.conversation(kept).length;
   let kept = history;
-  while (!fits() && kept.length > 1) {
+  while (length() > told.chat.room && kept.length > 1) {
     const next = kept.findIndex((turn, i) => i && turn.role === "user");
     kept = kept.slice(next > 0 ? next : -1);
   }
-  while (!fits() && kept[0].content) {
+  if (length() < told.context) return kept;
+  while (length() > told.chat.room && kept[0].content) {
     const [{ role, content }] = kept;
     kept = [{ role, content: cleaned(content.slice(Math.ceil(content.length / 8))) }];
   }
@@ -48,7 +49,7 @@ function noteTheLength(before) {
   const note = document.createElement("p");
   note.className = "note soft";
   note.textContent = `The conversation is longer than the model's ${number(told.context)} tokens ` +
-    "of context: from here on its first turns are left out.";
+    "of context: from here on its beginning is left out.";
   changed(() => before.parentElement.before(note));
 }
 
