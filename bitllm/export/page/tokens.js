@@ -1,6 +1,6 @@
 // Tokens of a conversation, those of `encode_messages` in bitllm/conversations.py ---------------
-// llama.cpp reads a prompt as a text, in which "<|im_start|>" is the mark, whoever wrote it. So it is
-// given a vocabulary in which the marks have other names, with a character that no message has.
+// llama.cpp reads a prompt as a text, in which "<|im_start|>" is the mark, whoever wrote it. So it
+// is given a vocabulary in which the marks have other names, with a character that no message has.
 // The page itself counts tokens, to know which turns fit into the context.
 
 const BLANK = "[\\p{White_Space}\\x1c-\\x1f]+"; // what Python's strip() takes away
