@@ -18,6 +18,11 @@ ANSWER_TOKENS = 64  # of the context are left for an answer, at least, or a quar
 SAMPLING = SamplingConfig(max_new_tokens=200, temperature=0.3, top_k=20)
 
 
+def room_of(context: int) -> int:
+    """How many tokens of a context the history may take."""
+    return context - min(ANSWER_TOKENS, context // 4)
+
+
 class Chat:
     """One conversation; `messages` is its history, in the shape that chat templates take.
 
@@ -38,7 +43,7 @@ class Chat:
     def prompt(self) -> list[int]:
         """Tokens of the history that fits into the context: the oldest turns are dropped whole."""
         context = self.model.config.max_position_embeddings
-        room = context - min(ANSWER_TOKENS, context // 4)
+        room = room_of(context)
         kept = list(self.messages)
         ids = encode_messages(self.tokenizer, kept)
         while len(ids) > room and len(kept) > 1:

@@ -39,6 +39,7 @@ def installed(tmp_path_factory):
 def test_what_pip_installs_trains_generates_and_exports(installed, tmp_path):
     python, packages = installed
     assert (packages / "bitllm" / "export" / "page.html").is_file()
+    assert (packages / "bitllm" / "export" / "page" / "chat.js").is_file()
     assert (packages / "bitllm" / "cpu" / "kernels.c").is_file()
     assert (packages / "bitllm" / "corpora" / "es.json").is_file()
     program = (packages / "bin" / "bitllm").read_text()

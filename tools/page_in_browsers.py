@@ -2,6 +2,7 @@
 
     python tools/page_in_browsers.py docs/demo.html
     python tools/page_in_browsers.py docs/demo.html --picture docs/demo.png
+    python tools/page_in_browsers.py chat.html --prompt "hello" "what are you?" --picture chat.png
 
 It needs requirements-test.txt and any of Debian's packages `chromium`, `firefox-esr`, and
 `webkit2gtk-driver` with `xvfb` (WebKit: the engine of Safari). One JSON object per browser goes to
@@ -206,8 +207,11 @@ def wait_finished(browser):
 
 
 def written_by(browser):
-    """The text after the prompt."""
-    return browser.ask("document.getElementById('text').lastChild?.data ?? ''")
+    """The text after the prompt, or the last answer of a conversation."""
+    return browser.ask(
+        "(document.querySelector('#talk > .turn:last-of-type .said')"
+        " ?? document.getElementById('text')?.lastChild)?.textContent ?? ''"
+    )
 
 
 def speed_of(browser):
@@ -245,7 +249,7 @@ def write_here(gguf, prompt, tokens):
     for piece in llama_cpp_stream(gguf, prompt, sampling):
         pieces.append(piece)
         times.append(time.monotonic())
-    speed = (tokens - 1) / (times[-1] - times[0])
+    speed = (len(times) - 1) / max(times[-1] - times[0], 1e-9)
     return {"text": "".join(pieces), "tokens_per_s": round(speed, 1)}
 
 
@@ -266,14 +270,23 @@ def parts_of(page):
     return parts, values
 
 
-def take_picture(page, prompt, path):
-    """What a visitor sees once the model has generated a text."""
+def as_prompt(values, text):
+    """A text as the model of a page is given it."""
+    if not values.get("chat"):
+        return text
+    return f"<|im_start|>user\n{text.strip()}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def take_picture(page, prompts, path):
+    """What a visitor sees once the model has generated a text, or answered to each prompt."""
     browser = Chromium()
     browser.page.set_viewport_size({"width": 760, "height": 900})
     browser.open(page.resolve().as_uri())
     browser.page.get_by_text("Ready.").wait_for()
-    press_generate(browser, prompt, 100, temperature=0.8)
-    wait_finished(browser)
+    chats = browser.ask("Boolean(told.chat)")
+    for prompt in prompts if chats else prompts[:1]:
+        press_generate(browser, prompt, 100, temperature=0.3 if chats else 0.8)
+        wait_finished(browser)
     browser.page.screenshot(path=path)
     browser.close()
 
@@ -281,7 +294,9 @@ def take_picture(page, prompt, path):
 def main():
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("page", type=Path, help="one exported .html file")
-    parser.add_argument("--prompt", default="The ")
+    parser.add_argument(
+        "--prompt", nargs="+", default=["The "], help="with --picture: a chat's, one after another"
+    )
     parser.add_argument("--picture", type=Path, help="take one, and nothing else")
     flags = parser.parse_args()
     if flags.picture:
@@ -289,9 +304,11 @@ def main():
         return
     with tempfile.TemporaryDirectory() as folder:
         gguf = Path(folder) / "model.gguf"
-        gguf.write_bytes(parts_of(flags.page)[0]["model"])
-        expected = write_here(gguf, flags.prompt, 48)["text"]
-        speed = write_here(gguf, flags.prompt, 400)["tokens_per_s"]
+        parts, values = parts_of(flags.page)
+        gguf.write_bytes(parts["model"])
+        prompt = as_prompt(values, flags.prompt[0])
+        expected = write_here(gguf, prompt, 48)["text"]
+        speed = write_here(gguf, prompt, 400)["tokens_per_s"]
     print(json.dumps({"llama.cpp here": {"text": expected, "tokens_per_s": speed}}))
     for kind in (Chromium, Firefox, WebKit):
         if kind.path is None:
@@ -299,9 +316,9 @@ def main():
             continue
         browser = kind()
         try:
-            found = write(browser, flags.page.resolve().as_uri(), flags.prompt, 48)
+            found = write(browser, flags.page.resolve().as_uri(), flags.prompt[0], 48)
             found["same"] = found.pop("text") == expected
-            press_generate(browser, flags.prompt, 400)
+            press_generate(browser, flags.prompt[0], 400)
             wait_finished(browser)
             found["tokens_per_s"] = speed_of(browser)[1]
         finally:

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import bitllm.export.wllama as wllama
+from bitllm.chat import SAMPLING, room_of
+from bitllm.conversations import SPECIAL, can_chat
 from bitllm.export.common import (
     Exported,
     Flag,
@@ -28,7 +30,7 @@ from bitllm.export.common import (
     result_of,
 )
 from bitllm.export.gguf import write_gguf
-from bitllm_core import END_OF_TEXT, SamplingConfig, library
+from bitllm_core import END_OF_TEXT, MARKS, SamplingConfig, library
 
 log = logging.getLogger("bitllm")
 
@@ -78,20 +80,31 @@ def export_html(
         gguf = Path(scratch) / "model.gguf"
         ternary = write_gguf(gguf, opened, "TQ2_0")
         parts = {**wllama.load_runtime(runtime), "model": gguf.read_bytes()}
-        files = page_files(page_template(), parts, page_values(opened, ternary), folder)
+        template = page_template(can_chat(opened.tokenizer))
+        files = page_files(template, parts, page_values(opened, ternary), folder)
         log.info(f"{out}: a page of {sum(map(len, files.values())) / 1e6:.1f} MB")
         for name, data in files.items():
             (beside / name if folder else beside).write_bytes(data)
     return result_of(out, ternary, opened.model, _usage(out.as_posix(), folder))
 
 
-def page_template() -> str:
-    return resources.files("bitllm.export").joinpath("page.html").read_text(encoding="utf-8")
+def page_template(chats: bool = False) -> str:
+    """The page for a model that was trained on conversations, or else the one for texts."""
+
+    def read(*names: str) -> str:
+        folder = resources.files("bitllm.export")
+        return "".join(folder.joinpath(name).read_text(encoding="utf-8") for name in names)
+
+    form = read("page/chat.html" if chats else "page/text.html")
+    script = read("page/tokens.js", "page/chat.js") if chats else read("page/text.js")
+    page = read("page.html").replace("{{form}}", form).replace("{{script}}", script)
+    return page.replace("{{settings}}", read("page/settings.html"))
 
 
 def page_values(source: Source, ternary_bytes: int) -> dict[str, Any]:
     """What the page's script reads. A fact may come from an unknown file, and be anything."""
-    config, sampling = source.model.config, SamplingConfig()
+    config, chats = source.model.config, can_chat(source.tokenizer)
+    sampling = SAMPLING if chats else SamplingConfig()
     facts = {
         "name": "A ternary language model",
         **source.facts,
@@ -108,12 +121,26 @@ def page_values(source: Source, ternary_bytes: int) -> dict[str, Any]:
         "prompt": str(source.facts.get("prompt") or ""),
         "context": config.max_position_embeddings,
         "end": END_OF_TEXT,
+        "chat": _chat_values(source) if chats else None,
         "sampling": {
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,
             "top_p": sampling.top_p,
             "length": sampling.max_new_tokens,
         },
+    }
+
+
+def _chat_values(source: Source) -> dict[str, Any]:
+    """What the page needs to make the tokens of a conversation as `encode_messages` does."""
+    start, end = (source.tokenizer.token_to_id(name) for name in SPECIAL)
+    added, mark = source.tokenizer.get_added_tokens_decoder(), MARKS[0].encode()
+    return {
+        "start": start,
+        "end": end,
+        "special": [i for i, x in added.items() if len(x.content.encode()) >= len(mark)],
+        "room": room_of(source.model.config.max_position_embeddings),
+        "marks": MARKS,
     }
 
 

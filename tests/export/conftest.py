@@ -12,26 +12,29 @@ import torch
 from filelock import FileLock
 
 import bitllm_core as bit
+from bitllm import chat
 from bitllm.export import GGUF_KINDS, export_gguf, export_hf, export_packed, wllama
 from tests.conftest import ROOT
-from tests.export.helpers import GREEDY_TOKENS, train_tiny
+from tests.export.helpers import GREEDY_TOKENS, SOUNDS, started, train_chat, train_tiny
 from tools import page_in_browsers as drive
 from tools.export_parity import Ours
 
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    """A small model, but trained until it has learned something: the clients load this one.
+    """A small model, but trained until it has learned something: the clients load this one."""
+    return made_once(tmp_path_factory, "exported", train_until_learned)
 
-    It takes half a minute, so all test processes share it.
-    """
+
+def made_once(tmp_path_factory, name, make):
+    """A folder that takes half a minute to make, so all test processes share it."""
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if os.environ.get("PYTEST_XDIST_WORKER") else folder
-    with FileLock(folder / "exported.lock"):
-        if not (folder / "exported" / "done").exists():
-            train_until_learned(folder / "exported")
-            (folder / "exported" / "done").touch()
-    return folder / "exported"
+    with FileLock(folder / f"{name}.lock"):
+        if not (folder / name / "done").exists():
+            make(folder / name)
+            (folder / name / "done").touch()
+    return folder / name
 
 
 def train_until_learned(out):
@@ -103,6 +106,27 @@ def prompts(ours, windows):
 
 
 @pytest.fixture(scope="session")
+def chat_run(tmp_path_factory):
+    """A model of conversations."""
+    return made_once(tmp_path_factory, "chat", train_chat) / "run"
+
+
+@pytest.fixture(scope="session")
+def conversations(chat_run):
+    """20 conversations of three turns with our greedy answers of at most 24 tokens."""
+    model, tokenizer = bit.load_model(chat_run)
+    found, names = [], list(SOUNDS)
+    for a, b in [(a, b) for a in names for b in names if a != b][:20]:
+        talk = chat.Chat(model, tokenizer, bit.SamplingConfig(temperature=0, max_new_tokens=24))
+        for question in (f"what does a {a} say?", f"and a {b}?", f"and a {a}?"):
+            talk.answer(question)
+        found.append(talk.messages)
+    answers = [message["content"] for message in found[0][1::2]]
+    assert answers == ["A duck says quack.", "A cow says moo.", "A duck says quack."]
+    return found
+
+
+@pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, tiny_corpus):
     """Trained for two steps, and too narrow for llama.cpp's ternary blocks."""
     return train_tiny(tmp_path_factory.mktemp("tiny") / "run", tiny_corpus)
@@ -129,6 +153,25 @@ def runtime(demo, tmp_path_factory):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_bytes(demo[0][part])
     return folder
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    browser = started(drive.Chromium)
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def tab(chromium):
+    """A new tab as wide as a phone; its requests and its messages are kept."""
+    chromium.page = chromium.new_page(viewport={"width": 360, "height": 740})
+    chromium.requests, chromium.complaints = [], []
+    chromium.page.on("console", lambda message: chromium.complaints.append(message.text))
+    chromium.page.on("pageerror", lambda error: chromium.complaints.append(str(error)))
+    chromium.page.on("dialog", lambda dialog: chromium.complaints.append(dialog.message))
+    yield chromium
+    chromium.page.close()
 
 
 @pytest.fixture

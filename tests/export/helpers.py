@@ -1,10 +1,12 @@
 """What the tests of several formats share."""
 
 import json
+import os
 
 import pytest
 
 import bitllm_core as bit
+from tests.test_conversations import turns
 from tools.export_parity import LlamaCpp, Transformers
 
 CLIENT_WARNINGS = [
@@ -36,6 +38,38 @@ def train_tiny(out, corpus, tokenizer="bpe", **changes):
     data = bit.DataConfig(data=str(corpus), tokenizer=tokenizer)
     bit.train(model, data, training, out, callbacks=[])
     return out
+
+
+SOUNDS = {"duck": "quack", "cow": "moo", "dog": "woof", "cat": "meow", "sheep": "baa", "owl": "hoo"}
+
+
+def train_chat(folder):
+    """A model, wide enough for llama.cpp's ternary blocks, that knows six animals."""
+    rows = [
+        turns(
+            *(f"what does a {a} say?", f"A {a} says {SOUNDS[a]}."),
+            *(f"and a {b}?", f"A {b} says {SOUNDS[b]}."),
+            *(f"and a {c}?", f"A {c} says {SOUNDS[c]}."),
+        )
+        for a in SOUNDS
+        for b in SOUNDS
+        for c in SOUNDS
+    ]
+    folder.mkdir(exist_ok=True)
+    path = folder / "a.jsonl"
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows * 2))
+    model = bit.ModelConfig(320, 256, 256, 2, 4, 2, 128)
+    config = bit.TrainConfig(60, 2048, eval_every_steps=0, compile="off", warmup_steps=4)
+    bit.train(model, bit.DataConfig(str(path)), config, folder / "run", callbacks=())
+
+
+def started(kind):
+    """A browser, where it is installed."""
+    if kind.path is None:
+        if os.environ.get("BITLLM_NO_SKIPS"):
+            pytest.fail(f"no {kind.__name__}, and BITLLM_NO_SKIPS forbids to skip")
+        pytest.skip(f"no {kind.__name__} on the path")
+    return kind()
 
 
 def mutate(exported, out, how):

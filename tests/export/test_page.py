@@ -5,7 +5,6 @@ model come out of docs/demo.html, so that nothing is fetched.
 """
 
 import json
-import os
 import re
 from urllib.parse import urlsplit
 
@@ -13,6 +12,7 @@ import pytest
 
 from bitllm.export.webpage import FOLDER_FILES, page_files, page_template
 from tests.conftest import ROOT
+from tests.export.helpers import started
 from tests.export.hostile import HOSTILE
 from tools import page_in_browsers as drive
 
@@ -38,33 +38,6 @@ def expected(demo, tmp_path_factory):
 
 PROMPT, TOKENS = "If the ", 32
 """greedy text without a near tie: the smallest gap to the second best token is 0.34 nats"""
-
-
-def started(kind):
-    if kind.path is None:
-        if os.environ.get("BITLLM_NO_SKIPS"):
-            pytest.fail(f"no {kind.__name__}, and BITLLM_NO_SKIPS forbids to skip")
-        pytest.skip(f"no {kind.__name__} on the path")
-    return kind()
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    browser = started(drive.Chromium)
-    yield browser
-    browser.close()
-
-
-@pytest.fixture
-def tab(chromium):
-    """A new tab as wide as a phone; its requests and its messages are kept."""
-    chromium.page = chromium.new_page(viewport={"width": 360, "height": 740})
-    chromium.requests, chromium.complaints = [], []
-    chromium.page.on("console", lambda message: chromium.complaints.append(message.text))
-    chromium.page.on("pageerror", lambda error: chromium.complaints.append(str(error)))
-    chromium.page.on("dialog", lambda dialog: chromium.complaints.append(dialog.message))
-    yield chromium
-    chromium.page.close()
 
 
 def outside(requests, allowed=("file", "blob", "data")):
@@ -195,13 +168,13 @@ WORST_CONTRAST = """(() => {
 FACTS = "name", "data", "author", "licence", "data_licence"
 
 
-def page_about(demo, words, folder=False):
+def page_about(demo, words, folder=False, template=TEMPLATE):
     """A page with `words` wherever it describes its model; it holds no engine that could run."""
     parts = {**demo[0], "engine": b"", "model": b""}
     values = json.loads(json.dumps(demo[1]))
     values["facts"] |= dict.fromkeys(FACTS, words)
     values["prompt"] = words
-    return page_files(TEMPLATE, parts, values, folder)
+    return page_files(template, parts, values, folder)
 
 
 def layout(tab):
@@ -220,12 +193,17 @@ def opened(tab, path):
     return drive.wait_for(lambda: drive.finished(tab))  # no engine: "The model cannot run here"
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["text", "chat"])
+def template(request):
+    return page_template(request.param)
+
+
 @pytest.fixture(scope="module")
-def harmless(chromium, demo, tmp_path_factory):
+def harmless(template, chromium, demo, tmp_path_factory):
     """The layout with a name of one word."""
     chromium.page = chromium.new_page(viewport={"width": 360, "height": 740})
     path = tmp_path_factory.mktemp("harmless") / "page.html"
-    path.write_bytes(page_about(demo, "word")["index.html"])
+    path.write_bytes(page_about(demo, "word", template=template)["index.html"])
     opened(chromium, path)
     found = layout(chromium)
     chromium.page.close()
@@ -233,16 +211,18 @@ def harmless(chromium, demo, tmp_path_factory):
 
 
 @pytest.mark.parametrize("words", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_words_neither_run_nor_break_the_layout(words, tab, demo, harmless, tmp_path):
+def test_hostile_words_neither_run_nor_break_the_layout(
+    words, tab, demo, harmless, template, tmp_path
+):
     path = tmp_path / "page.html"
-    path.write_bytes(page_about(demo, words)["index.html"])
+    path.write_bytes(page_about(demo, words, template=template)["index.html"])
     opened(tab, path)
     tab.page.mouse.move(180, 60)
     assert tab.ask("globalThis.hacked") is None
     assert layout(tab) == harmless
     assert tab.ask(FITS)
-    button = tab.ask("document.getElementById('generate').getBoundingClientRect().bottom")
-    assert button < 740, "not on the first screen"
+    part = "(document.getElementById('talk') ?? document.getElementById('generate'))"
+    assert tab.ask(f"{part}.getBoundingClientRect().bottom") < 740, "not on the first screen"
     assert not outside(tab.requests)
     complaints = [x for x in tab.complaints if "Content Security Policy" in x]
     assert not complaints  # nothing even tried
@@ -282,6 +262,6 @@ def test_the_policy_lets_nothing_out_and_nothing_in(tab, page, served):
     assert not asked
 
 
-def test_the_template_names_no_address_and_no_handler():
-    assert not re.search(r"https?:|//\w+\.\w+/|\bon\w+\s*=\s*[\"']", TEMPLATE)
-    assert "innerHTML" not in TEMPLATE
+def test_the_template_names_no_address_and_no_handler(template):
+    assert not re.search(r"https?:|//\w+\.\w+/|\bon\w+\s*=\s*[\"']", template)
+    assert "innerHTML" not in template

@@ -44,6 +44,27 @@ def test_an_exported_page_holds_the_gguf_and_what_is_known(wide_run, runtime, tm
         export_html(wide_run, out, runtime=runtime)
 
 
+def test_only_a_model_of_conversations_is_a_chat(wide_run, chat_run, runtime, tmp_path):
+    """With its tokens, and the sampling of `Chat`; the other page has none of a chat's script."""
+    chats = export_html(chat_run, tmp_path / "chat.html", runtime=runtime).path
+    _, values = drive.parts_of(chats)
+    tokenizer = bit.load_model(chat_run)[1]
+    ids = {name: tokenizer.token_to_id(name) for name in ("<|im_start|>", "<|im_end|>")}
+    assert [values["chat"]["start"], values["chat"]["end"]] == list(ids.values())
+    assert {*ids.values(), bit.end_of_text_id(tokenizer)} == set(values["chat"]["special"])
+    assert values["chat"]["room"] == 128 - 32
+    assert values["sampling"] == {"temperature": 0.3, "top_k": 20, "top_p": 1.0, "length": 200}
+    assert 'role="log"' in chats.read_text(encoding="utf-8")
+    plain = export_html(wide_run, tmp_path / "text.html", runtime=runtime).path
+    _, values = drive.parts_of(plain)
+    assert values["chat"] is None
+    assert values["sampling"]["temperature"] == bit.SamplingConfig().temperature
+    text = plain.read_text(encoding="utf-8")
+    assert "Beginning of the text" in text
+    assert 'role="log"' not in text
+    assert "Tokenizer" not in text.split('id="model"')[1].rsplit("</script>", 2)[1]
+
+
 def test_an_exported_folder_is_replaced_only_by_its_own_kind(wide_run, runtime, tmp_path):
     out = tmp_path / "me.github.io"
     first = export_html(wide_run, out, runtime=runtime)
