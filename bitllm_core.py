@@ -12,7 +12,7 @@ command line, for a laptop's CPU as well as a GPU; the package bitllm around it 
 Contents
     1 Configuration   what can be set, checked at construction, and the presets
     2 Quantization    ternary weights, 8-bit activations and the layer made of them
-    3 Model           the transformer, its initialisation and the import of seed checkpoints
+    3 Model           the transformer and its initialisation
     4 Tokenizer       byte-level BPE (lossless) or the seed's WordPiece
     5 Data            from any text to token files; a batch is a function of (seed, step)
     6 Generation      cached sampling, streamed or whole
@@ -54,7 +54,6 @@ import signal
 import sys
 import threading
 import time
-import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -73,7 +72,7 @@ from torch import Tensor, nn
 log = logging.getLogger("bitllm")
 
 __all__ = ["PRESETS", "DataConfig", "ModelConfig", "SamplingConfig", "TrainConfig"]
-__all__ += ["BitLM", "BitLinear", "activation_quant", "import_seed_checkpoint", "weight_quant"]
+__all__ += ["BitLM", "BitLinear", "activation_quant", "weight_quant"]
 __all__ += ["TokenData", "load_tokenizer", "prepare_data", "train_tokenizer"]
 __all__ += ["evaluate", "generate", "load_checkpoint", "load_model", "save_checkpoint", "stream"]
 __all__ += ["Callback", "TrainState", "train"]
@@ -853,50 +852,6 @@ def initialize(model: BitLM, generator: torch.Generator, keep: Any = Tensor.copy
             bound *= depth if "o_proj" in name or "down_proj" in name else 1.0
             values.uniform_(-bound, bound, generator=generator)
         keep(parameter, values)
-
-
-_SEED_NAMES = {
-    "model.output_layer": "lm_head",
-    "token_embedding": "embed_tokens",
-    "position_embedding": "embed_positions",
-    "norm1": "input_layernorm",
-    "norm2": "post_attention_layernorm",
-    "attn.out_proj": "attn.o_proj",
-    "attn": "self_attn",
-    "ff.w_1": "mlp.up_proj",
-    "ff.w_2": "mlp.down_proj",
-}
-
-
-def import_seed_checkpoint(path: str | Path, num_attention_heads: int = 8) -> BitLM:
-    """Turn the seed script's `mi_llm_checkpoint.pth` or `mi_llm_epoch_N.pth` into a `BitLM`.
-    The file does not have the number of heads. Nothing in it is executed; ValueError if it differs.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected the seed script's checkpoint")
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch stores; a bomb would be compressed
-            if sum(item.file_size for item in archive.infolist()) > path.stat().st_size:
-                raise ValueError("it is compressed")
-        saved = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
-        weights = {}
-        for name, tensor in saved.items():
-            name = f"model.{name}"
-            for old, new in _SEED_NAMES.items():
-                name = name.replace(old, new)
-            weights[name] = tensor.float()
-        V, D = weights["model.embed_tokens.weight"].shape
-        T = len(weights["model.embed_positions.weight"])
-        ups = [tensor for name, tensor in weights.items() if "up_proj" in name]  # one per layer
-        shape = (V, D, len(ups[0]), len(ups), num_attention_heads, None, T)
-        config = ModelConfig(*shape, tie_word_embeddings=False, linear="weight_only", block="seed")
-        model = BitLM(config, seed=None)
-        model.load_state_dict(weights)
-    except Exception as error:
-        why = f"{type(error).__name__}: {first_line(error)}"
-        raise ValueError(f"{path}: not a checkpoint of the seed script ({why})") from error
-    return model
 
 
 # -----------------------------------------------------------------------------
@@ -1916,7 +1871,7 @@ def load_run(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM, A
     """`load_model` of a run, a checkpoint or a .pth file, and facts from the checkpoint."""
     path = Path(path)
     if path.suffix == ".pth":
-        model = import_seed_checkpoint(path)
+        model = extension("seed", f"reading {path}").import_seed_checkpoint(path)
         return model.freeze(), load_tokenizer(path.with_name("tokenizer.json")), {}
     contents = load_checkpoint(path, checkpoint)
     try:
