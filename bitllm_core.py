@@ -275,6 +275,8 @@ class TrainConfig(_Checked):
     """windows at once on the device; default: found. Does not change the mathematics"""
     seed: int = _field(0, at_least=0)
     """of the initial weights and the order of the data"""
+    init_from: str | None = None
+    """weights to begin with: a run folder, a packed file, a Hugging Face folder, hf:OWNER/NAME"""
     optimizer: str = _field("muon", one_of=("muon", "adamw"))
     """muon (matrices; AdamW for the rest) or adamw"""
     learning_rate: float | None = _field(None, more_than=0)
@@ -396,6 +398,12 @@ PRESETS: dict[str, tuple[ModelConfig, DataConfig, TrainConfig]] = {
     ),
     "seed": (_SEED_MODEL, DataConfig("wikitext-2", tokenizer="wordpiece"), _SEED_TRAINING),
 }
+_TUNING = TrainConfig(900, 65_536, init_from="runs/t4-1h", warmup_steps=50, eval_every_steps=90)
+PRESETS["t4-chat"] = (
+    PRESETS["t4-1h"][0],
+    DataConfig("smol-smoltalk", max_train_tokens=60_000_000),
+    dataclasses.replace(_TUNING, learning_rate=0.01, adamw_learning_rate=0.00125),
+)
 
 # -----------------------------------------------------------------------------
 # 2 Quantization
@@ -977,6 +985,7 @@ KNOWN_DATA = {
     "tinystories": "hf:roneneldan/TinyStories#text",
     "fineweb-edu": "hf:HuggingFaceFW/fineweb-edu:sample-10BT#text",
     "wikipedia-es": "hf:wikimedia/wikipedia:20231101.es#text",
+    "smol-smoltalk": "hf:HuggingFaceTB/smol-smoltalk#messages",
 }
 _OF_LINES = ("wikitext-2", "wikitext-103")  # rows are lines of one long text, not documents
 _WITH_VALIDATION = (*_OF_LINES, "tinystories")  # have a validation split
@@ -1867,12 +1876,11 @@ def check_weights(config: ModelConfig, weights: Any, path: Path) -> BitLM:
     return model.float()
 
 
-def load_run(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM, Any, dict[str, Any]]:
-    """`load_model` of a run, a checkpoint or a .pth file, and facts from the checkpoint."""
-    path = Path(path)
+def load_masters(path: Path, checkpoint: str | int = "last") -> tuple[BitLM, Any, dict[str, Any]]:
+    """The model of a run, a checkpoint or a .pth file as it trains, its tokenizer, and facts."""
     if path.suffix == ".pth":
         model = extension("seed", f"reading {path}").import_seed_checkpoint(path)
-        return model.freeze(), load_tokenizer(path.with_name("tokenizer.json")), {}
+        return model, load_tokenizer(path.with_name("tokenizer.json")), {}
     contents = load_checkpoint(path, checkpoint)
     try:
         config = config_from(ModelConfig, contents["config"]["model"], path)
@@ -1881,7 +1889,12 @@ def load_run(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM, A
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: its checkpoint lacks what generating needs ({error})") from error
     check_tokenizer(tokenizer, config.vocab_size, path)
-    facts = {key: contents.get(key) for key in ("step", "config", "loss", "val_loss")}
+    return model, tokenizer, {k: contents.get(k) for k in ("step", "config", "loss", "val_loss")}
+
+
+def load_run(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM, Any, dict[str, Any]]:
+    """`load_masters` in inference form."""
+    model, tokenizer, facts = load_masters(Path(path), checkpoint)
     return model.freeze(), tokenizer, facts
 
 
@@ -2321,6 +2334,10 @@ class Session:
         """Steps until all are done, a signal came, or the loss stays non-finite."""
         state, config, processes = self.state, self.config, self.processes
         parameters = parameters_of(state.optimizers)
+        if config.init_from and not state.step and state.best_val_loss == math.inf:
+            self.evaluate()  # the curves begin with it, and the run no longer needs its source
+            saver.save("best")
+            saver.save("step")
         self.logged = state.tokens, state.train_seconds
         while not state.finished and not self.stop_asked() and self.data.wait(self):
             start = time.perf_counter()
@@ -2520,6 +2537,7 @@ def _restore(session: Session, checkpoint: dict[str, Any]) -> None:
             session.micro_batch = int(checkpoint["micro_batch"])
         check_weights(session.model_config, checkpoint["model"], session.out / "checkpoints")
         session.state.load_state_dict(checkpoint)
+        session.settings = {**checkpoint["config"], **session.settings}  # also what it began with
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"{session.out}: its checkpoint of step {checkpoint['step']} is not of this run "
@@ -2579,6 +2597,18 @@ def _finish(session: Session) -> None:
             session.notify("on_end")
 
 
+def _join(model: ModelConfig, config: TrainConfig) -> Processes:
+    """The processes that train together, once it is known that the memory will do."""
+    processes = Processes()
+    if config.fsdp or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        distributed = extension("distributed", "training with several processes")
+        processes = distributed.join(model, config)
+    with contextlib.suppress(ImportError):
+        check = extension("planner", "a check of memory").check_memory
+        check(model, config, processes.world_size)
+    return processes
+
+
 def train(
     model_config: ModelConfig,
     data_config: DataConfig,
@@ -2606,13 +2636,7 @@ def train(
     out, configs = Path(out), {"model": model_config, "data": data_config, "train": train_config}
     require(resume in ("auto", "never", "must"), "resume", resume, "auto, never or must")
     check_configs(model_config, train_config)
-    processes = Processes()
-    if train_config.fsdp or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        distributed = extension("distributed", "training with several processes")
-        processes = distributed.join(model_config, train_config)
-    with contextlib.suppress(ImportError):
-        check = extension("planner", "a check of memory").check_memory
-        check(model_config, train_config, processes.world_size)
+    processes = _join(model_config, train_config)
     if callbacks is None:
         with contextlib.suppress(ImportError):
             callbacks = [extension("progress", "a progress bar").ProgressBar()]
@@ -2623,17 +2647,25 @@ def train(
             stack.callback(torch.use_deterministic_algorithms, before)
             torch.use_deterministic_algorithms(True)
         stack.enter_context(processes.guard())
+        start = extension("start", "--init-from") if train_config.init_from else None
+        if start:
+            shape = partial(start.shape_of_run, configs, out, resume, mirror)
+            configs["model"] = processes.broadcast(processes.run_on_main(shape))
         begin = partial(_open, stack, configs, out, resume, mirror)
         copier, checkpoint = processes.run_on_main(begin) or (None, None)
         step = processes.broadcast(checkpoint and checkpoint["step"])
         if step is not None and not checkpoint:
             path = out / "checkpoints" / f"step_{step:08d}.safetensors"
             checkpoint = load_checkpoint(path, mapped=train_config.fsdp)
+        if start and not checkpoint:
+            processes.run_on_main(partial(start.give_tokenizer, train_config.init_from, out))
         session = Session(configs, out, processes, callbacks or () if processes.is_main else ())
         session.state.mirror = copier
         if checkpoint:
             _restore(session, checkpoint)
             del checkpoint  # as large as the model and its optimizers
+        elif start:
+            start.give_weights(session)
         _finish(session)
     return session.state
 
@@ -2687,6 +2719,9 @@ def train_command(flags: argparse.Namespace, callbacks: Any = None, report: Any 
         if saved:  # without a preset, the run's own settings are meant
             parts = checked_settings(saved, place / "config.json").values()
             configs = [type(base)(**part) for base, part in zip(configs, parts, strict=True)]
+    if source := from_flags(configs[2], flags).init_from:
+        places = [flags.mirror, flags.out] if flags.resume != "never" else []
+        configs = extension("start", "--init-from").settings_of(source, configs, places)
     model, data, config = (from_flags(base, flags) for base in configs)
     more = {"resume": flags.resume, "mirror": flags.mirror}
     state = train(model, data, config, flags.out, callbacks=callbacks, **more)
