@@ -1226,13 +1226,15 @@ def encode_pieces(tokenizer: Any, pieces: Iterable[Piece]) -> Iterator[tuple[lis
     """The tokens of each piece, <|endoftext|> where a document ends, and its bytes of UTF-8.
     Of a conversation, tokens that are read but not predicted are ~id, below zero."""
     eot, pieces = end_of_text_id(tokenizer), iter(pieces)
+    chat = tokenizer.token_to_id("<|im_start|>") is not None
     while batch := list(itertools.islice(pieces, 16)):
-        encoded = tokenizer.encode_batch_fast([t for t, _ in batch], add_special_tokens=False)
-        for (text, ends), tokens in zip(batch, encoded, strict=True):
+        texts = ["" if chat and MARKS[0] in text else text for text, _ in batch]
+        encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        for (text, ends), tokens, plain in zip(batch, encoded, texts, strict=True):
             if END_OF_TEXT in text:
                 _warn_once(_MARK_IN_TEXT, END_OF_TEXT, END_OF_TEXT)
             ids = tokens.ids + [eot] * (ends and eot is not None)
-            if MARKS[0] in text and tokenizer.token_to_id("<|im_start|>"):
+            if text and not plain:
                 ids = extension("conversations", "").encode_text(tokenizer, text, ends)
             yield ids, len(text.encode())
 

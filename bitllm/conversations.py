@@ -84,16 +84,22 @@ def encode_text(tokenizer: Any, text: str, ends: bool) -> list[int]:
     A text that was cut begins or ends amid a turn; a beginning without its role is only read.
     """
     start, end = (tokenizer.token_to_id(name) for name in SPECIAL)
-    ids: list[int] = []
+    parts: list[int | tuple[str, bool]] = []  # marks, and texts with whether they are learned
     for part in re.split(f"(?={MARKS[0]})", text):
         marked, (body, *rest) = part.startswith(MARKS[0]), part.strip(MARKS[0]).split(MARKS[1])
         role, newline, content = body.partition("\n") if marked else ("", "", body)
-        header, answer = _ids(tokenizer, role + newline), _ids(tokenizer, content)
         learned = marked and role == "assistant"
-        ids += [~start] * marked + [~token for token in header]
-        ids += answer if learned else [~token for token in answer]
-        if rest:
-            ids += [end if learned else ~end, *(~token for token in _ids(tokenizer, rest[0]))]
+        parts += [~start] * marked + [(role + newline, False), (content, learned)]
+        parts += [end if learned else ~end, (rest[0], False)] if rest else []
+    texts = [part[0] for part in parts if isinstance(part, tuple)]
+    encoded = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+    ids: list[int] = []
+    for part in parts:
+        if isinstance(part, int):
+            ids.append(part)
+        else:
+            found = next(encoded).ids
+            ids += found if part[1] else [~token for token in found]
     separator = tokenizer.token_to_id(END_OF_TEXT)
     return ids + [~separator] * (ends and separator is not None)
 
@@ -105,10 +111,6 @@ def encode_messages(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """
     text = as_text(messages) + f"{MARKS[0]}assistant\n"
     return [token if token >= 0 else ~token for token in encode_text(tokenizer, text, False)]
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False).ids if text else []
 
 
 def mean_of_counted(loss: Tensor, parameters: Iterable[Tensor], windows: Tensor) -> None:

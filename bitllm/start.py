@@ -235,8 +235,8 @@ def add_rows(
     """An embedding, (V, D), with `rows` rows, of which those of the tokens `new` begin anew.
 
     They are the mean of the first `known` rows, and noise that tells them apart: so a new token
-    is as likely as any at first. Rows of a model that begins, near 0, would not be: the logits
-    of the others are far below 0 by then, mostly, and it would be predicted everywhere.
+    has about the others' mean logit. Rows of a model that begins, near 0, would have logits near
+    0, which is above most others by then.
     """
     there = weight[:known].double()
     noise = torch.randn(len(new), weight.shape[1], generator=generator, dtype=torch.float64)
@@ -264,7 +264,7 @@ def masters_of(name: str, trits: Tensor, scale: Tensor, device: torch.device) ->
         weight[where] = (trits[where] * sizes).float()
         if sizes.min() > 0.51 * s and weight_quant(weight.to(device))[1] == s:
             break
-    else:  # a matrix of ten million weights and more, or a scale from a device that divides else
+    else:  # a matrix too large for that, or a scale from a device that divides else
         weight = trits * (scale * (n / count))
         settle(weight, scale, torch.arange(len(weight)), device)
     found, off = weight_quant(weight.to(device)), 0.0

@@ -438,6 +438,20 @@ def test_a_model_that_the_hub_does_not_have_is_one_line(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+def test_a_seed_scripts_checkpoint_is_a_source(seed_script, tiny_corpus, tmp_path):
+    tokenizer = bit.train_tokenizer([tiny_corpus.read_text("utf-8")], 300, kind="wordpiece")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    path = tmp_path / "mi_llm_checkpoint.pth"
+    model = seed_script.MiLLM(300, 64, 8, 128, 2, 32)
+    torch.save({"epoch": 0, "batch": 0, "model_state_dict": model.state_dict()}, path)
+    flags = ["--init-from", str(path), "--data", str(tiny_corpus), "--eval-tokens", "100000"]
+    flags += [str(flag) for flag in QUICK]
+    assert main(["train", "--out", str(tmp_path / "run"), *flags]) == 0
+    known = bit.load_checkpoint(tmp_path / "run", 0)["model"]
+    assert torch.equal(known["lm_head.weight"], model.state_dict()["output_layer.weight"])
+    assert bit.load_tokenizer(tmp_path / "run" / "tokenizer.json").encode("cats sat").ids
+
+
 # The preset
 
 
