@@ -12,7 +12,7 @@ command line, for a laptop's CPU as well as a GPU; the package bitllm around it 
 Contents
     1 Configuration   what can be set, checked at construction, and the presets
     2 Quantization    ternary weights, 8-bit activations and the layer made of them
-    3 Model           the transformer, its initialisation and the import of seed checkpoints
+    3 Model           the transformer and its initialisation
     4 Tokenizer       byte-level BPE (lossless) or the seed's WordPiece
     5 Data            from any text to token files; a batch is a function of (seed, step)
     6 Generation      cached sampling, streamed or whole
@@ -54,7 +54,6 @@ import signal
 import sys
 import threading
 import time
-import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -73,7 +72,7 @@ from torch import Tensor, nn
 log = logging.getLogger("bitllm")
 
 __all__ = ["PRESETS", "DataConfig", "ModelConfig", "SamplingConfig", "TrainConfig"]
-__all__ += ["BitLM", "BitLinear", "activation_quant", "import_seed_checkpoint", "weight_quant"]
+__all__ += ["BitLM", "BitLinear", "activation_quant", "weight_quant"]
 __all__ += ["TokenData", "load_tokenizer", "prepare_data", "train_tokenizer"]
 __all__ += ["evaluate", "generate", "load_checkpoint", "load_model", "save_checkpoint", "stream"]
 __all__ += ["Callback", "TrainState", "train"]
@@ -278,6 +277,8 @@ class TrainConfig(_Checked):
     """windows at once on the device; default: found. Does not change the mathematics"""
     seed: int = _field(0, at_least=0)
     """of the initial weights and the order of the data"""
+    init_from: str | None = None
+    """weights to begin with: a run folder, a packed file, a Hugging Face folder, hf:OWNER/NAME"""
     optimizer: str = _field("muon", one_of=("muon", "adamw"))
     """muon (matrices; AdamW for the rest) or adamw"""
     learning_rate: float | None = _field(None, more_than=0)
@@ -399,6 +400,12 @@ PRESETS: dict[str, tuple[ModelConfig, DataConfig, TrainConfig]] = {
     ),
     "seed": (_SEED_MODEL, DataConfig("wikitext-2", tokenizer="wordpiece"), _SEED_TRAINING),
 }
+_TUNING = {"init_from": "runs/t4-1h", "learning_rate": 0.01, "adamw_learning_rate": 0.00125}
+PRESETS["t4-chat"] = (  # at a quarter of the rates that its source began with
+    PRESETS["t4-1h"][0],
+    DataConfig("smol-smoltalk", max_train_tokens=60_000_000),
+    TrainConfig(900, 65_536, warmup_steps=50, eval_every_steps=90, **_TUNING),
+)
 
 # -----------------------------------------------------------------------------
 # 2 Quantization
@@ -857,50 +864,6 @@ def initialize(model: BitLM, generator: torch.Generator, keep: Any = Tensor.copy
         keep(parameter, values)
 
 
-_SEED_NAMES = {
-    "model.output_layer": "lm_head",
-    "token_embedding": "embed_tokens",
-    "position_embedding": "embed_positions",
-    "norm1": "input_layernorm",
-    "norm2": "post_attention_layernorm",
-    "attn.out_proj": "attn.o_proj",
-    "attn": "self_attn",
-    "ff.w_1": "mlp.up_proj",
-    "ff.w_2": "mlp.down_proj",
-}
-
-
-def import_seed_checkpoint(path: str | Path, num_attention_heads: int = 8) -> BitLM:
-    """Turn the seed script's `mi_llm_checkpoint.pth` or `mi_llm_epoch_N.pth` into a `BitLM`.
-    The file does not have the number of heads. Nothing in it is executed; ValueError if it differs.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected the seed script's checkpoint")
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch stores; a bomb would be compressed
-            if sum(item.file_size for item in archive.infolist()) > path.stat().st_size:
-                raise ValueError("it is compressed")
-        saved = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
-        weights = {}
-        for name, tensor in saved.items():
-            name = f"model.{name}"
-            for old, new in _SEED_NAMES.items():
-                name = name.replace(old, new)
-            weights[name] = tensor.float()
-        V, D = weights["model.embed_tokens.weight"].shape
-        T = len(weights["model.embed_positions.weight"])
-        ups = [tensor for name, tensor in weights.items() if "up_proj" in name]  # one per layer
-        shape = (V, D, len(ups[0]), len(ups), num_attention_heads, None, T)
-        config = ModelConfig(*shape, tie_word_embeddings=False, linear="weight_only", block="seed")
-        model = BitLM(config, seed=None)
-        model.load_state_dict(weights)
-    except Exception as error:
-        why = f"{type(error).__name__}: {first_line(error)}"
-        raise ValueError(f"{path}: not a checkpoint of the seed script ({why})") from error
-    return model
-
-
 # -----------------------------------------------------------------------------
 # 4 Tokenizer
 # The library `tokenizers` does the work; here are the choice of tokenizer and its special tokens.
@@ -1024,6 +987,7 @@ KNOWN_DATA = {
     "tinystories": "hf:roneneldan/TinyStories#text",
     "fineweb-edu": "hf:HuggingFaceFW/fineweb-edu:sample-10BT#text",
     "wikipedia-es": "hf:wikimedia/wikipedia:20231101.es#text",
+    "smol-smoltalk": "hf:HuggingFaceTB/smol-smoltalk#messages",
 }
 _OF_LINES = ("wikitext-2", "wikitext-103")  # rows are lines of one long text, not documents
 _WITH_VALIDATION = (*_OF_LINES, "tinystories")  # have a validation split
@@ -1914,12 +1878,11 @@ def check_weights(config: ModelConfig, weights: Any, path: Path) -> BitLM:
     return model.float()
 
 
-def load_run(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM, Any, dict[str, Any]]:
-    """`load_model` of a run, a checkpoint or a .pth file, and facts from the checkpoint."""
-    path = Path(path)
+def load_masters(path: Path, checkpoint: str | int = "last") -> tuple[BitLM, Any, dict[str, Any]]:
+    """The model of a run, a checkpoint or a .pth file as it trains, its tokenizer, and facts."""
     if path.suffix == ".pth":
-        model = import_seed_checkpoint(path)
-        return model.freeze(), load_tokenizer(path.with_name("tokenizer.json")), {}
+        model = extension("seed", f"reading {path}").import_seed_checkpoint(path)
+        return model, load_tokenizer(path.with_name("tokenizer.json")), {}
     contents = load_checkpoint(path, checkpoint)
     try:
         config = config_from(ModelConfig, contents["config"]["model"], path)
@@ -1928,7 +1891,12 @@ def load_run(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM, A
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: its checkpoint lacks what generating needs ({error})") from error
     check_tokenizer(tokenizer, config.vocab_size, path)
-    facts = {key: contents.get(key) for key in ("step", "config", "loss", "val_loss")}
+    return model, tokenizer, {k: contents.get(k) for k in ("step", "config", "loss", "val_loss")}
+
+
+def load_run(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM, Any, dict[str, Any]]:
+    """`load_masters` in inference form."""
+    model, tokenizer, facts = load_masters(Path(path), checkpoint)
     return model.freeze(), tokenizer, facts
 
 
@@ -2368,6 +2336,10 @@ class Session:
         """Steps until all are done, a signal came, or the loss stays non-finite."""
         state, config, processes = self.state, self.config, self.processes
         parameters = parameters_of(state.optimizers)
+        if config.init_from and not state.step and state.best_val_loss == math.inf:
+            self.evaluate()  # the curves begin with it, and the run no longer needs its source
+            saver.save("best")
+            saver.save("step")
         self.logged = state.tokens, state.train_seconds
         while not state.finished and not self.stop_asked() and self.data.wait(self):
             start = time.perf_counter()
@@ -2567,6 +2539,7 @@ def _restore(session: Session, checkpoint: dict[str, Any]) -> None:
             session.micro_batch = int(checkpoint["micro_batch"])
         check_weights(session.model_config, checkpoint["model"], session.out / "checkpoints")
         session.state.load_state_dict(checkpoint)
+        session.settings = {**checkpoint["config"], **session.settings}  # also what it began with
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"{session.out}: its checkpoint of step {checkpoint['step']} is not of this run "
@@ -2626,6 +2599,18 @@ def _finish(session: Session) -> None:
             session.notify("on_end")
 
 
+def _join(model: ModelConfig, config: TrainConfig) -> Processes:
+    """The processes that train together, once it is known that the memory will do."""
+    processes = Processes()
+    if config.fsdp or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        distributed = extension("distributed", "training with several processes")
+        processes = distributed.join(model, config)
+    with contextlib.suppress(ImportError):
+        check = extension("planner", "a check of memory").check_memory
+        check(model, config, processes.world_size)
+    return processes
+
+
 def train(
     model_config: ModelConfig,
     data_config: DataConfig,
@@ -2653,13 +2638,7 @@ def train(
     out, configs = Path(out), {"model": model_config, "data": data_config, "train": train_config}
     require(resume in ("auto", "never", "must"), "resume", resume, "auto, never or must")
     check_configs(model_config, train_config)
-    processes = Processes()
-    if train_config.fsdp or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        distributed = extension("distributed", "training with several processes")
-        processes = distributed.join(model_config, train_config)
-    with contextlib.suppress(ImportError):
-        check = extension("planner", "a check of memory").check_memory
-        check(model_config, train_config, processes.world_size)
+    processes = _join(model_config, train_config)
     if callbacks is None:
         with contextlib.suppress(ImportError):
             callbacks = [extension("progress", "a progress bar").ProgressBar()]
@@ -2670,17 +2649,25 @@ def train(
             stack.callback(torch.use_deterministic_algorithms, before)
             torch.use_deterministic_algorithms(True)
         stack.enter_context(processes.guard())
+        start = extension("start", "--init-from") if train_config.init_from else None
+        if start:
+            shape = partial(start.shape_of_run, configs, out, resume, mirror)
+            configs["model"] = processes.broadcast(processes.run_on_main(shape))
         begin = partial(_open, stack, configs, out, resume, mirror)
         copier, checkpoint = processes.run_on_main(begin) or (None, None)
         step = processes.broadcast(checkpoint and checkpoint["step"])
         if step is not None and not checkpoint:
             path = out / "checkpoints" / f"step_{step:08d}.safetensors"
             checkpoint = load_checkpoint(path, mapped=train_config.fsdp)
+        if start and not checkpoint:
+            processes.run_on_main(partial(start.give_tokenizer, train_config.init_from, out))
         session = Session(configs, out, processes, callbacks or () if processes.is_main else ())
         session.state.mirror = copier
         if checkpoint:
             _restore(session, checkpoint)
             del checkpoint  # as large as the model and its optimizers
+        elif start:
+            start.give_weights(session)
         _finish(session)
     return session.state
 
@@ -2734,6 +2721,9 @@ def train_command(flags: argparse.Namespace, callbacks: Any = None, report: Any 
         if saved:  # without a preset, the run's own settings are meant
             parts = checked_settings(saved, place / "config.json").values()
             configs = [type(base)(**part) for base, part in zip(configs, parts, strict=True)]
+    if source := from_flags(configs[2], flags).init_from:
+        places = [flags.mirror, flags.out] if flags.resume != "never" else []
+        configs = extension("start", "--init-from").settings_of(source, configs, places)
     model, data, config = (from_flags(base, flags) for base in configs)
     more = {"resume": flags.resume, "mirror": flags.mirror}
     state = train(model, data, config, flags.out, callbacks=callbacks, **more)

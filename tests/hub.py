@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub on this machine: one data set of parquet files, with faults.
+"""A stand-in for the Hugging Face hub on this machine: one data set or model, with faults.
 
 `HF_ENDPOINT` points the real `datasets` and `huggingface_hub` at it, so that a test takes the way
 that a user's download takes: the repository's listing, then ranges of its files.
@@ -19,7 +19,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Serves the files of `folder` as the data set `me/stories`.
+    """Serves the files of `folder` as the data set, and as the model, `me/stories`.
 
     Args:
         failing: share of the requests that go wrong, each in one of the ways of `FAULTS`.
@@ -100,14 +100,14 @@ class Answer(http.server.BaseHTTPRequestHandler):
             return
         if fault == "stall":
             time.sleep(self.server.stall_s)
-        if found := re.fullmatch(r"/datasets/me/stories/resolve/[^/]+/(.+)", path):
+        if found := re.fullmatch(r"(?:/datasets)?/me/stories/resolve/[^/]+/(.+)", path):
             self.file(self.server.folder / found[1], cut=fault == "cut")
-        elif re.fullmatch(r"/api/datasets/me/stories/tree/.+", path):
+        elif re.fullmatch(r"/api/(datasets|models)/me/stories/tree/.+", path):
             self.reply(self.entries())
         elif re.fullmatch(r"/api/datasets/me/stories/paths-info/.+", path):
             wanted = self.paths(asked)
             self.reply([e for e in self.entries() if e["path"] in wanted])
-        elif re.fullmatch(r"/api/datasets/me/stories(/revision/.+)?", path):
+        elif re.fullmatch(r"/api/(datasets|models)/me/stories(/revision/.+)?", path):
             siblings = [{"rfilename": e["path"]} for e in self.entries()]
             self.reply(
                 {

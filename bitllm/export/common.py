@@ -29,6 +29,7 @@ from bitllm_core import (
     MetricsLog,
     ModelConfig,
     end_of_text_id,
+    load_masters,
     load_run,
     require,
 )
@@ -37,6 +38,8 @@ EXPORT_VERSION = 1
 """of what packed files and Hugging Face folders hold"""
 CREDITS = ("name", "author", "licence", "data_licence")
 """what a user may state about a model; each export notes it in what it writes"""
+BASE = ("name", "sha256", "data", "data_licence")
+"""what is told of the model that a training started from, each with base_ before it"""
 NO_COUNTERPART = "only block=bitnet, linear=ternary and a tied embedding have a counterpart"
 _DATA_LICENCES = {
     "pydocs": "PSF-2.0",
@@ -45,6 +48,7 @@ _DATA_LICENCES = {
     "tinystories": "cdla-sharing-1.0",
     "fineweb-edu": "odc-by",
     "wikipedia-es": "cc-by-sa-3.0",
+    "smol-smoltalk": "apache-2.0",
 }
 
 
@@ -150,14 +154,19 @@ def _read(path: Path) -> Source | None:
     return next(found, None)
 
 
-def open_source(path: str | Path, checkpoint: str | int, credits: dict[str, Any]) -> Source:
-    """The model to export. What the user states in `credits` replaces what is known."""
+def open_source(
+    path: str | Path, checkpoint: str | int, credits: dict[str, Any], frozen: bool = True
+) -> Source:
+    """The model to export. What the user states in `credits` replaces what is known.
+
+    With `frozen` False, the model of a run or a seed script's file has its master weights.
+    """
     for key in credits:
         require(key in CREDITS, "credits", key, f"one of {', '.join(CREDITS)}")
     path = Path(path)
     source = _read(path)
     if source is None:
-        model, tokenizer, told = load_run(path, checkpoint)
+        model, tokenizer, told = (load_run if frozen else load_masters)(path, checkpoint)
         source = Source(model, tokenizer, {"name": path.stem, **_facts(path, told)})
     given = {key: value for key, value in credits.items() if value is not None}
     return dataclasses.replace(source, facts={**source.facts, **given})
@@ -171,6 +180,8 @@ def _facts(path: Path, told: dict[str, Any]) -> dict[str, Any]:
         data = Path(data).name  # do not publish the folders of this machine
     facts = {"data": data, "data_licence": _DATA_LICENCES.get(data or "")}
     facts["prompt"] = saved.get("train", {}).get("sample_prompt")
+    if isinstance(start := saved.get("start"), dict):  # what it was tuned from
+        facts |= {f"base_{key}": start.get(key) for key in BASE}
     if step is None:
         return facts
     run = path if path.is_dir() else path.parent.parent

@@ -133,7 +133,10 @@ def write_gguf(path: Path, source: Source, kind: str) -> int:
 
 
 def _add_description(writer: Any, source: Source) -> None:
-    facts = source.facts
+    facts, base = source.facts, source.facts.get("base_name")
+    if base:
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, str(base))
     writer.add_quantization_version(2)
     writer.add_name(facts.get("name") or "A ternary language model")
     writer.add_author(facts.get("author") or "")
@@ -141,7 +144,8 @@ def _add_description(writer: Any, source: Source) -> None:
     writer.add_size_label(f"{source.model.config.num_parameters / 1e6:.1f}M")
     if facts.get("data"):
         licence = facts.get("data_licence") or "licence not stated"
-        writer.add_description(f"Trained from scratch on {facts['data']} ({licence}).")
+        how = f"Tuned from {base}" if base else "Trained from scratch"
+        writer.add_description(f"{how} on {facts['data']} ({licence}).")
         writer.add_dataset_count(1)
         writer.add_dataset_name(0, facts["data"])
 

@@ -1,4 +1,4 @@
-"""Uploading to the Hugging Face hub."""
+"""The Hugging Face hub: uploading what was exported, and fetching it back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import os
 from pathlib import Path
 
-from bitllm_core import library, require
+from bitllm_core import first_line, library, require
 
 
 def push_to_hub(
@@ -42,6 +42,31 @@ def push_to_hub(
             commit_message=f"Add {path.name}",
         )
     return f"{api.endpoint}/{repo_id}"
+
+
+def fetch_from_hub(repo_id: str) -> Path:
+    """The folder or packed file of OWNER/NAME as `push_to_hub` left it there, on this disk.
+
+    Raises:
+        ValueError: no OWNER/NAME, or nothing in it that this program exported.
+        ImportError: the package huggingface_hub is not installed.
+        ConnectionError: the hub cannot be reached, or has no such model.
+    """
+    require(repo_id.count("/") == 1, "repo_id", repo_id, "OWNER/NAME")
+    hub = library("huggingface_hub", f"the model {repo_id} of the hub")
+    wanted = ["*.json", "*.safetensors"]
+    try:
+        folder = Path(hub.snapshot_download(repo_id, allow_patterns=wanted, token=_hub_token()))
+    except Exception as error:  # each layer of the hub's clients has kinds of its own
+        raise ConnectionError(
+            f"the model {repo_id} could not be loaded from the hub ({first_line(error)})"
+        ) from error
+    files = sorted(folder.glob("*.safetensors"))
+    if (folder / "config.json").is_file():
+        return folder
+    if len(files) != 1:
+        raise ValueError(f"{repo_id}: expected one packed file or a folder that bitllm exported")
+    return files[0]
 
 
 def _hub_token() -> str | None:

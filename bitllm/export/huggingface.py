@@ -250,7 +250,7 @@ _CARD = """\
 ---
 # {title}
 
-A ternary (BitNet b1.58) language model, trained from scratch with bitllm. It {does}.
+A ternary (BitNet b1.58) language model, {made} with bitllm. It {does}.
 
 | | |
 | --- | --- |
@@ -273,9 +273,18 @@ it computes the scale from the weights again.
 def _model_card(source: Source, size: int, dense: bool) -> str:
     config, facts = source.model.config, source.facts
     known = re.match("hf:([^:#]+)", KNOWN_DATA.get(str(facts.get("data")), ""))
+    base = str(facts.get("base_name") or "")
+    tuned = {
+        "tuned from": base,
+        "sha256 of its weights": facts.get("base_sha256"),
+        "which was trained on": facts.get("base_data"),
+        "licence of that": facts.get("base_data_licence"),
+    }
+    tuned = tuned if base else {}
     rows = {
         "author": facts.get("author"),
         "licence": facts.get("licence"),
+        **tuned,
         "trained on": facts.get("data"),
         "licence of that text": facts.get("data_licence"),
         "optimizer steps": facts.get("steps"),
@@ -291,11 +300,13 @@ def _model_card(source: Source, size: int, dense: bool) -> str:
     front = ["library_name: transformers", "pipeline_tag: text-generation"]
     front += [f"license: {json.dumps(facts['licence'])}"] if facts.get("licence") else []
     front += ["datasets:", f"- {known[1]}"] if known else []
+    front += [f"base_model: {json.dumps(base)}"] if "/" in base else []
     does = "continues text; it\nwas not trained to follow instructions or to be right"
     if can_chat(source.tokenizer):
         does = "answers in conversations\nlike those it was trained on; what it says may be wrong"
     return _CARD.format(
         does=does,
+        made=f"tuned from {base}" if base else "trained from scratch",
         front="\n".join(front),
         title=facts.get("name") or "A ternary language model",
         table="\n".join(f"| {key} | {_shown(value)} |" for key, value in rows.items()),
