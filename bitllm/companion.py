@@ -6,6 +6,7 @@ import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from bitllm.conversations import IM_END, as_text, encode_messages, require_chat
 from bitllm.corpora import LANGUAGES, WHICH, Persona, Question, conversations, questions, shown
 from bitllm_core import BitLM, DataConfig, Part, SamplingConfig, generate_tokens, num_ids, require
 
-COUNTS = {"train": 40_000, "validation": 1_000}  # conversations
+COUNTS = {"train": 20_000, "validation": 400}  # conversations
 ANSWER_TOKENS = 60
 BATCH = 100  # questions at once
 
@@ -40,10 +41,16 @@ def recorded_persona(given: str) -> str | None:
 
 def parts(source: str, split: str, config: DataConfig) -> Iterator[Part]:
     """The conversations of a split; those of the validation split are made from another seed."""
-    language, persona = language_of(source), Persona.parse(config.persona or "")
+    language = language_of(source)
     if split in COUNTS:
-        made = conversations(language, persona, seed=list(COUNTS).index(split))
-        yield map(as_text, itertools.islice(made, COUNTS[split])), False, True
+        yield iter(_texts(language, config.persona or "", split, COUNTS[split])), False, True
+
+
+@lru_cache(maxsize=2)
+def _texts(language: str, persona: str, split: str, count: int) -> list[str]:
+    """Kept, for they are read twice: by who trains the tokenizer, and as training text."""
+    made = conversations(language, Persona.parse(persona), seed=list(COUNTS).index(split))
+    return [*map(as_text, itertools.islice(made, count))]
 
 
 def is_companion(source: str) -> bool:

@@ -131,5 +131,8 @@ def test_right_answers_are_counted_by_what_was_held_out(few, monkeypatch, tmp_pa
     _, tokenizer = bit.prepare_data(bit.DataConfig("companion"), 512, 64, tmp_path)
     Parrot(monkeypatch, tokenizer, right)
     found = companion.right_answers(None, tokenizer, count=6)
-    assert set(found) == set(WHICH)
+    wrong = found.pop("wrong")
     assert found == dict.fromkeys(WHICH, float(right))
+    asked = {which: questions("en", None, which, 6, seed=0) for which in WHICH}
+    kinds = {which: {question.kind: 1 for question in asked[which]} for which in WHICH}
+    assert wrong == (dict.fromkeys(WHICH, {}) if right else kinds)

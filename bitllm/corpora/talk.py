@@ -10,9 +10,9 @@ from bitllm.corpora.templates import Book, Kind, Random, Row, Rows, fill, pick
 
 WORD = re.compile(r"\{[^}]*\}|[^\W\d_]{4,}")  # a slot, or a word that is long enough for a typo
 ACCENTS = str.maketrans("áéíóúüÁÉÍÓÚÜ", "aeiouuAEIOUU")
-TURNS = 3  # of the user, at most
+TURNS = 5  # of the user, at most
 # How often users ask on about something else, come back to what they told, and how they type.
-ASK_ON, COME_BACK = 0.5, 0.8
+ASK_ON, COME_BACK = 0.5, 0.6
 LOWER, NO_MARK, NO_OPENING, NO_ACCENTS, TYPO = 0.85, 0.5, 0.8, 0.3, 0.04
 
 
@@ -47,9 +47,10 @@ def _next(book: Book, me: Row, random: Random, done: Sequence[Exchange]) -> Exch
     if told and random() < COME_BACK:
         kind = pick(told, random)
         rows = before[kind.after].rows
-        return exchange(book, kind, pick(book.ways(kind, kind.ask, rows), random), rows, me, random)
-    often = [kind for kind in book.kinds.values() for _ in range(kind.weight) if not kind.after]
-    kind = pick([k for k in often if k.name not in before and k.unless not in before], random)
+        return exchange(book, kind, pick(book.ways(kind, rows), random), rows, me, random)
+    kind = pick(book.often, random)
+    while kind.name in before or kind.unless in before:
+        kind = pick(book.often, random)
     return exchange(book, kind, *book.draw(kind, kind.ask, random), me, random)
 
 
@@ -102,8 +103,8 @@ def last_exchanges(book: Book, me: Row, which: str, random: Random) -> Iterator[
             way, rows = book.draw(kind, kind.then if asked_on else ways, random, held_out)
             if kind.after:
                 first = book.kinds[kind.after]
-                ways = book.ways(first, first.ask, rows)
-                start = [exchange(book, first, pick(ways, random), rows, me, random)]
+                told = pick(book.ways(first, rows), random)
+                start = [exchange(book, first, told, rows, me, random)]
             elif asked_on:
                 earlier = book.draw(kind, kind.ask, random, other=rows)
                 start = [exchange(book, kind, *earlier, me, random)]

@@ -90,6 +90,8 @@ class Book:
             for name, lines in content["tables"].items()
         }
         self.kinds = {name: Kind(name, **kind) for name, kind in content["kinds"].items()}
+        begin = (kind for kind in self.kinds.values() if not kind.after)
+        self.often = [kind for kind in begin for _ in range(kind.weight)]
 
     def remembered(self, kind: Kind) -> Kind:
         """The kind whose fillers an exchange is about: this one, or what was told before."""
@@ -106,17 +108,15 @@ class Book:
         """One of these ways to ask and the fillers that are asked about (or were told before), none
         of them among `other`, those of the turn before."""
         while True:
-            rows = self._rows(self.remembered(kind).slots, random)
+            way, rows = pick(ways, random), self._rows(self.remembered(kind).slots, random)
             again = other and any(rows[slot] == other[slot] for slot in rows)
-            free = self.ways(kind, ways, rows, held_out)
-            if free and not again and self._differ(self.remembered(kind), rows):
-                return pick(free, random), rows
+            fits = not again and self._differ(self.remembered(kind), rows)
+            if fits and self.is_held_out(kind, way, rows) is held_out:
+                return way, rows
 
-    def ways(
-        self, kind: Kind, ways: Sequence[str], rows: Rows, held_out: bool = False
-    ) -> list[str]:
-        """Those ways to ask whose combination with these fillers is held out, or is not."""
-        return [way for way in ways if self.is_held_out(kind, way, rows) is held_out]
+    def ways(self, kind: Kind, rows: Rows) -> list[str]:
+        """The ways to ask that training has together with these fillers."""
+        return [way for way in kind.ask if not self.is_held_out(kind, way, rows)]
 
     def complete(self, kind: Kind, rows: Rows, random: Random) -> Rows:
         """The same rows, and some for the slots that only the answers have."""

@@ -13,8 +13,8 @@ from bitllm.corpora import talk, templates
 
 STRANGE = 'Zoë "{animal}" {me.home} {0} %s \\1 <|im_start|>user 漢字 🐱'
 GOLDEN = {
-    "en": "6aa7396a8c29dc6b365a562eccb9ae7b0f58544c1b39780d7899db7dc5ff7b21",
-    "es": "7a67e44dde4283568e8e3b9ab96d4030180974746c0be596872c14f53706c53c",
+    "en": "fc1eb8487f51f1d27134f533560be45f5dfa55d54fae6330cf5e0b9229b0852c",
+    "es": "c0a20a9dc5bae2724bbd27eab38fec50eeea85e6a0580079eab3d11c4ff41427",
 }
 in_both = pytest.mark.parametrize("language", ["en", "es"])
 
@@ -154,7 +154,7 @@ def test_what_is_not_known_is_not_asked(language):
     for kind in book.kinds.values():
         if len(book.remembered(kind).slots) == 1:
             for rows in combinations(book, book.remembered(kind)):
-                assert len(book.ways(kind, kind.ask, rows)) >= 3
+                assert len(book.ways(kind, rows)) >= 3
 
 
 @in_both
@@ -206,7 +206,7 @@ def test_users_type_and_the_companion_writes(language):
     turns = Counter()
     for messages in islice(corpora.conversations(language, seed=1), 2_000):
         assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
-        assert 2 <= len(messages) <= 6
+        assert 2 <= len(messages) <= 10
         for message in messages:
             turns[message["role"], "lower"] += message["content"] == message["content"].lower()
             turns[message["role"], "mark"] += message["content"][-1] in ".?!"

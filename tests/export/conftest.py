@@ -14,6 +14,9 @@ from filelock import FileLock
 import bitllm_core as bit
 from bitllm import chat
 from bitllm.export import GGUF_KINDS, export_gguf, export_hf, export_packed, wllama
+from bitllm.export.common import open_source
+from bitllm.export.gguf import write_gguf
+from bitllm.export.webpage import page_values
 from tests.conftest import ROOT
 from tests.export.helpers import GREEDY_TOKENS, SOUNDS, started, train_chat, train_tiny
 from tools import page_in_browsers as drive
@@ -143,6 +146,14 @@ def wide_run(tmp_path_factory, tiny_corpus):
 def demo():
     """Parts of docs/demo.html, and the values that its script reads."""
     return drive.parts_of(ROOT / "docs" / "demo.html")
+
+
+@pytest.fixture(scope="session")
+def text_page(demo, run, tmp_path_factory):
+    """The two arguments of `page_files` for a model that continues a text."""
+    path, opened = tmp_path_factory.mktemp("text") / "model.gguf", open_source(run, "last", {})
+    size = write_gguf(path, opened, "TQ2_0")
+    return {**demo[0], "model": path.read_bytes()}, page_values(opened, size)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """The exported page generates what llama.cpp generates, contacts nobody, and shows text as text.
 
-The browsers are real ones, driven by tools/page_in_browsers.py. llama.cpp for them and a trained
-model come out of docs/demo.html, so that nothing is fetched.
+The browsers are real ones, driven by tools/page_in_browsers.py. llama.cpp for them comes out of
+docs/demo.html, so that nothing is fetched.
 """
 
 import json
@@ -21,18 +21,18 @@ TEMPLATE = page_template()
 
 
 @pytest.fixture(scope="module")
-def page(demo, tmp_path_factory):
-    """The demo's model in the template as it is now: the file's address."""
+def page(text_page, tmp_path_factory):
+    """A page with a text box: the file's address."""
     path = tmp_path_factory.mktemp("page") / "page.html"
-    path.write_bytes(page_files(TEMPLATE, *demo, folder=False)["index.html"])
+    path.write_bytes(page_files(TEMPLATE, *text_page, folder=False)["index.html"])
     return path.as_uri()
 
 
 @pytest.fixture(scope="module")
-def expected(demo, tmp_path_factory):
+def expected(text_page, tmp_path_factory):
     """The greedy text of native llama.cpp."""
     gguf = tmp_path_factory.mktemp("gguf") / "model.gguf"
-    gguf.write_bytes(demo[0]["model"])
+    gguf.write_bytes(text_page[0]["model"])
     return drive.write_here(gguf, PROMPT, TOKENS)["text"]
 
 
@@ -68,9 +68,9 @@ def test_firefox_generates_what_llama_cpp_generates(page, expected):
         browser.close()
 
 
-def test_a_folder_behind_a_web_server_generates_the_same(tab, demo, served, expected):
+def test_a_folder_behind_a_web_server_generates_the_same(tab, text_page, served, expected):
     folder, address, asked = served
-    for name, data in page_files(TEMPLATE, *demo, folder=True).items():
+    for name, data in page_files(TEMPLATE, *text_page, folder=True).items():
         (folder / name).write_bytes(data)
     assert {path.name for path in folder.iterdir()} == FOLDER_FILES
     assert (folder / "model.gguf").read_bytes().startswith(b"GGUF")
@@ -168,10 +168,10 @@ WORST_CONTRAST = """(() => {
 FACTS = "name", "data", "author", "licence", "data_licence"
 
 
-def page_about(demo, words, folder=False, template=TEMPLATE):
+def page_about(text_page, words, folder=False, template=TEMPLATE):
     """A page with `words` wherever it describes its model; it holds no engine that could run."""
-    parts = {**demo[0], "engine": b"", "model": b""}
-    values = json.loads(json.dumps(demo[1]))
+    parts = {**text_page[0], "engine": b"", "model": b""}
+    values = json.loads(json.dumps(text_page[1]))
     values["facts"] |= dict.fromkeys(FACTS, words)
     values["prompt"] = words
     return page_files(template, parts, values, folder)
@@ -199,11 +199,11 @@ def template(request):
 
 
 @pytest.fixture(scope="module")
-def harmless(template, chromium, demo, tmp_path_factory):
+def harmless(template, chromium, text_page, tmp_path_factory):
     """The layout with a name of one word."""
     chromium.page = chromium.new_page(viewport={"width": 360, "height": 740})
     path = tmp_path_factory.mktemp("harmless") / "page.html"
-    path.write_bytes(page_about(demo, "word", template=template)["index.html"])
+    path.write_bytes(page_about(text_page, "word", template=template)["index.html"])
     opened(chromium, path)
     found = layout(chromium)
     chromium.page.close()
@@ -212,10 +212,10 @@ def harmless(template, chromium, demo, tmp_path_factory):
 
 @pytest.mark.parametrize("words", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_words_neither_run_nor_break_the_layout(
-    words, tab, demo, harmless, template, tmp_path
+    words, tab, text_page, harmless, template, tmp_path
 ):
     path = tmp_path / "page.html"
-    path.write_bytes(page_about(demo, words, template=template)["index.html"])
+    path.write_bytes(page_about(text_page, words, template=template)["index.html"])
     opened(tab, path)
     tab.page.mouse.move(180, 60)
     assert tab.ask("globalThis.hacked") is None
@@ -234,9 +234,9 @@ def test_hostile_words_neither_run_nor_break_the_layout(
     assert tab.ask("document.title") == title
 
 
-def test_the_read_me_of_a_folder_keeps_a_name_in_its_line(demo):
+def test_the_read_me_of_a_folder_keeps_a_name_in_its_line(text_page):
     for words in HOSTILE:
-        text = page_about(demo, words, folder=True)["README.md"].decode()
+        text = page_about(text_page, words, folder=True)["README.md"].decode()
         head = text.split("\n---\n")[0].splitlines()
         assert head[0] == "---"
         assert json.loads(head[1].removeprefix("title: ")) == words
