@@ -12,8 +12,8 @@ WORD = re.compile(r"\{[^}]*\}|[^\W\d_]{4,}")  # a slot, or a word that is long e
 ACCENTS = str.maketrans("áéíóúüÁÉÍÓÚÜ", "aeiouuAEIOUU")
 TURNS = 5  # of the user, at most
 # How often users ask on about something else, come back to what they told, and how they type.
-ASK_ON, COME_BACK = 0.5, 0.6
-LOWER, NO_MARK, NO_OPENING, NO_ACCENTS, TYPO = 0.85, 0.5, 0.8, 0.3, 0.04
+ASK_ON, COME_BACK = 0.5, 0.85
+LOWER, NO_MARK, NO_OPENING, NO_ACCENTS, TYPO = 0.85, 0.5, 0.8, 0.3, 0.02
 
 
 @dataclass(frozen=True)

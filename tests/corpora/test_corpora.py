@@ -13,8 +13,8 @@ from bitllm.corpora import talk, templates
 
 STRANGE = 'Zoë "{animal}" {me.home} {0} %s \\1 <|im_start|>user 漢字 🐱'
 GOLDEN = {
-    "en": "fc1eb8487f51f1d27134f533560be45f5dfa55d54fae6330cf5e0b9229b0852c",
-    "es": "c0a20a9dc5bae2724bbd27eab38fec50eeea85e6a0580079eab3d11c4ff41427",
+    "en": "94c5d5893a6159a84d643cbe74b33faf5790adfb121a7c91c90cd4e99c312197",
+    "es": "92deff8bcc37dbfd8d14e2a9534d5d17730c5f49bf1df87bd992b7b925f61ef3",
 }
 in_both = pytest.mark.parametrize("language", ["en", "es"])
 
