@@ -24,7 +24,7 @@
 # (-1, 0 or 1: [BitNet b1.58](https://arxiv.org/abs/2402.17764)), trained from nothing, in a
 # folder that you can keep, continue and use. It costs nothing: choose **Runtime > Run all** and
 # wait. On a free Colab T4 the default is a 29M model, planned for about an hour; without a GPU it
-# is a companion of 3.7M parameters, which answers, kept to about three minutes.
+# is a companion of 2.9M parameters, which answers, kept to about three minutes.
 #
 # Nothing below waits for a click. Stop whenever you like: running all again resumes from the
 # last checkpoint.
@@ -108,8 +108,6 @@ settings = bit.Settings(
     mirror,
     persona,
 )
-if drive and not mirror:
-    settings = settings.replace(mirror=str(drive / settings.run_folder.name))
 
 # %% [markdown]
 # The same as a form that shows parameters, memory and the estimated time after every change.
@@ -121,6 +119,8 @@ panel.show()
 
 # %%
 settings = panel.settings
+if drive and not settings.mirror:
+    settings = settings.replace(mirror=str(drive / settings.run_folder.name))
 model, data, train = settings.configs()
 print(settings.describe())
 

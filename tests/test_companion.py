@@ -2,13 +2,14 @@
 
 import itertools
 import json
+import re
 
 import pytest
 
 import bitllm_core as bit
 from bitllm import cli, companion
 from bitllm.conversations import as_text
-from bitllm.corpora import WHICH, Persona, conversations, questions
+from bitllm.corpora import WHICH, Persona, conversations, questions, shown
 
 
 @pytest.fixture
@@ -135,4 +136,23 @@ def test_right_answers_are_counted_by_what_was_held_out(few, monkeypatch, tmp_pa
     assert found == dict.fromkeys(WHICH, float(right))
     asked = {which: questions("en", None, which, 6, seed=0) for which in WHICH}
     kinds = {which: {question.kind: 1 for question in asked[which]} for which in WHICH}
-    assert wrong == (dict.fromkeys(WHICH, {}) if right else kinds)
+    assert wrong == ({which: {} for which in WHICH} if right else kinds)
+
+
+@pytest.mark.parametrize("language", ["en", "es"])
+def test_a_training_ends_with_a_conversation(few, monkeypatch, tmp_path, capsys, language):
+    monkeypatch.setattr(companion, "ANSWER_TOKENS", 4)
+    run, source = tmp_path / "run", f"companion:{language}"
+    flags = ["--preset", "ci", "--data", source, "--max-steps", "2", "--out", str(run)]
+    assert cli.main(["train", *flags]) == 0
+    told = capsys.readouterr().out
+    said = [line[2:] for line in told.splitlines() if line.startswith("> ")]
+    assert said == shown(language)
+    shares = (
+        r"right answers: \d+% to .* training, \d+% to new combinations, \d+% to new phrasings\n"
+    )
+    assert re.search(shares, told)
+    assert f"chat --model {run}\n" in told
+    assert told.splitlines()[-1].startswith("complete: 2 steps")
+    assert cli.main(["train", *flags, "--max-steps", "3", "--sample-prompt", "who?"]) == 0
+    assert "right answers" not in capsys.readouterr().out

@@ -81,7 +81,7 @@ def test_without_gpu_and_choice_a_run_is_short_and_keeps_its_length(tmp_path, mo
     steps = Settings().configs()[2].max_steps
     assert 40 < steps < 200
     assert "small and short" in Settings().describe()
-    assert Settings("demo").configs()[2].max_steps == 400
+    assert Settings("demo").configs()[2].max_steps == 640
     run = tmp_path / "runs" / "demo"
     run.mkdir(parents=True)
     (run / "config.json").write_text(json.dumps({"train": {"max_steps": steps}}))
