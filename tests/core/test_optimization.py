@@ -41,7 +41,7 @@ def test_cosine_ends_at_a_tenth():
 
 
 def test_a_micro_batch_divides_the_share_of_a_process():
-    model, train = bit.PRESETS["demo"][0], bit.TrainConfig(batch_tokens=4096)
+    model, train = bit.ModelConfig(), bit.TrainConfig(batch_tokens=4096)
     cpu = bit.choose_device("cpu", "float32")
     sizes = [bit.windows_at_once(model, train, cpu, processes) for processes in (1, 2, 3, 4, 16)]
     assert sizes == [16, 16, 11, 8, 2]

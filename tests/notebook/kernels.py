@@ -38,8 +38,8 @@ def shorten_companion(folder):
     """Few conversations for the package in `folder`: seconds instead of a minute."""
     path = folder / "bitllm" / "companion.py"
     text = path.read_text(encoding="utf-8")
-    assert '"train": 40_000' in text
-    path.write_text(text.replace('"train": 40_000', '"train": 2_000'), encoding="utf-8")
+    assert '"train": 20_000' in text
+    path.write_text(text.replace('"train": 20_000', '"train": 2_000'), encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ def form(monkeypatch):
 
 
 def test_the_form_answers_changes_and_rejects_nonsense(form):
-    assert "3.94M parameters" in form._summary.value
+    assert "2.89M parameters" in form._summary.value
     form._fields["num_hidden_layers"].value = 2
     assert "2 layers" in form._summary.value
     assert form.settings == Settings("demo", num_hidden_layers=2)

@@ -140,7 +140,7 @@ def test_a_model_that_answers_gets_a_chat(tmp_path, name):
         for old, new in {
             'data = "" ': 'data = "companion" ',
             'persona = "" ': 'persona = "name=Luna" ',
-            '"train": 40_000': '"train": 2_000',
+            '"train": 20_000': '"train": 2_000',
         }.items():
             assert cell.source.count(old) == 1
             cell.source = cell.source.replace(old, new)

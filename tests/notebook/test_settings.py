@@ -42,7 +42,7 @@ def test_width_takes_heads_and_feed_forward_with_it():
         ({"preset": "big"}, "preset='big': expected one of auto, ci"),
         ({"hidden_size": 250}, "a divisor of hidden_size=250"),
         ({"num_hidden_layers": -1}, "num_hidden_layers=-1: expected at least 1"),
-        ({"batch_tokens": 1000}, "a multiple of max_position_embeddings=128, such as 896 or 1024"),
+        ({"batch_tokens": 1000}, "a multiple of max_position_embeddings=256, such as 768 or 1024"),
         ({"learning_rate": -0.1}, "learning_rate=-0.1: expected more than 0"),
         ({"minutes": -1}, "minutes=-1: expected 0"),
         (
