@@ -146,6 +146,7 @@ def test_run_all_stop_and_resume(browser, tmp_path):
         text = text.replace(f'"{field} = 0 ', f'"{field} = {value} ')
     (tmp_path / "01_train.ipynb").write_text(text, encoding="utf-8")
     put_package(tmp_path)
+    shorten_companion(tmp_path)
     run, whole = tmp_path / "runs" / "demo", bit.PRESETS["demo"][2].max_steps
     light = settings("JupyterLab Light")
     with jupyterlab(tmp_path, light, BITLLM_PRESET="demo", OMP_NUM_THREADS="1") as address:
