@@ -157,7 +157,7 @@ print(f"perplexity {last['val_perplexity']:.1f}; a uniform guess: {model.vocab_s
 # %% [markdown]
 # ## Let it write
 #
-# A model that was trained on conversations answers; any other goes on with a text. One this small
+# A model that was trained on conversations answers; any other continues a text. One this small
 # knows the look of its text rather than its sense. More steps, more text and more width help, in
 # this order; see `docs/troubleshooting.md`.
 

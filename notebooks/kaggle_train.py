@@ -187,7 +187,7 @@ if process.returncode and not stopped:
 # %% [markdown]
 # ## Let it write
 #
-# A model that was trained on conversations answers; any other goes on with a text. One this small
+# A model that was trained on conversations answers; any other continues a text. One this small
 # knows the look of its text rather than its sense. More steps, more text and more width help, in
 # this order.
 

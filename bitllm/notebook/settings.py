@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bitllm.companion import language_of, recorded_persona
+from bitllm.companion import is_companion, language_of, recorded_persona
 from bitllm.machine import estimate_seconds, product_rate
 from bitllm.planner import estimate_memory
 from bitllm_core import (
@@ -81,7 +81,7 @@ class Settings:
     def language(self) -> str | None:
         """The companion's, where that is the data."""
         source = self.data or PRESETS[self.preset_name][1].data
-        return language_of(source) if source.partition(":")[0] == "companion" else None
+        return language_of(source) if is_companion(source) else None
 
     def replace(self, **changes: Any) -> Settings:
         return dataclasses.replace(self, **changes)

@@ -131,8 +131,14 @@ def test_light_and_dark_can_be_read_on_a_phone(tab, page):
     tab.page.get_by_text("Ready.").wait_for()
     drive.press_generate(tab, "", 60, temperature=0.8)
     drive.wait_finished(tab)
-    papers = []
+    for name in themes_and_widths(tab):
+        tab.page.screenshot(path=SHOTS / f"page_{name}.png", full_page=True)
+
+
+def themes_and_widths(tab):
+    """Yield the name of each of four looks of an open page, which has to be readable in it."""
     SHOTS.mkdir(exist_ok=True)
+    papers = []
     for scheme in ("light", "dark"):
         tab.page.emulate_media(color_scheme=scheme)
         assert tab.ask(WORST_CONTRAST) >= 4.5  # WCAG 2, level AA
@@ -140,7 +146,7 @@ def test_light_and_dark_can_be_read_on_a_phone(tab, page):
         for width in (360, 1000):
             tab.page.set_viewport_size({"width": width, "height": 740})
             assert tab.ask(FITS), width
-            tab.page.screenshot(path=SHOTS / f"page_{scheme}_{width}.png", full_page=True)
+            yield f"{scheme}_{width}"
     assert papers[0] != papers[1]
 
 

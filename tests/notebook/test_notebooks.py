@@ -125,7 +125,7 @@ def test_run_all_in_an_empty_folder(tmp_path, name, kernel):
 
 @pytest.mark.parametrize("name", ["02_use", "bitllm_one_cell"])
 def test_a_model_that_answers_gets_a_chat(tmp_path, name):
-    """The other notebooks' run all has one that goes on with a text."""
+    """The other notebooks' run all has one that continues a text."""
     book = nbformat.read(FOLDER / f"{name}.ipynb", 4)
     if name == "02_use":
         put_package(tmp_path)
