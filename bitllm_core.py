@@ -630,7 +630,7 @@ class Attention(nn.Module):
         if groups > 1:  # not enable_gqa: the T4's memory-efficient kernel does not have it
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         causal = mask is None and T > 1
-        if q.dtype == torch.bfloat16 and x.device.type == "cpu" and T <= 256:
+        if causal and q.dtype == torch.bfloat16 and x.device.type == "cpu" and T <= 256:
             q, k, v = q.float(), k.float(), v.float()  # torch's kernel: over twice as fast at 128
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         y = y.reshape(B, 1, D) if T == 1 else y.transpose(1, 2).reshape(B, T, D)
