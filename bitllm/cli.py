@@ -47,7 +47,11 @@ _HELP = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """One line for a wrong flag, and exit 2."""
+    """One line for a wrong flag, and exit 2; flags are explained when help is asked for."""
+
+    def format_help(self) -> str:
+        _add_help(self)  # not for every command: it reads the configurations' source
+        return super().format_help()
 
     def error(self, message: str) -> Any:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
@@ -79,8 +83,6 @@ def parser() -> argparse.ArgumentParser:
     flags["--gpus"] = gpus
     for name, run in {"plan": _plan, "info": _info}.items():
         core.add_command(commands, name, run, flags, ModelConfig, TrainConfig)
-    for command in commands.choices.values():
-        _add_help(command)
     return whole
 
 
