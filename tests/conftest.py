@@ -3,7 +3,6 @@
 import importlib.util
 import logging
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 import bitllm_core as bit
-from tests import tiny
+from tests import tiny, warm
 
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -90,7 +89,7 @@ def run_cli():
     def run(*arguments, **options):
         command = [sys.executable, str(ROOT / "bitllm_core.py"), *map(str, arguments)]
         options = {"capture_output": True, "text": True, "encoding": "utf-8", **options}
-        return subprocess.run(command, timeout=300, check=False, **options)
+        return warm.run(command, timeout=300, check=False, **options)
 
     return run
 

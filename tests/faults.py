@@ -2,7 +2,8 @@
 
 `inject` puts faults under one folder and leaves every other alone; `killed_run` kills a process
 again and again until its work is done; `corrupt` damages a file. None of them knows anything of
-checkpoints, so that other projects can take this file and change the four names it patches.
+checkpoints, so that other projects can take this file and `warm.py`, and change the four names it
+patches.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from unittest import mock
 
 import bitllm_core as bit
 from bitllm import mirror
+from tests import warm
 
 ERRORS = {
     "ENOSPC": errno.ENOSPC,  # disk or quota full
@@ -224,17 +226,17 @@ def killed_run(
     """Start `command` again and again, killing it after a random time, until it ends by itself.
 
     Args:
-        seconds: that the command takes undisturbed; it is killed in the last two thirds of them,
-            for the first third is Python's and torch's beginning.
+        seconds: that the command takes undisturbed; it is killed in the last nine tenths of them,
+            for the first tenth is Python's beginning.
 
     Returns:
         the exit codes; the last is of the run that was let go to its end.
     """
     codes = []
     for _ in range(rounds):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = warm.start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         try:
-            process.communicate(timeout=chance.uniform(seconds / 3, seconds))
+            process.communicate(timeout=chance.uniform(seconds / 10, seconds))
         except subprocess.TimeoutExpired:
             process.send_signal(number)
             process.communicate(timeout=120)
@@ -242,5 +244,5 @@ def killed_run(
         if process.returncode == 0:
             return codes
         time.sleep(0.02)
-    codes.append(subprocess.run(command, capture_output=True, timeout=300, check=False).returncode)
+    codes.append(warm.run(command, capture_output=True, timeout=300, check=False).returncode)
     return codes

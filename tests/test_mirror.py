@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ import torch
 
 import bitllm_core as bit
 from bitllm import mirror as mirroring
+from tests import warm
 from tests.conftest import ROOT, assert_same_bits, state_of, without_times
 from tests.faults import Fault, inject
 from tests.tiny import StopAt
@@ -355,7 +355,7 @@ def test_a_lease_holds_between_containers_of_one_host_name(tmp_path, monkeypatch
 def test_a_killed_run_takes_its_own_lease_over_at_once(tmp_path):
     code = "import sys; from pathlib import Path; from bitllm.mirror import Lease; import os;"
     code += "Lease(Path(sys.argv[1]), Path(sys.argv[1])).acquire(); os.kill(os.getpid(), 9)"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=False)
+    warm.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=False)
     assert (tmp_path / mirroring.LEASE_NAME).is_file()
     start = time.time()
     with held(tmp_path, tmp_path):

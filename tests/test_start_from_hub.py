@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -16,7 +15,7 @@ import bitllm_core as bit
 from bitllm import conversations as talk
 from bitllm.cli import main
 from bitllm.planner import plan
-from tests import tiny
+from tests import tiny, warm
 from tests.conftest import ROOT
 from tests.hub import Hub
 from tests.test_start import ANIMALS, first_loss, make_base
@@ -44,7 +43,7 @@ def with_hub(folder, home, *arguments):
         variables |= {"HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-c", HUB_SCRIPT, *map(str, arguments)]
         options = {"capture_output": True, "text": True, "timeout": 300, "check": False}
-        done = subprocess.run(command, env={**os.environ, **variables}, **options)
+        done = warm.run(command, env={**os.environ, **variables}, **options)
     return done, hub.requests
 
 

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import random
-import subprocess
 import sys
 import threading
 import time
@@ -15,6 +14,7 @@ import pytest
 
 import bitllm_core as bit
 from bitllm import streaming
+from tests import warm
 from tests.conftest import ROOT, assert_same_bits, state_of, without_times
 from tests.core.test_training import DieAt, StopAt
 from tests.hub import Hub
@@ -267,7 +267,7 @@ def from_hub(hub, out, budget=BUDGET):
         "HF_HUB_ETAG_TIMEOUT": "2",
         "PYTHONPATH": str(ROOT),
     }
-    result = subprocess.run(
+    result = warm.run(
         [sys.executable, "-c", HUB_SCRIPT, str(out / "run"), str(budget)],
         env={**os.environ, **variables},
         capture_output=True,

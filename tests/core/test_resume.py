@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import bitllm_core as bit
+from tests import warm
 from tests.conftest import ROOT, assert_same_bits, state_of, without_times
 from tests.faults import Fault, inject
 from tests.tiny import StopAt
@@ -200,20 +201,20 @@ print(state.step, state.last_saved_step, state.stop_signal)
 def test_a_closed_terminal_saves_first_unless_nohup_is_there(tmp_path, tiny_corpus, ignored, says):
     code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" * ignored + CLOSED
     command = [sys.executable, "-c", code, str(tiny_corpus), str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = warm.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == says
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")
 def test_a_second_process_on_the_same_run_is_refused(tmp_path):
     command = [sys.executable, str(ROOT / "bitllm_core.py"), "train", "--preset", "ci"]
-    command += ["--max-steps", "100000", "--out", str(tmp_path / "run")]
-    first = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    command += ["--max-steps", "100000", "--compile", "off", "--out", str(tmp_path / "run")]
+    first = warm.start(command, stderr=subprocess.DEVNULL)
     try:
         until = time.time() + 120
         while not (tmp_path / "run" / "metrics.jsonl").is_file() and time.time() < until:
             time.sleep(0.1)
-        second = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        second = warm.run(command, capture_output=True, text=True, timeout=120, check=False)
     finally:
         first.send_signal(signal.SIGTERM)
         assert first.wait(120) == 143

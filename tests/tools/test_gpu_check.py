@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
+
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "gpu_check.py"
 sys.path.append(str(ROOT / "tools"))
@@ -15,9 +17,7 @@ import gpu_check  # noqa: E402
 
 def run(*arguments):
     command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
-    )
+    return warm.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ for name in gpu_check.STAGES:
 def test_every_stage_passes_with_tiny_shapes(prepared, tmp_path):
     """All in one process: to start one for each takes longer than the stages."""
     command = [sys.executable, "-c", ALL_STAGES, ROOT, ROOT / "tools", prepared, tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = warm.run(command, capture_output=True, text=True, check=False, timeout=300)
     rows, last = ended(tmp_path)
     assert [name for name, row in last.items() if not row["ok"]] == [], done.stderr
     assert set(last) == set(gpu_check.STAGES)
