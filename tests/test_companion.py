@@ -48,6 +48,7 @@ def test_a_persona_is_learned_and_what_its_file_says_is_recorded(few, tmp_path):
 
 
 def test_the_character_of_a_run_is_known_without_its_file(few, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(companion, "ANSWER_TOKENS", 4)  # of the report after each training
     path, run = tmp_path / "me.json", tmp_path / "run"
     flags = {"data": "companion", "persona": path, "out": run, "preset": "ci", "max_steps": 1}
     flags |= {"max_position_embeddings": 16, "batch_tokens": 16}

@@ -53,7 +53,7 @@ class Trouble(bit.Callback):
         if self.now("stop"):
             os.kill(os.getpid(), signal.SIGTERM)
         if self.now("hang"):
-            time.sleep(14)
+            time.sleep(10)
         self.step += 1
         return plain_apply(optimizers, *rest)
 
