@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import bitllm_core as bit
+from tests import warm
 from tests.conftest import ROOT
 
 TRAIN = [sys.executable, str(ROOT / "bitllm_core.py"), "train", "--preset", "ci"]
@@ -14,7 +15,7 @@ TRAIN += ["--max-steps", "30", "--eval-every-steps", "10", "--compile", "off", "
 def test_a_reader_of_the_log_that_is_gone_ends_no_training(tmp_path):
     reading, writing = os.pipe()
     out = str(tmp_path / "r")
-    run = subprocess.Popen([*TRAIN, out], stdout=subprocess.DEVNULL, stderr=writing)
+    run = warm.start([*TRAIN, out], stdout=subprocess.DEVNULL, stderr=writing)
     os.close(writing)
     os.read(reading, 1)
     os.close(reading)  # from here on, writing is an error

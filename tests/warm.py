@@ -7,6 +7,7 @@ another that Python or torch reads when it starts, the process is really a new o
 
 import atexit
 import contextlib
+import io
 import multiprocessing
 import os
 import runpy
@@ -148,9 +149,10 @@ def _become(command, cwd, environment, pipes):
     for target, pipe in enumerate(pipes):
         os.dup2(pipe, target)
         os.close(pipe)
-    kind = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors}
-    sys.stdin = sys.__stdin__ = open(0, closefd=False, **kind)
-    sys.stdout.reconfigure(line_buffering=os.isatty(1))
+    # new ones: they ask once whether what they write to is a file
+    sys.stdin = sys.__stdin__ = _stream(0, "rb", sys.stdout)
+    sys.stdout = sys.__stdout__ = _stream(1, "wb", sys.stdout)
+    sys.stderr = sys.__stderr__ = _stream(2, "wb", sys.stderr)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
@@ -169,6 +171,17 @@ def _become(command, cwd, environment, pipes):
     except OSError:
         status = status or 120
     os._exit(status)
+
+
+def _stream(number, mode, like):
+    raw = mode == "wb" and like.write_through  # PYTHONUNBUFFERED
+    return io.TextIOWrapper(
+        open(number, mode, 0 if raw else -1, closefd=False),
+        like.encoding,
+        like.errors,
+        line_buffering=like.line_buffering if number == 2 else os.isatty(number),
+        write_through=like.write_through,
+    )
 
 
 def _status_of(command):
