@@ -603,6 +603,13 @@ class KVCache:
         return self.keys[layer, :, :, : new.stop], self.values[layer, :, :, : new.stop]
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Attention, (B, H, T, K); `causal`: to all up to itself."""
+    if causal and q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[2] <= 256:
+        q, k, v = q.float(), k.float(), v.float()  # torch's kernel: over twice as fast at 128
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention."""
 
@@ -615,6 +622,7 @@ class Attention(nn.Module):
         self.v_proj = BitLinear(D, kv, config.linear)
         self.o_proj = BitLinear(D, D, config.linear)
         self.attn_sub_norm = nn.Identity() if config.block == "seed" else _norm(config, D)
+        self.attend: Any = attend  # the package has one for compiled training
 
     def forward(self, x: Tensor, rope: Tensor | None, cache: Any, mask: Tensor | None) -> Tensor:
         (B, T, D), K = x.shape, self.head_dim
@@ -629,10 +637,7 @@ class Attention(nn.Module):
             q, groups = q.view(B, k.shape[1], groups, K), 1
         if groups > 1:  # not enable_gqa: the T4's memory-efficient kernel does not have it
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        causal = mask is None and T > 1
-        if causal and q.dtype == torch.bfloat16 and x.device.type == "cpu" and T <= 256:
-            q, k, v = q.float(), k.float(), v.float()  # torch's kernel: over twice as fast at 128
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        y = self.attend(q, k, v, mask, mask is None and T > 1)
         y = y.reshape(B, 1, D) if T == 1 else y.transpose(1, 2).reshape(B, T, D)
         return project(self.attn_sub_norm(y.to(x.dtype)), (self.o_proj,))[0]
 
@@ -672,49 +677,57 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-CHUNK_BYTES = 32 << 20  # of float32 logits at once on a CPU; smaller is slower: docs/log.md
-GPU_CHUNK_BYTES = 256 << 20  # H200: within 7% of the fastest; 32 MB takes 4 to 5 times as long
+CHUNK_BYTES = 128 << 20  # of logits at once
+CHUNK_COLUMNS = 4096  # of them in one product on a CPU, to stay near its caches: docs/log.md
 
 
-def token_probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """log p of the targets, (N, 1), in float32, and p of all tokens in the logits' dtype."""
-    log_p = logits.log_softmax(dim=1, dtype=torch.float32)
-    return log_p.gather(1, targets), log_p.exp_().to(logits.dtype)
+def log_total(logits: Tensor) -> Tensor:
+    """log of the sum of exp of each row, (N, 1), in float32."""
+    return logits.float().logsumexp(1, keepdim=True)
+
+
+def logits_gradient(logits: Tensor, total: Tensor, target: Tensor) -> Tensor:
+    """Of the cross-entropy: p of each token, less 1 at the column `target`, (N, 1), if there."""
+    p = (logits - total).exp_()  # float32
+    columns = torch.arange(logits.shape[1], dtype=target.dtype, device=logits.device)
+    return p.add_(columns == target, alpha=-1).to(logits.dtype)
 
 
 class _ChunkedLoss(torch.autograd.Function):
     """Head and cross-entropy in one, a chunk of tokens at a time: all logits would be too large.
 
     A chunk's gradient is taken while its logits are there, and only those of hidden states and
-    weight are kept, as in Liger Kernel [6]. Without `softmax` there is no gradient.
+    weight are kept, as in Liger Kernel [6]. Without `softmax`, which is `log_total` and
+    `logits_gradient` or compiled versions of them, there is no gradient.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softmax: Any) -> Tensor:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        nats = torch.zeros((), device=hidden.device)
+        nats, total_of = torch.zeros((), device=hidden.device), softmax[0] if softmax else log_total
         with torch.autocast(kind, enabled=False):
             w = weight.to(dtype)
             d_hidden, d_weight = (torch.zeros_like(t) if softmax else t for t in (hidden, w))
             ctx.save_for_backward(d_hidden, d_weight)
-            rows = max(1, (CHUNK_BYTES if kind == "cpu" else GPU_CHUNK_BYTES) // (4 * len(w)))
+            width = CHUNK_COLUMNS if kind == "cpu" else len(w)
+            columns, d_columns = w.split(width), d_weight.split(width)
+            rows = max(1, CHUNK_BYTES // (dtype.itemsize * len(w)))
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
                 ignored = (targets[part] == -100)[:, None]  # (rows, 1)
                 x = hidden[part].to(dtype).masked_fill(ignored, 0)  # adds 0 to the weight's
-                logits = x @ w.T  # (rows, V)
-                if softmax is None:
-                    nats += F.cross_entropy(logits.float(), targets[part], reduction="sum")
-                    continue
-                counted = targets[part].clamp(min=0)
-                log_p, d_logits = softmax(logits, counted[:, None])
-                nats -= log_p.masked_fill(ignored, 0).sum()
-                # the gradient of the logits is p, less 1 at the target
-                at = torch.arange(len(x), device=x.device)  # scatter_ would copy all the logits
-                d_logits[at, counted] = log_p.expm1().squeeze(1).to(dtype)
-                d_hidden[part] = (d_logits @ w).masked_fill_(ignored, 0)
-                d_weight.addmm_(d_logits.T, x)
+                logits = [x @ c.T for c in columns]  # (rows, V)
+                total = log_total(torch.cat([total_of(block) for block in logits], 1))
+                target = targets[part, None].clamp(min=0)
+                for block, c, d_c in zip(logits, columns, d_columns, strict=True):
+                    there = (0 <= target) & (target < len(c)) & ~ignored
+                    nats += ((total - block.gather(1, target.clamp(0, len(c) - 1))) * there).sum()
+                    if softmax:
+                        d_block = softmax[1](block, total, target)
+                        d_hidden[part] += (d_block @ c).masked_fill_(ignored, 0)
+                        d_c.addmm_(d_block.T, x)
+                    target = target - len(c)
         return nats
 
     @staticmethod
@@ -825,11 +838,11 @@ class BitLM(nn.Module):
         return self.head(hidden)
 
     def loss(
-        self, input_ids: Tensor, targets: Tensor, blocks: Any = (), probabilities: Any = None
+        self, input_ids: Tensor, targets: Tensor, blocks: Any = (), softmax: Any = None
     ) -> Tensor:
         """Cross-entropy in nats, summed over the tokens of `targets`, (B, T), that are not -100.
 
-        `blocks` and `probabilities` may be compiled versions of the model's own. Float32.
+        `blocks` and `softmax` may be compiled versions: see `_ChunkedLoss`. Float32.
         """
         at = torch.arange(input_ids.shape[1], device=input_ids.device)
         hidden = self.blocks(self.embed(input_ids, at), at, blocks=blocks).flatten(0, 1)  # (N, D)
@@ -837,7 +850,7 @@ class BitLM(nn.Module):
         if self.lm_head is not None:
             hidden = quantize_input(hidden, self.config.linear)
             weight = self.lm_head.effective_weight()
-        softmax = (probabilities or token_probabilities) if torch.is_grad_enabled() else None
+        softmax = softmax or (log_total, logits_gradient) if torch.is_grad_enabled() else None
         return _ChunkedLoss.apply(hidden, weight, targets.flatten(), softmax)
 
 
@@ -1036,49 +1049,34 @@ def row_texts(rows: Iterator[dict[Any, Any]], wanted: str | None, source: Any) -
 _MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
-def text_lines(file: Any, encoding: str | None, longest: int = -1) -> Iterator[str]:
-    """The lines of a binary file in `encoding`, by default as its mark says; line ends are \\n."""
-    with file:
-        start = file.peek(4)[:4]
-        found = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8")
-        if not encoding and found == "utf-8" and b"\0" in start:
-            raise ValueError("perhaps UTF-16 without its mark: try --encoding utf-16-le or -be")
-        errors = "strict" if encoding else "surrogatepass"
-        text = io.TextIOWrapper(file, encoding or found, errors)
-        yield from iter(partial(text.readline, longest), "")
-
-
-def _file_rows(path: Path, suffix: str, opened: Any, encoding: str | None) -> Iterator[Any]:
-    """The lines of a .txt, or the rows of a .jsonl as dicts; `opened` opens the binary file."""
-    number = 0
+def file_lines(path: Path, opened: Any, encoding: str | None, longest: int = -1) -> Iterator[str]:
+    """The lines of a text file, which `opened` opens as a binary one; line ends are \\n.
+    `encoding` is by default what its mark says. ValueError: unreadable.
+    """
     try:
-        if suffix == ".txt":
-            yield from map(valid_unicode, text_lines(opened(), encoding, _LONGEST_PIECE))
-            return
-        for line in text_lines(opened(), encoding):
-            number += 1
-            if not line.isspace():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError('expected an object such as {"text": "..."}')
-                yield row
+        with opened() as file:
+            start = file.peek(4)[:4]
+            found = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8")
+            if not encoding and found == "utf-8" and b"\0" in start:
+                raise ValueError("perhaps UTF-16 without its mark: try --encoding utf-16-le or -be")
+            errors = "strict" if encoding else "surrogatepass"
+            text = io.TextIOWrapper(file, encoding or found, errors)
+            yield from iter(partial(text.readline, longest), "")
     except UnicodeDecodeError as error:
         at = "?"
         with contextlib.suppress(ImportError):
             at = extension("files", "").first_bad_byte(opened(), error.encoding)
         why = (
-            f"not {error.encoding.upper()} text, at byte {at}; save it as UTF-8, or name what it is"
+            f"not {error.encoding.upper()} text, at byte {at}; save it as UTF-8, or say what it is"
         )
         raise ValueError(f"{path}: {why} (--encoding latin-1)") from error
     except (OSError, ValueError, RuntimeError, EOFError, LookupError, zlib.error) as error:
-        where = f"{path}, line {number:,}" if number else path
-        raise ValueError(f"{where}: cannot be read as {suffix} ({first_line(error)})") from error
+        raise ValueError(f"{path}: cannot be read as text ({first_line(error)})") from error
 
 
-def file_part(path: Path, suffix: str, opened: Any, config: DataConfig) -> Part:
-    """What a .txt or .jsonl file holds; `opened` opens the binary file."""
-    rows, lines = _file_rows(path, suffix, opened, config.encoding), suffix == ".txt"
-    return (rows if lines else row_texts(rows, config.text_column, path)), lines, True
+def document_lines(path: Path, opened: Any, config: DataConfig) -> Part:
+    """A .txt file as one document."""
+    return map(valid_unicode, file_lines(path, opened, config.encoding, _LONGEST_PIECE)), True, True
 
 
 def is_local(source: str) -> bool:
@@ -1090,11 +1088,10 @@ def text_parts(source: str, split: str, config: DataConfig) -> Iterator[Part]:
     """Files, a hub's data set or its shards (of a stream); nothing without such a split."""
     if is_local(source):
         path = Path(source).expanduser()
-        suffix = path.suffix.lower()
-        if path.is_dir() or suffix not in (".txt", ".jsonl"):
+        if path.is_dir() or path.suffix.lower() != ".txt":
             yield from extension("files", f"reading {source}").parts(path, split, config)
         elif split == "train":
-            yield file_part(path, suffix, partial(path.open, "rb"), config)
+            yield document_lines(path, partial(path.open, "rb"), config)
         return
     name = source.partition(":")[0]
     if source == "pydocs" and split == "train":
@@ -1958,17 +1955,24 @@ def choose_device(device: str = "auto", dtype: str = "auto") -> Device:
     return Device(found, torch.float32, "no fast bfloat16 here")
 
 
+def memory_size() -> int:
+    """Bytes of main memory that the machine has; 0 where the system does not say."""
+    names = "SC_PAGE_SIZE", "SC_PHYS_PAGES"
+    return math.prod(map(os.sysconf, names)) if hasattr(os, "sysconf") else 0
+
+
 def windows_at_once(
     model: ModelConfig, train: TrainConfig, device: Device, world_size: int = 1
 ) -> int:
     """Windows of a micro-batch, for each process.
-    What the blocks keep for the backward pass takes at most 192 MB on a CPU, near its caches, and a
-    quarter of a GPU's free memory.
+    The more the faster, on all processors tried (docs/log.md). What the blocks keep for the
+    backward pass takes a quarter of a GPU's free memory at most, else about an eighth of all.
     """
     windows = -(-train.batch_tokens // model.max_position_embeddings // world_size)
     if train.micro_batch_size:
         return min(train.micro_batch_size, windows)
-    room = torch.cuda.mem_get_info()[0] // 4 if device.device.type == "cuda" else 192 << 20
+    gpu = device.device.type == "cuda"
+    room = torch.cuda.mem_get_info()[0] // 4 if gpu else (round(memory_size() / 2**30) or 8) << 26
     numbers = model.num_hidden_layers * (8 * model.hidden_size + 3 * model.intermediate_size)
     fit = room // (device.dtype.itemsize * numbers * model.max_position_embeddings)
     return max(d for d in range(1, windows + 1) if windows % d == 0 and d <= max(fit, 1))

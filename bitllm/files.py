@@ -1,6 +1,6 @@
-"""Folders of text, and text in .parquet, .gz, .zst and .zip files, unpacked while it is read.
+"""Folders of text, .jsonl and .parquet, and text in .gz, .zst and .zip, unpacked while it is read.
 
-`bitllm_core.text_parts` reaches it for every local source that is no single .txt or .jsonl. What is
+`bitllm_core.text_parts` reaches it for every local source that is no single .txt. What is
 inside a .zip is named as if that were a folder: `books.zip/part/one.txt`.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import io
+import json
 import logging
 import re
 import shutil
@@ -20,7 +21,16 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from bitllm_core import DataConfig, Part, file_part, first_line, library, require, row_texts
+from bitllm_core import (
+    DataConfig,
+    Part,
+    document_lines,
+    file_lines,
+    first_line,
+    library,
+    require,
+    row_texts,
+)
 
 log = logging.getLogger("bitllm")
 
@@ -33,11 +43,13 @@ def parts(source: Path, split: str, config: DataConfig) -> Iterator[Part]:
     """What the files of a source hold, one after the other."""
     for path in local_files(source, split):
         suffix = _unpacked(path).suffix.lower()
-        if suffix == ".parquet":
-            rows = parquet_rows(path, config.text_column)
-            yield row_texts(rows, config.text_column, path), False, True
-        else:
-            yield file_part(path, suffix, partial(open_packed, path), config)
+        if suffix == ".txt":
+            yield document_lines(path, partial(open_packed, path), config)
+            continue
+        column = config.text_column
+        jsonl = suffix == ".jsonl"
+        rows = json_rows(path, config.encoding) if jsonl else parquet_rows(path, column)
+        yield row_texts(rows, column, path), False, True
 
 
 def local_files(source: str | Path, split: str = "train") -> list[Path]:
@@ -122,6 +134,21 @@ def open_packed(path: Path) -> Any:
         pyarrow = library("pyarrow", f"reading {path.name}")
         return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
     return path.open("rb")
+
+
+def json_rows(path: Path, encoding: str | None) -> Iterator[dict[str, Any]]:
+    """The rows of a .jsonl: an object a line. ValueError names the first line that is none."""
+    for number, line in enumerate(file_lines(path, partial(open_packed, path), encoding), 1):
+        if line.isspace():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError('expected an object such as {"text": "..."}')
+        except ValueError as error:
+            why = f"cannot be read as .jsonl ({first_line(error)})"
+            raise ValueError(f"{path}, line {number:,}: {why}") from error
+        yield row
 
 
 def parquet_rows(path: Path, column: str | None) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,10 @@
-"""A training session that continues with smaller micro-batches when a GPU runs out of memory."""
+"""Memory of a training: smaller micro-batches when a GPU is full; on a CPU kept for reuse."""
 
 from __future__ import annotations
+
+import ctypes
+import os
+import sys
 
 import torch
 from torch import Tensor
@@ -37,3 +41,19 @@ def halve_when_full(session: Session) -> None:
 
     if not session.processes.sharded:
         session.gradients = gradients
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed for the next step; until the process ends.
+
+    By default it gives tensors of megabytes back to the system, which clears every page again when
+    the next step asks for it: a sixth of `demo`'s time (docs/log.md). Only glibc has this switch;
+    elsewhere nothing changes, nor where a variable already says what malloc shall do.
+    """
+    asked = any(name.startswith("MALLOC_") for name in os.environ)
+    if asked or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_max = -1, -4  # of malloc.h
+        library.mallopt(mmap_max, 0)
+        library.mallopt(trim_threshold, 2**31 - 1)

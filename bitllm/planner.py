@@ -19,7 +19,7 @@ from bitllm.machine import estimate_seconds, product_rate
 from bitllm.muon import Muon
 from bitllm_core import (
     CHUNK_BYTES,
-    GPU_CHUNK_BYTES,
+    CHUNK_COLUMNS,
     MIN_VOCAB_SIZE,
     PRESETS,
     BitLM,
@@ -27,6 +27,7 @@ from bitllm_core import (
     ModelConfig,
     TrainConfig,
     choose_device,
+    memory_size,
     versions,
 )
 
@@ -78,14 +79,14 @@ def memory_parts(
     dtype: torch.dtype,
     processes: int = 1,
     windows: int = 1,
-    chunk_bytes: int = CHUNK_BYTES,
+    columns: int = CHUNK_COLUMNS,
 ) -> dict[str, int]:
     """Bytes on each of so many devices, by part, at the moment of a step that takes the most.
 
     That is when the loss of the second micro-batch, of so many windows, is computed: gradients of
     the first and activations of the second. Or the update, where those are small. Only tensors are
-    counted, not what an allocator keeps beyond them (docs/scaling.md). `chunk_bytes` are of logits
-    at once: GPU_CHUNK_BYTES on a GPU.
+    counted, not what an allocator keeps beyond them (docs/scaling.md). `columns` are of the logits
+    in one product: on a GPU all.
     """
     D, V, P = model.hidden_size, model.vocab_size, model.num_parameters
     kv, up = model.num_kv_heads * model.head_dim, 2 if model.block == "seed" else 3
@@ -101,11 +102,12 @@ def memory_parts(
     reduced, quantized = size < 4, model.linear != "dense"  # else what multiplies is the weight
     head = size * V * D if reduced or (quantized and not model.tie_word_embeddings) else 0
     held = head + (size * matrices if reduced or quantized else 0)
-    logits = min(chunk_bytes, 4 * V * tokens)
+    logits = min(CHUNK_BYTES, size * V * tokens)
+    gradient = logits * min(columns, V) // V  # of one block; in float32, compared, and in `dtype`
     work = {
         "quantized weights": head if train.fsdp else held,
         "gradient of the head": size * V * D,
-        "loss": logits * (4 + size) // 4 + size * tokens * D,  # logits, their log-softmax; d_hidden
+        "loss": logits + gradient * (5 + size) // size + size * tokens * D,  # and d_hidden
         "activations": activation_bytes(model, dtype) * model.num_hidden_layers * tokens,
     }
     if train.fsdp:
@@ -139,11 +141,9 @@ def estimate_memory(model: ModelConfig, train: TrainConfig) -> int:
 
 def check_memory(model: ModelConfig, train: TrainConfig, world_size: int = 1) -> None:
     """Refuse what cannot fit before anything of it is made; ValueError names both sizes."""
-    there, device = math.inf, choose_device(train.device)
+    there, device = memory_size() or math.inf, choose_device(train.device)
     if device.device.type == "cuda":
         there = torch.cuda.mem_get_info()[1]
-    elif hasattr(os, "sysconf"):
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     needed = estimate_memory(model, train) // (world_size if train.fsdp else 1)
     if needed > there:
         raise ValueError(
@@ -163,7 +163,7 @@ def plan(model: ModelConfig, config: TrainConfig, gpus: int) -> Iterator[str]:
     )
     tokens = config.batch_tokens * config.max_steps
     per_token = 6 * P + 6 * layers * context * model.hidden_size  # and causal attention's
-    memory = partial(memory_parts, model, config, dtype, gpus, chunk_bytes=GPU_CHUNK_BYTES)
+    memory = partial(memory_parts, model, config, dtype, gpus, columns=model.vocab_size)
     parts, window = memory(), activation_bytes(model, dtype) * layers * context
     share = -(-config.batch_tokens // context // gpus)
     yield f"parameters: {P:,}"

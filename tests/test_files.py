@@ -87,10 +87,10 @@ def test_packed_files_are_unpacked_while_they_are_read(packed):
 def test_a_damaged_packed_file_is_named(packed, tmp_path):
     for path in packed:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        with pytest.raises(ValueError, match=rf"{path.name}.*: cannot be read as \.\w+"):
+        with pytest.raises(ValueError, match=rf"{path.name}.*: cannot be read as [.\w]+"):
             read(path)
     (tmp_path / "b.txt.gz").write_bytes(b"not packed at all")
-    with pytest.raises(ValueError, match=r"b\.txt\.gz: cannot be read as \.txt"):
+    with pytest.raises(ValueError, match=r"b\.txt\.gz: cannot be read as text"):
         read(tmp_path / "b.txt.gz")
 
 

@@ -57,6 +57,10 @@ def _received(copy):
     return copy.detach()
 
 
+# Python's own: those of a new process, before a test or a library adds its
+PATHS = [p for p in sys.path if p.startswith((sys.prefix, sys.base_prefix))]
+
+
 class Process:
     """What tests use of subprocess.Popen. Output that is asked for goes through files."""
 
@@ -81,7 +85,9 @@ class Process:
                 pipes.append(target if isinstance(target, int) else target.fileno())
             place, variables = str(Path(cwd or ".").resolve()), dict(env or os.environ)
             pipes = [_Pipe(pipe) for pipe in pipes]
-            child = context.Process(target=_become, args=(self.args[1:], place, variables, pipes))
+            child = context.Process(
+                target=_become, args=(self.args[1:], PATHS, place, variables, pipes)
+            )
             child.start()
         self.child, self.pid = child, child.pid
 
@@ -144,7 +150,7 @@ def run(command, *, capture_output=False, timeout=None, check=False, **options):
 # In the child
 
 
-def _become(command, cwd, environment, pipes):
+def _become(command, paths, cwd, environment, pipes):
     """Be `python command ...` to the end."""
     for target, pipe in enumerate(pipes):
         os.dup2(pipe, target)
@@ -161,7 +167,7 @@ def _become(command, cwd, environment, pipes):
     multiprocessing.process._parent_process = None
     sys.modules["numpy"].random.seed()  # Python's own generator does that by itself
     sys.modules["torch"].default_generator.seed()
-    status = _status_of(command)
+    status = _status_of(command, paths)
     threading._shutdown()
     with contextlib.suppress(BaseException):  # it has told of it
         atexit._run_exitfuncs()
@@ -184,13 +190,12 @@ def _stream(number, mode, like):
     )
 
 
-def _status_of(command):
+def _status_of(command, paths):
     """Run the program; its exit status."""
-    own = [p for p in sys.path if p.startswith((sys.prefix, sys.base_prefix))]
     given = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     kind, *rest = command
     folder = Path.cwd() if kind == "-m" else Path(kind).resolve().parent
-    sys.path[:] = ["" if kind == "-c" else str(folder), *given, *own]
+    sys.path[:] = ["" if kind == "-c" else str(folder), *given, *paths]
     sys.argv = [kind, *rest[1:]] if kind in ("-c", "-m") else command
     try:
         if kind == "-c":

@@ -68,7 +68,7 @@ def z_loss(weight: float) -> Any:
     """Add `weight` times the squared log of the softmax's denominator to the training loss."""
 
     def make(_):
-        def loss(self, input_ids, targets, blocks=None, probabilities=None):
+        def loss(self, input_ids, targets, blocks=None, softmax=None):
             logits = self(input_ids).flatten(0, 1).float()  # (B * T, V)
             nats = F.cross_entropy(logits, targets.flatten(), reduction="sum")
             if torch.is_grad_enabled():

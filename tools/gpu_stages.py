@@ -325,7 +325,9 @@ def ten_minutes(job: Job) -> None:
 
 def export(job: Job, run: Path) -> None:
     """What was trained there, exported there; the packed file is brought home."""
-    packed = bitllm.export_packed(run, job.out / "trained.safetensors", overwrite=True)
+    # float32: float16 may round one of two near tokens above the other
+    path, options = job.out / "trained.safetensors", {"embedding": "float32", "overwrite": True}
+    packed = bitllm.export_packed(run, path, **options)
     hf = bitllm.export_hf(run, run.parent / "hf")
     net, tokenizer = core.load_model(packed.path)
     greedy = core.SamplingConfig(temperature=0, max_new_tokens=20)

@@ -170,16 +170,17 @@ def test_the_chunked_loss_is_the_whole_one(tiny_config, monkeypatch, tied, dtype
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         logits = model(inputs).flatten(0, 1).float()
         whole = gradients(F.cross_entropy(logits, targets.flatten(), reduction="sum"))
-        heights = []
-        log_softmax = torch.Tensor.log_softmax
-        monkeypatch.setattr(
-            torch.Tensor,
-            "log_softmax",
-            lambda t, *a, **k: (heights.append(len(t)), log_softmax(t, *a, **k))[1],
-        )
-        monkeypatch.setattr(bit, "CHUNK_BYTES", 4 * tiny_config.vocab_size * 7)
-        chunked = gradients(model.loss(inputs, targets))
-    assert heights == [7] * 6 + [6]
+        shapes, log_total = [], bit.log_total
+        noted = lambda logits: (shapes.append(tuple(logits.shape)), log_total(logits))[1]  # noqa: E731
+        monkeypatch.setattr(bit, "CHUNK_BYTES", dtype.itemsize * tiny_config.vocab_size * 7)
+        monkeypatch.setattr(bit, "CHUNK_COLUMNS", 200)
+        softmax = (noted, bit.logits_gradient)
+        chunked = gradients(model.loss(inputs, targets, softmax=softmax))
+    widths = [
+        min(200, tiny_config.vocab_size - start) for start in range(0, tiny_config.vocab_size, 200)
+    ]
+    assert shapes == [(rows, width) for rows in [7] * 6 + [6] for width in widths]
+    assert len(widths) > 1
     close = 1e-5 if dtype == torch.float32 else 2e-2  # bfloat16 has 8 bits
     for a, b in zip(whole, chunked, strict=True):
         assert (a - b).abs().max() <= close * b.abs().max()
@@ -195,6 +196,7 @@ def test_ignored_targets_add_neither_loss_nor_gradient(tiny_config, monkeypatch,
     whole = F.cross_entropy(logits, targets.flatten(), reduction="sum")
     expected = torch.autograd.grad(whole, list(model.parameters()))
     monkeypatch.setattr(bit, "CHUNK_BYTES", 4 * tiny_config.vocab_size * 7)
+    monkeypatch.setattr(bit, "CHUNK_COLUMNS", 200)
     loss = model.loss(inputs, targets)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     torch.testing.assert_close(loss, whole)

@@ -40,11 +40,16 @@ def test_cosine_ends_at_a_tenth():
     assert 0.1 <= factors[99] < 0.11
 
 
-def test_a_micro_batch_divides_the_share_of_a_process():
+def test_a_micro_batch_divides_the_share_of_a_process(monkeypatch):
     model, train = bit.ModelConfig(), bit.TrainConfig(batch_tokens=4096)
     cpu = bit.choose_device("cpu", "float32")
-    sizes = [bit.windows_at_once(model, train, cpu, processes) for processes in (1, 2, 3, 4, 16)]
-    assert sizes == [16, 16, 11, 8, 2]
+    assert bit.memory_size() > 1 << 30
+    for gib, expected in ((8, [32, 16, 11, 8, 2]), (1, [4, 4, 1, 4, 2])):
+        monkeypatch.setattr(bit, "memory_size", lambda gib=gib: gib << 30)
+        sizes = [bit.windows_at_once(model, train, cpu, number) for number in (1, 2, 3, 4, 16)]
+        assert sizes == expected
+    monkeypatch.setattr(bit, "memory_size", lambda: 0)  # Windows does not say: as if 8 GiB
+    assert bit.windows_at_once(model, train, cpu) == 32
     asked = dataclasses.replace(train, micro_batch_size=16)
     sizes = [bit.windows_at_once(model, asked, cpu, processes) for processes in (1, 2, 3, 32)]
     assert sizes == [16, 16, 11, 1]

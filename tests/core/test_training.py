@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+import mmap
 import signal
 import sys
 import threading
@@ -277,7 +278,7 @@ def test_a_run_that_only_overfits_ends_early_and_keeps_its_best(run, tmp_path, c
     loss = bit.total_loss(model, tokens, 0, bit.choose_device("cpu", "float32"))
     assert loss / len(tokens) == pytest.approx(evaluations[best], rel=1e-5)
     assert run(tmp_path, **overfitting({})).step == state.step  # complete: nothing to do
-    assert run(tmp_path, **overfitting({"patience": 0, "max_steps": 50})).step == 50
+    assert run(tmp_path, **overfitting({"patience": 0})).step == 60
 
 
 @pytest.mark.parametrize("back", [1, 5])
@@ -422,8 +423,9 @@ def test_memory_is_the_process_own_peak():
     cpu = bit.choose_device("cpu")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = machine.memory_in_use(cpu.device)
-    tensor = torch.ones(16 << 20)
-    del tensor
+    with mmap.mmap(-1, 64 << 20) as pages:  # malloc may have kept some that was freed
+        for start in range(0, 64 << 20, 4096):
+            pages[start] = 1
     grown = machine.memory_in_use(cpu.device) - before
     assert 50 << 20 < grown < 100 << 20
 
