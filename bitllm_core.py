@@ -64,6 +64,7 @@ from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # more is slow beside others: docs/log.md
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -1964,9 +1965,8 @@ def memory_size() -> int:
 def windows_at_once(
     model: ModelConfig, train: TrainConfig, device: Device, world_size: int = 1
 ) -> int:
-    """Windows of a micro-batch, for each process.
-    The more the faster, on all processors tried (docs/log.md). What the blocks keep for the
-    backward pass takes a quarter of a GPU's free memory at most, else about an eighth of all.
+    """Windows of a micro-batch, for each process: the more, the faster (docs/log.md). What blocks
+    keep for the backward pass takes about an eighth of the memory, of a GPU's free a quarter.
     """
     windows = -(-train.batch_tokens // model.max_position_embeddings // world_size)
     if train.micro_batch_size:

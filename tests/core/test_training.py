@@ -4,7 +4,9 @@ import dataclasses
 import io
 import math
 import mmap
+import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -16,7 +18,7 @@ import torch
 
 import bitllm_core as bit
 from bitllm import machine
-from tests.conftest import assert_same_bits, state_of, weights_of, without_times
+from tests.conftest import ROOT, assert_same_bits, state_of, weights_of, without_times
 from tests.tiny import StopAt
 
 
@@ -428,6 +430,16 @@ def test_memory_is_the_process_own_peak():
             pages[start] = 1
     grown = machine.memory_in_use(cpu.device) - before
     assert 50 << 20 < grown < 100 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks GNU's OpenMP what it has read")
+@pytest.mark.parametrize(("given", "used"), [({}, 1000), ({"GOMP_SPINCOUNT": "77"}, 77)])
+def test_threads_do_not_spin_long_while_they_wait(given, used):
+    unset = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+    environment = {**unset, "OMP_DISPLAY_ENV": "verbose", "PYTHONPATH": str(ROOT), **given}
+    command = [sys.executable, "-c", "import bitllm_core"]
+    options = {"env": environment, "capture_output": True, "text": True, "check": True}
+    assert f"GOMP_SPINCOUNT = '{used}'" in subprocess.run(command, **options).stderr
 
 
 def test_messages_go_to_one_stream(capsys):
