@@ -69,6 +69,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 log = logging.getLogger("bitllm")
 
@@ -1246,8 +1247,6 @@ def tokenize(
     tokenizer: Any, pieces: Iterable[Piece], path: Path, dtype: str, budget: int | None = None
 ) -> dict[str, Any]:
     """Write a token file of at most `budget` tokens; return the manifest's entry for it."""
-    from tqdm.auto import tqdm
-
     tokens, size, most = 0, 0, budget or sys.maxsize
     with open_new(path) as file, tqdm(desc=path.name, unit="B", unit_scale=True) as bar:
         for ids, length in encode_pieces(tokenizer, pieces):
@@ -1998,11 +1997,13 @@ def total_loss(
     counts what the one before did not: with at least context - stride tokens before each.
     """
     context, last = model.config.max_position_embeddings, len(tokens) - 1
+    bar = {"desc": "evaluating", "unit": "batch", "delay": 3, "disable": processes is not None}
     stride, processes, total = stride or context, processes or Processes(), 0.0
     starts = torch.arange(0, max(len(tokens) - context, 0) + stride, stride)
     t = torch.arange(min(context, len(tokens)))
     with model.hold_weights(device.dtype), device.autocast():
-        for _, start in processes.micro_batches(starts, starts[:, None], batch_size):
+        batches = processes.micro_batches(starts, starts[:, None], batch_size)
+        for _, start in tqdm(batches, leave=False, **bar):
             at = start + t  # (B, T), the places of the targets in the text
             x, y = (torch.from_numpy(tokens.take(i, mode="clip")).long() for i in (at - 1, at))
             x, y = read_signed(x, y)

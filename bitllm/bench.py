@@ -6,49 +6,76 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
-from bitllm.compiling import compiled_loss, why_not_compile
+from bitllm.compiling import prepare, why_not_compile
 from bitllm.machine import memory_in_use, product_rate
 from bitllm.planner import estimate_memory, machine
 from bitllm_core import (
     BitLM,
+    DataConfig,
     Device,
     ModelConfig,
+    Processes,
     SamplingConfig,
+    Session,
     TrainConfig,
-    apply_gradients,
     choose_device,
     generate_tokens,
-    make_optimizers,
-    windows_at_once,
 )
+
+
+class _RandomTokens(Processes):
+    """One process, and data without end for it; nothing is saved."""
+
+    manifest: ClassVar[dict[str, Any]] = {"train": {"sha256": ""}}
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.choices = np.random.default_rng(0), vocab_size
+
+    def run_on_main(self, work: Any) -> Any:
+        return self, None  # instead of preparing data and a tokenizer
+
+    def batch(self, config: TrainConfig, context: int, step: int) -> np.ndarray:
+        rng, vocab_size = self.choices
+        return rng.integers(vocab_size, size=(config.batch_tokens // context, context + 1))
+
+    def wait(self, session: Session) -> bool:
+        return True
+
+    def save_what_is_due(self) -> None: ...
 
 
 def bench_step(
     model: ModelConfig, device: Device, windows: int, train: TrainConfig | None = None
 ) -> Callable[[], float]:
-    """A function that makes one optimizer step on random tokens and returns its seconds."""
-    tokens = windows * model.max_position_embeddings
-    config = dataclasses.replace(train or TrainConfig(), batch_tokens=tokens)
-    net = BitLM(model).to(device.device)
-    optimizers, scaler = make_optimizers(net, config), device.scaler()
-    loss = net.loss if why_not_compile(device.device) else compiled_loss(net)
-    shape = (windows, model.max_position_embeddings)
-    ids = torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    ids, at_once = ids.to(device.device), windows_at_once(model, config, device)
+    """A function that lets `train`'s loop make one step on random tokens, and returns its seconds.
+
+    With clipping and all else that a step has; without logging, evaluating and saving.
+    """
+    config = dataclasses.replace(
+        train or TrainConfig(),
+        batch_tokens=windows * model.max_position_embeddings,
+        max_steps=10**9,
+        log_every_steps=10**9,
+        eval_every_steps=0,
+        device=device.device.type,
+        dtype=str(device.dtype).removeprefix("torch."),
+        compile="off" if why_not_compile(device.device) else "on",
+    )
+    tokens: Any = _RandomTokens(model.vocab_size)  # and the saver
+    configs = {"model": model, "data": DataConfig(), "train": config}
+    session = Session(configs, Path(), tokens, ())
+    prepare(session)
 
     def step() -> float:
         start = time.perf_counter()
-        with net.hold_weights(device.dtype):
-            for part in ids.split(at_once):
-                with device.autocast():
-                    value = loss(part, part) / ids.numel()
-                scaler.scale(value).backward()
-        apply_gradients(optimizers, scaler, 1.0, 1.0)
+        session.state.config = dataclasses.replace(config, max_steps=session.state.step + 1)
+        session.run(tokens)
         return time.perf_counter() - start
 
     return step
@@ -87,7 +114,8 @@ def bench(quick: bool = False) -> dict[str, Any]:
     peak, state = memory_in_use(device.device), estimate_memory(model, TrainConfig())
     dense = bench_step(dataclasses.replace(model, linear="dense"), device, windows)
     dense()
-    seconds = [(ternary(), dense(), product_rate(device)) for _ in range(rounds)]
+    rate_now = product_rate.__wrapped__  # the other remembers
+    seconds = [(ternary(), dense(), rate_now(device)) for _ in range(rounds)]
     t, d, rate = (np.array(column) for column in zip(*seconds, strict=True))
     tokens = windows * model.max_position_embeddings
     net = BitLM(model).to(device.device).freeze()
