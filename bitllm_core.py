@@ -1965,7 +1965,7 @@ def windows_at_once(
     model: ModelConfig, train: TrainConfig, device: Device, world_size: int = 1
 ) -> int:
     """Windows of a micro-batch, for each process: the more, the faster (docs/log.md). What blocks
-    keep for the backward pass takes about an eighth of the memory, of a GPU's free a quarter.
+    keep for the backward pass takes about a sixth of the memory, of a GPU's free a quarter.
     """
     windows = -(-train.batch_tokens // model.max_position_embeddings // world_size)
     if train.micro_batch_size:
