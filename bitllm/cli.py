@@ -245,6 +245,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # what a code page lacks becomes a question mark
         getattr(stream, "reconfigure", dict)(errors="replace")
     status = core.main(arguments, parser())
+    try:
+        sys.stderr.flush()
+    except OSError:  # its reader is gone; Python's own flush at the end would make it a failure
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     if dist.is_available() and dist.is_initialized():
         # gloo's threads abort a process that ends in order, and NCCL's may wait for the dead
         sys.stdout.flush()

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 import bitllm_core as bit
 from tests import warm
 from tests.conftest import ROOT
@@ -12,10 +14,11 @@ TRAIN = [sys.executable, str(ROOT / "bitllm_core.py"), "train", "--preset", "ci"
 TRAIN += ["--max-steps", "30", "--eval-every-steps", "10", "--compile", "off", "--out"]
 
 
-def test_a_reader_of_the_log_that_is_gone_ends_no_training(tmp_path):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_of_the_log_that_is_gone_ends_no_training(tmp_path, unbuffered):
     reading, writing = os.pipe()
-    out = str(tmp_path / "r")
-    run = warm.start([*TRAIN, out], stdout=subprocess.DEVNULL, stderr=writing)
+    out, environment = str(tmp_path / "r"), {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    run = warm.start([*TRAIN, out], stdout=subprocess.DEVNULL, stderr=writing, env=environment)
     os.close(writing)
     os.read(reading, 1)
     os.close(reading)  # from here on, writing is an error
