@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from bitllm.compiling import prepare, why_not_compile
-from bitllm.machine import memory_in_use, product_rate
+from bitllm.machine import measure_products, memory_in_use
 from bitllm.planner import estimate_memory, machine
 from bitllm_core import (
     BitLM,
@@ -114,8 +114,7 @@ def bench(quick: bool = False) -> dict[str, Any]:
     peak, state = memory_in_use(device.device), estimate_memory(model, TrainConfig())
     dense = bench_step(dataclasses.replace(model, linear="dense"), device, windows)
     dense()
-    rate_now = product_rate.__wrapped__  # the other remembers
-    seconds = [(ternary(), dense(), rate_now(device)) for _ in range(rounds)]
+    seconds = [(ternary(), dense(), measure_products(device)) for _ in range(rounds)]
     t, d, rate = (np.array(column) for column in zip(*seconds, strict=True))
     tokens = windows * model.max_position_embeddings
     net = BitLM(model).to(device.device).freeze()

@@ -15,9 +15,8 @@ import torch
 from bitllm_core import Device, ModelConfig, TrainConfig
 
 
-@lru_cache(maxsize=4)
-def product_rate(device: Device) -> float:
-    """FLOP a second of 2048³ matrix products in the training's dtype, the best of five."""
+def measure_products(device: Device) -> float:
+    """FLOP a second of 2048³ matrix products in the training's dtype now, the best of six."""
     a = torch.randn(2048, 2048, device=device.device, dtype=device.dtype)
     best = math.inf
     for _ in range(6):
@@ -25,6 +24,9 @@ def product_rate(device: Device) -> float:
         (a @ a)[0, 0].item()
         best = min(best, time.perf_counter() - start)
     return 2 * 2048**3 / best
+
+
+product_rate = lru_cache(maxsize=4)(measure_products)  # for estimates: measured once
 
 
 def estimate_seconds(model: ModelConfig, config: TrainConfig, rate: float) -> float:
