@@ -78,8 +78,8 @@ def compiled_loss(model: BitLM) -> Callable[[Tensor, Tensor], Tensor]:
 def prepare(session: Session) -> None:
     """Compile a training session's loss, record its micro-step, and fit it into the memory.
 
-    Compiling takes ten seconds and more. One micro-step of zeros shows whether it works; where it
-    does not, the session stays eager and the log says why.
+    Compiling takes up to a minute where the compiler's cache is empty. One micro-step of zeros
+    shows whether it works; where it does not, the session stays eager and the log says why.
 
     Args:
         session: the core's `Session`; its `loss`, `micro_step`, `gradients` and `hold` may be
@@ -97,7 +97,7 @@ def prepare(session: Session) -> None:
         eager = session.loss
         try:
             session.loss = compiled_loss(model)
-            log.info("torch.compile: on; the first step takes some ten seconds longer")
+            log.info("torch.compile: on; that takes up to a minute the first time, later seconds")
             zeros = torch.zeros(session.micro_batch, session.context, dtype=torch.int64)
             with contextlib.suppress(torch.OutOfMemoryError):  # the first step will halve it
                 with session.hold(session.device.dtype):
