@@ -1965,13 +1965,13 @@ def windows_at_once(
     model: ModelConfig, train: TrainConfig, device: Device, world_size: int = 1
 ) -> int:
     """Windows of a micro-batch, for each process: the more, the faster (docs/log.md). What blocks
-    keep for the backward pass takes about a sixth of the memory, of a GPU's free a quarter.
+    keep for backward takes about a sixth of the memory in all, or a quarter of a GPU's free.
     """
     windows = -(-train.batch_tokens // model.max_position_embeddings // world_size)
     if train.micro_batch_size:
         return min(train.micro_batch_size, windows)
-    gpu = device.device.type == "cuda"
-    room = torch.cuda.mem_get_info()[0] // 4 if gpu else (round(memory_size() / 2**30) or 8) << 26
+    free = torch.cuda.mem_get_info()[0] if device.device.type == "cuda" else 0
+    room = free // 4 or ((round(memory_size() / 2**30) or 8) << 26) // world_size
     numbers = model.num_hidden_layers * (8 * model.hidden_size + 3 * model.intermediate_size)
     fit = room // (device.dtype.itemsize * numbers * model.max_position_embeddings)
     return max(d for d in range(1, windows + 1) if windows % d == 0 and d <= max(fit, 1))

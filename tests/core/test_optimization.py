@@ -44,7 +44,7 @@ def test_a_micro_batch_divides_the_share_of_a_process(monkeypatch):
     model, train = bit.ModelConfig(), bit.TrainConfig(batch_tokens=4096)
     cpu = bit.choose_device("cpu", "float32")
     assert bit.memory_size() > 1 << 30
-    for gib, expected in ((8, [32, 16, 11, 8, 2]), (1, [4, 4, 1, 4, 2])):
+    for gib, expected in ((8, [32, 16, 11, 8, 2]), (1, [4, 2, 1, 1, 1])):  # shared
         monkeypatch.setattr(bit, "memory_size", lambda gib=gib: gib << 30)
         sizes = [bit.windows_at_once(model, train, cpu, number) for number in (1, 2, 3, 4, 16)]
         assert sizes == expected
