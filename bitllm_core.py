@@ -1055,6 +1055,7 @@ def file_lines(path: Path, opened: Any, encoding: str | None, longest: int = -1)
     """The lines of a text file, which `opened` opens as a binary one; line ends are \\n.
     `encoding` is by default what its mark says. ValueError: unreadable.
     """
+    why = ""
     try:
         with opened() as file:
             start = file.peek(4)[:4]
@@ -1063,17 +1064,16 @@ def file_lines(path: Path, opened: Any, encoding: str | None, longest: int = -1)
                 raise ValueError("perhaps UTF-16 without its mark: try --encoding utf-16-le or -be")
             errors = "strict" if encoding else "surrogatepass"
             text = io.TextIOWrapper(file, encoding or found, errors)
-            yield from iter(partial(text.readline, longest), "")
-    except UnicodeDecodeError as error:
-        at = "?"
-        with contextlib.suppress(ImportError):
-            at = extension("files", "").first_bad_byte(opened(), error.encoding)
-        why = (
-            f"not {error.encoding.upper()} text, at byte {at}; save it as UTF-8, or say what it is"
-        )
-        raise ValueError(f"{path}: {why} (--encoding latin-1)") from error
+            try:
+                yield from iter(partial(text.readline, longest), "")
+            except UnicodeDecodeError as error:
+                at = file.tell() - len(error.object) + error.start
+                why = f"not {error.encoding.upper()} text, at byte {at}; save it as UTF-8, "
+                why += "or say what it is (--encoding latin-1)"
     except (OSError, ValueError, RuntimeError, EOFError, LookupError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read as text ({first_line(error)})") from error
+        why = f"cannot be read as text ({first_line(error)})"
+    if why:
+        raise ValueError(f"{path}: {why}")
 
 
 def document_lines(path: Path, opened: Any, config: DataConfig) -> Part:

@@ -6,7 +6,6 @@ inside a .zip is named as if that were a folder: `books.zip/part/one.txt`.
 
 from __future__ import annotations
 
-import codecs
 import gzip
 import io
 import json
@@ -170,16 +169,3 @@ def parquet_rows(path: Path, column: str | None) -> Iterator[dict[str, Any]]:
                     yield from batch.to_pylist()
     except (OSError, ValueError, RuntimeError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read as .parquet ({first_line(error)})") from error
-
-
-def first_bad_byte(file: Any, encoding: str) -> int:
-    """The place in a binary file of the first byte that is no text in this encoding."""
-    decoder, seen = codecs.getincrementaldecoder(encoding)(), 0
-    with file:
-        while block := file.read(1 << 16):
-            try:
-                decoder.decode(block)
-            except UnicodeDecodeError as error:
-                return seen + len(block) - len(error.object) + error.start
-            seen += len(block)
-    return seen
