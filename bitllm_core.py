@@ -1140,26 +1140,24 @@ def text_pieces(
     cut at white space, where there is any, after 262,144 characters. A line that is `separator`
     ends a document and is left out.
     """
-    held, size, ended = [], 0, False
+    held, ended = "", False
     for row in filter(None, rows):
         mark = lines and row.strip() == separator
-        full = size >= _PIECE_CHARS and not row[:1].isspace() and held[-1].endswith("\n")
-        if size and (full or mark or not lines):
-            yield "".join(held), mark or not lines
-            held, size = [], 0
+        full = len(held) >= _PIECE_CHARS and not row[:1].isspace() and held.endswith("\n")
+        if held and (full or mark or not lines):
+            yield held, mark or not lines
+            held = ""
         elif mark and not ended:
             yield "", True
         if ended := mark:
             continue
-        held.append(row)
-        size += len(row)
-        while size > _LONGEST_PIECE:
-            text = "".join(held)
-            at = max(text.rfind(" ", 1, _LONGEST_PIECE), 0) or _LONGEST_PIECE
-            yield text[:at], False
-            held, size = [text[at:]], size - at
-    if size:
-        yield "".join(held), ends or not lines
+        held += row
+        while len(held) > _LONGEST_PIECE:
+            at = max(held.rfind(" ", 1, _LONGEST_PIECE), 0) or _LONGEST_PIECE
+            yield held[:at], False
+            held = held[at:]
+    if held:
+        yield held, ends or not lines
 
 
 def read_pieces(
