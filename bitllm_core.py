@@ -1012,7 +1012,6 @@ _OF_LINES = ("wikitext-2", "wikitext-103")  # rows are lines of one long text, n
 _WITH_VALIDATION = (*_OF_LINES, "tinystories")  # have a validation split
 _PIECE_CHARS, _LONGEST_PIECE = 1 << 16, 1 << 18  # lines are joined, longer rows are cut
 _TOKENIZER_CHARS = 100_000_000  # text a tokenizer is trained on at most
-_FIRST_ROWS = 20  # with text decide which column it is
 _MARK_IN_TEXT = "lines that are %s stay text; --document-separator '%s' ends documents there"
 _warn_once = lru_cache(log.warning)  # a source is read several times
 
@@ -1020,32 +1019,18 @@ Piece = tuple[str, bool]  # text, and whether a document ends with it
 Part = tuple[Iterator[str], bool, bool]  # rows; whether they are lines; whether the last ends one
 
 
-def row_texts(rows: Iterator[dict[Any, Any]], wanted: str | None, source: Any) -> Iterator[str]:
-    """The text of each row, "" where it has none; ValueError where most have none."""
+def row_texts(rows: Iterator[dict[Any, Any]], column: str | None, source: Any) -> Iterator[str]:
+    """The text of each row. The package finds its column; this file alone takes "text"."""
     with contextlib.suppress(ImportError):
-        rows = extension("conversations", "").as_texts(rows, wanted, source)
-    kinds, count, skipped, row = {}, 0, 0, {}
-    for row in rows:  # those before have no text at all
-        if any(isinstance(value, str) for value in row.values()):
-            break
-    first = [row, *itertools.islice(rows, _FIRST_ROWS)]
-    for name, value in (item for row in first for item in row.items()):
-        if isinstance(value, str) or kinds.get(name, "NoneType") == "NoneType":
-            kinds[name] = type(value).__name__
-    texts = [name for name, kind in kinds.items() if kind == "str"]
-    column = wanted or ("text" if "text" in texts else texts[0] if len(texts) == 1 else None)
-    columns = ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "none"
-    expected = f"a column of text; {source} has columns {columns}; name one with --text-column"
-    fits = not row or kinds.get(column) in ("str", "NoneType")
-    require(fits, "text_column", column, expected)
-    for row in itertools.chain(first, rows):
-        value, count = row.get(column), count + 1
-        skipped += not isinstance(value, str | None)
-        if skipped > max(_FIRST_ROWS, count / 2):
-            raise ValueError(f"{source}: {column} is not text in {skipped:,} of {count:,} rows")
-        yield valid_unicode(value) if isinstance(value, str) else ""
-    if skipped:
-        _warn_once("%s: skipped %d rows whose %s is not text", source, skipped, column)
+        return extension("rows", "").texts(rows, column, source)
+
+    def text_of(row: dict[Any, Any]) -> str:
+        value = row.get(column or "text")
+        expected = f"a column of text; {source} has {', '.join(row)}"
+        require(isinstance(value, str | None), "text_column", column, expected)
+        return valid_unicode(value or "")
+
+    return map(text_of, rows)
 
 
 _MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
@@ -1127,7 +1112,7 @@ def text_parts(source: str, split: str, config: DataConfig) -> Iterator[Part]:
     for shard in (data.shard(count, i) if streaming else data for i in range(count)):
         rows: Iterator[dict[str, Any]] = (
             dict(zip(batch, values, strict=True))
-            for batch in shard.iter(_FIRST_ROWS)
+            for batch in shard.iter(100)
             for values in zip(*batch.values(), strict=True)
         )
         yield row_texts(rows, column or config.text_column, name), source in _OF_LINES, False

@@ -36,6 +36,16 @@ except ImportError as error:
     print(error)
 """
 
+ROWS = """
+rows = [{"id": 1, "text": "one"}, {"id": 2, "text": None}]
+assert list(bit.row_texts(iter(rows), None, "a set")) == ["one", ""]
+assert list(bit.row_texts(iter([{"story": "two"}]), "story", "a set")) == ["two"]
+try:
+    list(bit.row_texts(iter([{"story": "two"}]), None, "a set"))
+except ValueError as error:
+    print(error)
+"""
+
 BUDGET = """
 try:
     bit.prepare_data(bit.DataConfig(data=".", max_train_tokens=1000), 300, 16, "run")
@@ -72,6 +82,10 @@ def test_it_prepares_trains_generates_and_evaluates(run_alone):
 def test_what_needs_more_says_what_to_install(run_alone):
     assert "needs the package datasets: pip install datasets" in run_alone(HUB)
     assert "needs the bitllm package" in run_alone(BUDGET)
+
+
+def test_of_a_hubs_rows_it_reads_the_column_text_or_the_one_asked_for(run_alone):
+    assert "expected a column of text; a set has story" in run_alone(ROWS)
 
 
 FLAGS = """--data text.txt --vocab-size 300 --hidden-size 32 --intermediate-size 64
