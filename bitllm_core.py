@@ -54,6 +54,7 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -77,7 +78,7 @@ __all__ = ["PRESETS", "DataConfig", "ModelConfig", "SamplingConfig", "TrainConfi
 __all__ += ["BitLM", "BitLinear", "activation_quant", "weight_quant"]
 __all__ += ["TokenData", "load_tokenizer", "prepare_data", "train_tokenizer"]
 __all__ += ["evaluate", "generate", "load_checkpoint", "load_model", "save_checkpoint", "stream"]
-__all__ += ["Callback", "TrainState", "train"]
+__all__ += ["Callback", "TrainState", "import_seed_checkpoint", "train"]
 
 # -----------------------------------------------------------------------------
 # 1 Configuration
@@ -1025,7 +1026,7 @@ def row_texts(rows: Iterator[dict[Any, Any]], column: str | None, source: Any) -
         return extension("rows", "").texts(rows, column, source)
 
     def text_of(row: dict[Any, Any]) -> str:
-        value = row.get(column or "text")
+        value = row.get(column or "text", ...)
         expected = f"a column of text; {source} has {', '.join(row)}"
         require(isinstance(value, str | None), "text_column", column, expected)
         return valid_unicode(value or "")
@@ -1862,10 +1863,43 @@ def check_weights(config: ModelConfig, weights: Any, path: Path) -> BitLM:
     return model.float()
 
 
+_SEED_NAMES = {"token_embedding": "embed_tokens", "position_embedding": "embed_positions"}
+_SEED_NAMES |= {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
+_SEED_NAMES |= {"attn.out_proj": "attn.o_proj", "attn": "self_attn", "output_layer": "lm_head"}
+_SEED_NAMES |= {"ff.w_1": "mlp.up_proj", "ff.w_2": "mlp.down_proj"}
+
+
+def import_seed_checkpoint(path: str | Path, num_attention_heads: int = 8) -> BitLM:
+    """Turn the seed script's `mi_llm_checkpoint.pth` or `mi_llm_epoch_N.pth` into a `BitLM`.
+    The file does not have the number of heads. Nothing in it is executed; ValueError if it differs.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected the seed script's checkpoint")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch stores; a bomb would be compressed
+            if sum(item.file_size for item in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it is compressed")
+        weights = {}
+        for name, tensor in torch.load(path, "cpu", weights_only=True)["model_state_dict"].items():
+            for old, new in _SEED_NAMES.items():
+                name = name.replace(old, new)
+            weights[name if name.startswith("lm_head") else f"model.{name}"] = tensor.float()
+        V, D = weights["model.embed_tokens.weight"].shape
+        T = len(weights["model.embed_positions.weight"])
+        ups = [tensor for name, tensor in weights.items() if "up_proj" in name]  # one per layer
+        shape = (V, D, len(ups[0]), len(ups), num_attention_heads, None, T)
+        config = ModelConfig(*shape, tie_word_embeddings=False, linear="weight_only", block="seed")
+        return check_weights(config, weights, path)
+    except Exception as error:
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{path}: not a checkpoint of the seed script ({why})") from error
+
+
 def load_masters(path: Path, checkpoint: str | int = "last") -> tuple[BitLM, Any, dict[str, Any]]:
     """The model of a run, a checkpoint or a .pth file as it trains, its tokenizer, and facts."""
     if path.suffix == ".pth":
-        model = extension("seed", f"reading {path}").import_seed_checkpoint(path)
+        model = import_seed_checkpoint(path)
         return model, load_tokenizer(path.with_name("tokenizer.json")), {}
     contents = load_checkpoint(path, checkpoint)
     try:
@@ -1876,12 +1910,6 @@ def load_masters(path: Path, checkpoint: str | int = "last") -> tuple[BitLM, Any
         raise ValueError(f"{path}: its checkpoint lacks what generating needs ({error})") from error
     check_tokenizer(tokenizer, config.vocab_size, path)
     return model, tokenizer, {k: contents.get(k) for k in ("step", "config", "loss", "val_loss")}
-
-
-def load_run(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM, Any, dict[str, Any]]:
-    """`load_masters` in inference form."""
-    model, tokenizer, facts = load_masters(Path(path), checkpoint)
-    return model.freeze(), tokenizer, facts
 
 
 def load_model(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM, Any]:
@@ -1895,7 +1923,8 @@ def load_model(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM,
     packed = path.suffix in (".safetensors", ".gguf") and not _NAME.fullmatch(path.name)
     if packed or "model_type" in (read_json(path / "config.json") or {}):
         return extension("export", f"reading {path}").read_exported(path)[:2]
-    return load_run(path, checkpoint)[:2]
+    model, tokenizer, _ = load_masters(path, checkpoint)
+    return model.freeze(), tokenizer
 
 
 # -----------------------------------------------------------------------------
@@ -2206,15 +2235,11 @@ def _stop_on_signals(state: TrainState) -> Iterator[None]:
 
     handled = threading.current_thread() is threading.main_thread()  # elsewhere, signals are not
     names = ("SIGINT", "SIGTERM", "SIGHUP") if handled else ()
-    before = {s: signal.getsignal(s) for s in signal.Signals if s.name in names}
-    try:
-        for number, handler in before.items():
-            if handler is not signal.SIG_IGN:  # as nohup sets it
-                signal.signal(number, handle)
+    with contextlib.ExitStack() as stack:
+        for number in (s for s in signal.Signals if s.name in names):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+                stack.callback(signal.signal, number, signal.signal(number, handle))
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 SAVE_RETRY_S = 60.0  # until a checkpoint that could not be saved is tried again
@@ -2396,9 +2421,8 @@ class Session:
             metrics |= more(state)
         self.log.write(metrics)
         if not self.callbacks and self.processes.is_main:
-            log.info(
-                "step {step}: loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s".format_map(metrics)
-            )
+            speed = metrics["tokens_per_s"]
+            log.info(f"step {state.step}: loss {state.loss:.4f}, {speed:,.0f} tokens/s")
         return metrics
 
     def evaluate(self, final: bool = False) -> None:

@@ -47,7 +47,6 @@ _MODULES = {
         "show_run",
     ),
     "planner": ("estimate_memory", "info", "memory_parts", "plan"),
-    "seed": ("import_seed_checkpoint",),
     "streaming": ("StreamedData",),
 }
 _PLACES = {name: f"bitllm.{module}" for module, names in _MODULES.items() for name in names}

@@ -30,7 +30,6 @@ from bitllm_core import (
     ModelConfig,
     end_of_text_id,
     load_masters,
-    load_run,
     require,
 )
 
@@ -166,7 +165,8 @@ def open_source(
     path = Path(path)
     source = _read(path)
     if source is None:
-        model, tokenizer, told = (load_run if frozen else load_masters)(path, checkpoint)
+        model, tokenizer, told = load_masters(path, checkpoint)
+        model = model.freeze() if frozen else model
         source = Source(model, tokenizer, {"name": path.stem, **_facts(path, told)})
     given = {key: value for key, value in credits.items() if value is not None}
     return dataclasses.replace(source, facts={**source.facts, **given})
