@@ -1967,25 +1967,18 @@ def choose_device(device: str = "auto", dtype: str = "auto") -> Device:
     return Device(found, torch.float32, "no fast bfloat16 here")
 
 
-def memory_size() -> int:
-    """Bytes of main memory that the machine has; 0 where the system does not say."""
-    names = "SC_PAGE_SIZE", "SC_PHYS_PAGES"
-    return math.prod(map(os.sysconf, names)) if hasattr(os, "sysconf") else 0
-
-
 def windows_at_once(
     model: ModelConfig, train: TrainConfig, device: Device, world_size: int = 1
 ) -> int:
-    """Windows of a micro-batch, for each process: the more, the faster (docs/log.md). What blocks
-    keep for backward takes about a sixth of the memory in all, or a quarter of a GPU's free.
+    """Windows of a micro-batch, for each process: what the package finds that the memory holds, for
+    more are faster; this file alone takes 8,192 tokens at most.
     """
     windows = -(-train.batch_tokens // model.max_position_embeddings // world_size)
     if train.micro_batch_size:
         return min(train.micro_batch_size, windows)
-    free = torch.cuda.mem_get_info()[0] if device.device.type == "cuda" else 0
-    room = free // 4 or ((round(memory_size() / 2**30) or 8) << 26) // world_size
-    numbers = model.num_hidden_layers * (8 * model.hidden_size + 3 * model.intermediate_size)
-    fit = room // (device.dtype.itemsize * numbers * model.max_position_embeddings)
+    fit = 8192 // model.max_position_embeddings
+    with contextlib.suppress(ImportError):
+        fit = extension("memory", "").windows_that_fit(model, device, world_size)
     return max(d for d in range(1, windows + 1) if windows % d == 0 and d <= max(fit, 1))
 
 
@@ -2577,15 +2570,9 @@ def _finish(session: Session) -> None:
     if state.finished and (final := processes.broadcast(final)):
         state.val_loss = final[0].get("val_loss", math.nan)
         return
-    config, tokens = state.config, session.data.manifest["train"]["tokens"]
-    size = session.model_config.num_parameters / 1e6
-    epochs = config.max_steps / session.data.steps_per_epoch(config, session.context)
-    log.info(f"{size:.2f}M parameters on {session.device}, {session.micro_batch} windows at once")
-    log.info(f"{tokens:,} training tokens, {epochs:.1f} epochs of them in {config.max_steps} steps")
-    if config.save_every_epoch and epochs >= 1:
-        log.info(f"a checkpoint of every epoch is kept, up to {size * 12 * epochs:,.0f} MB in all")
-    if (steps := warmup_that_fits(config)) < config.warmup_steps:
-        log.info(f"warmup_steps: {config.warmup_steps} -> {steps}, in so short a run")
+    config = state.config
+    with contextlib.suppress(ImportError):
+        extension("progress", "").describe(session)
     if state.step:
         log.info(f"resuming from step {state.step} of {config.max_steps}")
     saver = _Saver(session)

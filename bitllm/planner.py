@@ -16,6 +16,7 @@ from torch import Tensor
 from bitllm.compiling import why_not_compile
 from bitllm.distributed import BUCKET_NUMBERS, MESSAGES_AT_ONCE
 from bitllm.machine import estimate_seconds, product_rate
+from bitllm.memory import memory_size
 from bitllm.muon import Muon
 from bitllm_core import (
     CHUNK_BYTES,
@@ -27,7 +28,6 @@ from bitllm_core import (
     ModelConfig,
     TrainConfig,
     choose_device,
-    memory_size,
     versions,
 )
 

@@ -1,4 +1,4 @@
-"""A progress bar in the terminal."""
+"""What a training is about to do, and a progress bar in the terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,20 @@ import sys
 from functools import partial
 from typing import Any
 
-from bitllm_core import Callback, TrainState
+from bitllm_core import Callback, Session, TrainState, log, warmup_that_fits
+
+
+def describe(session: Session) -> None:
+    """Log what a training is about to do: its size, its tokens, and what was changed to fit."""
+    config, tokens = session.config, session.data.manifest["train"]["tokens"]
+    size = session.model_config.num_parameters / 1e6
+    epochs = config.max_steps / session.data.steps_per_epoch(config, session.context)
+    log.info(f"{size:.2f}M parameters on {session.device}, {session.micro_batch} windows at once")
+    log.info(f"{tokens:,} training tokens, {epochs:.1f} epochs of them in {config.max_steps} steps")
+    if config.save_every_epoch and epochs >= 1:
+        log.info(f"a checkpoint of every epoch is kept, up to {size * 12 * epochs:,.0f} MB in all")
+    if (steps := warmup_that_fits(config)) < config.warmup_steps:
+        log.info(f"warmup_steps: {config.warmup_steps} -> {steps}, in so short a run")
 
 
 class Terminal:

@@ -2,11 +2,13 @@ import copy
 import dataclasses
 import itertools
 import math
+import sys
 
 import pytest
 import torch
 
 import bitllm_core as bit
+from bitllm import memory
 
 
 def test_wsd_warms_up_stays_and_cools_down():
@@ -43,16 +45,21 @@ def test_cosine_ends_at_a_tenth():
 def test_a_micro_batch_divides_the_share_of_a_process(monkeypatch):
     model, train = bit.ModelConfig(), bit.TrainConfig(batch_tokens=4096)
     cpu = bit.choose_device("cpu", "float32")
-    assert bit.memory_size() > 1 << 30
+    assert memory.memory_size() > 1 << 30
     for gib, expected in ((8, [32, 16, 11, 8, 2]), (1, [4, 2, 1, 1, 1])):  # shared
-        monkeypatch.setattr(bit, "memory_size", lambda gib=gib: gib << 30)
+        monkeypatch.setattr(memory, "memory_size", lambda gib=gib: gib << 30)
         sizes = [bit.windows_at_once(model, train, cpu, number) for number in (1, 2, 3, 4, 16)]
         assert sizes == expected
-    monkeypatch.setattr(bit, "memory_size", lambda: 0)  # Windows does not say: as if 8 GiB
+    monkeypatch.setattr(memory, "memory_size", lambda: 0)  # Windows does not say: as if 8 GiB
     assert bit.windows_at_once(model, train, cpu) == 32
     asked = dataclasses.replace(train, micro_batch_size=16)
     sizes = [bit.windows_at_once(model, asked, cpu, processes) for processes in (1, 2, 3, 32)]
     assert sizes == [16, 16, 11, 1]
+    monkeypatch.setitem(sys.modules, "bitllm.memory", None)  # the core alone
+    long = dataclasses.replace(model, max_position_embeddings=1024)
+    assert [bit.windows_at_once(m, train, cpu) for m in (model, long)] == [32, 4]
+    more = dataclasses.replace(train, batch_tokens=32_768)
+    assert [bit.windows_at_once(m, more, cpu) for m in (model, long)] == [64, 8]
 
 
 def test_muon_has_the_matrices_and_adamw_the_rest(tiny_config):
