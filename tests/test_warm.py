@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+import venv
+from pathlib import Path
 
 import pytest
 
@@ -106,3 +108,35 @@ def test_it_is_killed_by_its_number_and_waited_for():
     assert time.monotonic() - begin < 10
     with pytest.raises(ProcessLookupError):
         os.kill(process.pid, 0)
+
+
+def test_another_environments_python_is_that_one(tmp_path, monkeypatch):
+    """As the one with Colab's packages, whose paths and libraries are its own."""
+    venv.create(tmp_path / "other", symlinks=True, system_site_packages=True)
+    python = str(tmp_path / "other" / "bin" / "python")
+    monkeypatch.setattr(warm, "PYTHONS", {python})
+    monkeypatch.setattr(warm, "LIBRARIES", ["json.tool"])
+    new, forked = both([python, "-c", "import sys; print(sys.executable, sys.prefix, sys.path)"])
+    assert new[1].startswith(python)
+    assert forked == new
+
+
+FORK = """
+import os, subprocess, sys
+fork = sys.modules["tests.warm"].Fork()
+print(fork.pid, flush=True)
+if len(sys.argv) > 1:
+    child = fork.become(["-c", "import sys; print(sys.argv); sys.exit(3)", "a"], None, {})
+    print(child.poll() in (None, 3), child.wait(20), child.poll())
+"""
+
+
+def test_a_fork_becomes_a_program_or_ends_with_its_parent():
+    done = warm.run([sys.executable, "-c", FORK, "use"], capture_output=True, text=True)
+    assert done.stdout.splitlines()[1:] == ["['-c', 'a']", "True 3 3"], done.stderr
+    done = warm.run([sys.executable, "-c", FORK], capture_output=True, text=True)
+    ended = Path("/proc") / done.stdout.strip() / "stat"
+    end = time.monotonic() + 20
+    while ended.exists() and ended.read_text().split()[2] != "Z" and time.monotonic() < end:
+        time.sleep(0.05)
+    assert time.monotonic() < end

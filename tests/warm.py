@@ -1,6 +1,7 @@
 """Python processes forked from one in which torch is imported already, which takes three seconds.
 
-`run` and `start` are subprocess.run and Popen for a command that begins with sys.executable.
+`run` and `start` are subprocess.run and Popen for a command that begins with sys.executable, or
+with the Python of another environment in `PYTHONS`; each has its own process to fork from.
 Nothing of this project is imported before the fork. Where there is no fork, or a variable is
 another that Python or torch reads when it starts, the process is really a new one.
 """
@@ -8,42 +9,60 @@ another that Python or torch reads when it starts, the process is really a new o
 import atexit
 import contextlib
 import io
+import json
 import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 from functools import lru_cache
-from multiprocessing import forkserver, reduction
+from multiprocessing import forkserver, reduction, spawn
 from pathlib import Path
+from unittest import mock
 
 LIBRARIES = ["torch._dynamo", "torch.distributed", "safetensors.torch", "tokenizers", "tqdm"]
+LIBRARIES += ["jsonschema"]  # which takes nbformat a second and a half
+PYTHONS = {sys.executable, os.environ.get("BITLLM_COLAB_PYTHON")}
 EARLY = ("PYTHON", "OMP_", "MKL_", "KMP_", "TORCH_", "TORCHDYNAMO", "PYTORCH", "LD_", "LC_", "LANG")
 
 MAIN = multiprocessing.current_process()
 """Read in a forked process before it becomes another"""
 
 
-def _early(environment):
+def early(environment):
+    """Those variables that Python or a library reads when it starts."""
     found = environment.items()
     return {k: v for k, v in found if k.startswith(EARLY) and k != "PYTHONPATH"}
 
 
 @lru_cache
-def _server():
-    """The start of processes by fork, and what its environment is."""
-    forkserver.set_forkserver_preload(LIBRARIES)
-    forkserver.ensure_running()
-    return multiprocessing.get_context("forkserver"), _early(os.environ)
+def _server(python):
+    """What forks processes of a Python, the paths it has by itself, and what its environment is."""
+    server, code = forkserver.ForkServer(), "import json, sys; print(json.dumps(sys.path[1:]))"
+    own = PATHS
+    if python != sys.executable:
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+        own = json.loads(done.stdout)
+    server.set_forkserver_preload(LIBRARIES)
+    before, paths = spawn.get_executable(), sys.path[:]
+    try:
+        spawn.set_executable(python)
+        sys.path[:] = own  # those that it preloads from
+        server.ensure_running()
+    finally:
+        spawn.set_executable(before)
+        sys.path[:] = paths
+    return server, own, early(os.environ)
 
 
 def _can_fork(command, env):
-    here = sys.platform == "linux" and command[0] == sys.executable  # without flags such as -I
+    here = sys.platform == "linux" and command[0] in PYTHONS  # without flags such as -I
     options = str(command[1]).startswith("-") and command[1] not in ("-c", "-m")
-    return here and not options and _early(env or os.environ) == _server()[1]
+    return here and not options and early(env or os.environ) == _server(str(command[0]))[2]
 
 
 class _Pipe(int):
@@ -65,7 +84,8 @@ class Process:
     """What tests use of subprocess.Popen. Output that is asked for goes through files."""
 
     def __init__(self, command, *, cwd=None, env=None, stdout=None, stderr=None, **text):
-        context, self.args = _server()[0], [str(word) for word in command]
+        self.args = [str(word) for word in command]
+        server, paths, _ = _server(self.args[0])
         self.text, self.files = text, {}
         given = text.pop("input", None)
         with contextlib.ExitStack() as stack:
@@ -85,10 +105,13 @@ class Process:
                 pipes.append(target if isinstance(target, int) else target.fileno())
             place, variables = str(Path(cwd or ".").resolve()), dict(env or os.environ)
             pipes = [_Pipe(pipe) for pipe in pipes]
-            child = context.Process(
-                target=_become, args=(self.args[1:], PATHS, place, variables, pipes)
+            child = multiprocessing.get_context("forkserver").Process(
+                target=_become, args=(self.args[1:], paths, place, variables, pipes)
             )
-            child.start()
+            with mock.patch.object(
+                forkserver, "connect_to_new_process", server.connect_to_new_process
+            ):
+                child.start()
         self.child, self.pid = child, child.pid
 
     returncode = property(lambda self: self.child.exitcode)
@@ -108,6 +131,9 @@ class Process:
 
     def kill(self):
         self.send_signal(signal.SIGKILL)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
 
     def communicate(self, timeout=None):
         self.wait(timeout)
@@ -152,6 +178,7 @@ def run(command, *, capture_output=False, timeout=None, check=False, **options):
 
 def _become(command, paths, cwd, environment, pipes):
     """Be `python command ...` to the end."""
+    PATHS[:] = paths
     for target, pipe in enumerate(pipes):
         os.dup2(pipe, target)
         os.close(pipe)
@@ -165,8 +192,9 @@ def _become(command, paths, cwd, environment, pipes):
     multiprocessing.set_start_method(None, force=True)
     multiprocessing.process._current_process, MAIN.name = MAIN, "MainProcess"
     multiprocessing.process._parent_process = None
-    sys.modules["numpy"].random.seed()  # Python's own generator does that by itself
-    sys.modules["torch"].default_generator.seed()
+    if "torch" in sys.modules:
+        sys.modules["numpy"].random.seed()  # Python's own generator does that by itself
+        sys.modules["torch"].default_generator.seed()
     status = _status_of(command, paths)
     threading._shutdown()
     with contextlib.suppress(BaseException):  # it has told of it
@@ -217,3 +245,37 @@ def _status_of(command, paths):
             os.kill(os.getpid(), signal.SIGINT)
         return 1
     return 0
+
+
+class Fork:
+    """A child of this forked process: a fork of it as it is now, which becomes a program later."""
+
+    def __init__(self):
+        self.socket, there = socket.socketpair()
+        self.pid = os.fork()
+        if not self.pid:
+            os.setsid()
+            self.socket.close()
+            text, pipes, _, _ = socket.recv_fds(there, 1 << 20, 3)
+            if not text:  # it was not needed
+                os._exit(0)
+            there.close()
+            command, cwd, environment = json.loads(text)
+            _become(command, PATHS, cwd, environment, pipes)
+        there.close()
+
+    def become(self, command, cwd, environment):
+        """Be `python command ...` from here on; its streams are those of this process."""
+        text = json.dumps([command, str(Path(cwd or ".").resolve()), environment])
+        with self.socket, Path(os.devnull).open("rb") as stdin:
+            socket.send_fds(self.socket, [text.encode()], [stdin.fileno(), 1, 2])
+        process = object.__new__(subprocess.Popen)
+        process.__dict__ |= {"args": command, "pid": self.pid, "returncode": None}
+        process.__dict__ |= {"stdin": None, "stdout": None, "stderr": None}
+        process.__dict__ |= {"_child_created": True, "_waitpid_lock": threading.Lock()}
+        process.__dict__ |= {
+            "_communication_started": False,
+            "_input": None,
+            "_sigint_wait_secs": 0,
+        }
+        return process

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from tests import warm
 from tests.conftest import ROOT, assert_same_bits, state_of, without_times
 
 BLOCKED = ("bitllm", "datasets", "pyarrow")
@@ -62,13 +63,10 @@ def run_alone(tmp_path, tiny_corpus):
     def run(code):
         block = f"import sys; sys.modules.update(dict.fromkeys({BLOCKED}))\n"
         load = f"sys.path.insert(0, {str(tmp_path)!r}); import bitllm_core as bit\n"
-        result = subprocess.run(
-            [sys.executable, "-I", "-c", block + load + code],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = [sys.executable, "-c", block + load + code]
+        environment = {"PATH": os.environ["PATH"], **warm.early(os.environ)}
+        options = {"capture_output": True, "text": True, "check": False}
+        result = warm.run(command, cwd=tmp_path, env=environment, **options)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
@@ -95,15 +93,16 @@ FLAGS = """--data text.txt --vocab-size 300 --hidden-size 32 --intermediate-size
 
 @pytest.fixture
 def command(tmp_path, tiny_corpus):
-    """A command of the file alone, with nothing in its environment but PATH."""
+    """A command of the file alone; a `new` process has nothing in its environment but PATH."""
     shutil.copy(ROOT / "bitllm_core.py", tmp_path)
     shutil.copy(tiny_corpus, tmp_path / "text.txt")
 
-    def start(*arguments):
+    def start(*arguments, new=False):
         command = [sys.executable, "bitllm_core.py", *arguments]
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        own = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(command, cwd=tmp_path, env=own, encoding="utf-8", **options)
+        own = {"OMP_NUM_THREADS": "1"} if new else warm.early(os.environ)
+        options |= {"cwd": tmp_path, "env": {"PATH": os.environ["PATH"], **own}}
+        return (subprocess.Popen if new else warm.start)(command, encoding="utf-8", **options)
 
     return start
 
@@ -116,7 +115,7 @@ def output_of(process, status=0):
 
 def test_its_command_line_resumes_a_killed_run_to_the_same_bits(command, tmp_path):
     train = ["train", *FLAGS.split(), "--out"]
-    assert "complete: 60 steps" in output_of(command(*train, "whole"))
+    assert "complete: 60 steps" in output_of(command(*train, "whole", new=True))
     killed = command(*train, "run")
     saved = tmp_path / "run" / "checkpoints" / "step_00000020.json"
     while not saved.exists() and killed.poll() is None:
