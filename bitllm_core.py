@@ -889,20 +889,6 @@ def initialize(model: BitLM, generator: torch.Generator, keep: Any = Tensor.copy
 # The library `tokenizers` does the work; here are the choice of tokenizer and its special tokens.
 
 
-# characters after which a word is cut for training, and of such text: in DNA, each word is new
-_LONG_WORD, _LONG_WORDS_CHARS = 64, 2_000_000
-
-
-def _bounded_words(texts: Iterable[str]) -> Iterator[str]:
-    """`texts`, cut inside long words; beyond _LONG_WORDS_CHARS of them, without those."""
-    long, left = re.compile(rf"(\S{{{_LONG_WORD}}})(?=\S)"), _LONG_WORDS_CHARS
-    size = 1 << 17  # the library collects 256 texts
-    for text in (part[at : at + size] for part in texts for at in range(0, len(part), size)):
-        parts = long.sub("\\1\0", text).split("\0")
-        left -= _LONG_WORD * (len(parts) - 1)
-        yield from parts if left > 0 else [re.sub(rf"\S{{{_LONG_WORD},}}", " ", text)]
-
-
 def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: str = "bpe") -> Any:
     """Train a tokenizers.Tokenizer of at most `vocab_size` tokens; the same for the same texts.
 
@@ -913,7 +899,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: str = "bpe") ->
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     require(vocab_size >= MIN_VOCAB_SIZE, "vocab_size", vocab_size, f"at least {MIN_VOCAB_SIZE}")
-    texts = _bounded_words(texts)
+    with contextlib.suppress(ImportError):
+        texts = extension("wordpiece", "").bounded_words(texts)
     if kind == "wordpiece":
         module = extension("wordpiece", "training a WordPiece tokenizer")
         special = [*WORDPIECE_SPECIALS, END_OF_TEXT]

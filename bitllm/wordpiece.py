@@ -1,10 +1,24 @@
-"""The seed guide's kind of tokenizer, but the same one for the same text each time."""
+"""What tokenizers are trained on, and the seed guide's kind, the same for the same text."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+
+# characters after which a word is cut for training, and of such text: in DNA, each word is new
+LONG_WORD, LONG_WORDS_CHARS = 64, 2_000_000
+
+
+def bounded_words(texts: Iterable[str]) -> Iterator[str]:
+    """`texts`, cut inside long words; beyond LONG_WORDS_CHARS of them, without those."""
+    long, left = re.compile(rf"(\S{{{LONG_WORD}}})(?=\S)"), LONG_WORDS_CHARS
+    size = 1 << 17  # the library collects 256 texts
+    for text in (part[at : at + size] for part in texts for at in range(0, len(part), size)):
+        parts = long.sub("\\1\0", text).split("\0")
+        left -= LONG_WORD * (len(parts) - 1)
+        yield from parts if left > 0 else [re.sub(rf"\S{{{LONG_WORD},}}", " ", text)]
 
 
 def train_word_pieces(texts: Iterable[str], vocab_size: int, special: Sequence[str]) -> Any:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import bitllm_core as bit
+from bitllm import wordpiece
 from tests.conftest import ROOT
 
 HARD = [
@@ -76,16 +77,16 @@ def test_text_without_spaces_takes_the_time_that_english_takes():
     """Words are cut; one of 300,000 letters took longer than anybody waited."""
     random = np.random.default_rng(0)
     dna = "".join(random.choice(list("ACGT"), 300_000))
-    cut = list(bit._bounded_words([dna + " one two"]))
+    cut = list(wordpiece.bounded_words([dna + " one two"]))
     assert "".join(cut) == dna + " one two"
     assert max(len(word) for part in cut for word in part.split()) == 64
     assert bit.train_tokenizer([dna], 600).get_vocab_size() == 600
 
 
 def test_of_text_without_spaces_only_so_much_is_learned_from(monkeypatch):
-    monkeypatch.setattr(bit, "_LONG_WORDS_CHARS", 1000)
+    monkeypatch.setattr(wordpiece, "LONG_WORDS_CHARS", 1000)
     texts = ["x" * 2000 + " words", "y" * 2000 + " other words"]
-    assert list(bit._bounded_words(texts)) == ["  words", "  other words"]
+    assert list(wordpiece.bounded_words(texts)) == ["  words", "  other words"]
 
 
 def test_a_given_tokenizer_neither_truncates_nor_pads(tokenizer, tmp_path):
