@@ -1236,8 +1236,6 @@ class TokenData:
     training: np.ndarray
     validation: np.ndarray
     manifest: dict[str, Any]
-    streamed: bool = False  # tokens arrive while training runs: `wait` for a step's
-    error: Exception | None = None  # what ended a stream early
 
     def wait(self, session: Any) -> bool:
         """Wait for the tokens of the next step; False: the session was stopped meanwhile."""

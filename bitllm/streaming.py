@@ -110,7 +110,8 @@ class StreamedData(TokenData):
 
     def __init__(self, folder: Path, validation: np.ndarray, manifest: dict[str, Any]) -> None:
         super().__init__(np.empty(0, dtype=manifest["dtype"]), validation, manifest)
-        self.streamed, self.folder, self.ended = True, folder, False
+        self.folder, self.ended = folder, False
+        self.error: Exception | None = None  # what ended the stream early
         manifest["train"]["sha256"] = manifest["validation"]["sha256"]  # start of the same source
         self.budget: int = manifest["asked"]["data"]["max_train_tokens"]
 
