@@ -1203,14 +1203,17 @@ def encode_pieces(tokenizer: Any, pieces: Iterable[Piece]) -> Iterator[tuple[lis
     eot, pieces = end_of_text_id(tokenizer), iter(pieces)
     chat = tokenizer.token_to_id("<|im_start|>") is not None
     while batch := list(itertools.islice(pieces, 16)):
-        texts = ["" if chat and MARKS[0] in text else text for text, _ in batch]
-        encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        for (text, ends), tokens in zip(batch, encoded, strict=True):
+        if chat and any(MARKS[0] in text for text, _ in batch):
+            encoded = extension("conversations", "").encode_batch(tokenizer, batch)
+        else:
+            plain = tokenizer.encode_batch_fast(
+                [text for text, _ in batch], add_special_tokens=False
+            )
+            tails = ([eot] if ends and eot is not None else [] for _, ends in batch)
+            encoded = [tokens.ids + tail for tokens, tail in zip(plain, tails, strict=True)]
+        for (text, _), ids in zip(batch, encoded, strict=True):
             if END_OF_TEXT in text:
                 _warn_once(_MARK_IN_TEXT, END_OF_TEXT, END_OF_TEXT)
-            ids = tokens.ids + [eot] * (ends and eot is not None)
-            if chat and MARKS[0] in text:
-                ids = extension("conversations", "").encode_text(tokenizer, text, ends)
             yield ids, len(text.encode())
 
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
 
-from bitllm_core import END_OF_TEXT, MARKS, require
+from bitllm_core import MARKS, Piece, end_of_text_id, require
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 SPECIAL = (IM_START, IM_END)
@@ -78,30 +79,41 @@ def as_texts(
         yield row
 
 
-def encode_text(tokenizer: Any, text: str, ends: bool) -> list[int]:
-    """Signed tokens of what `as_text` made: ~id for what is read but not predicted.
-
-    A text that was cut begins or ends amid a turn; a beginning without its role is only read.
-    """
-    start, end = (tokenizer.token_to_id(name) for name in SPECIAL)
-    parts: list[int | tuple[str, bool]] = []  # marks, and texts with whether they are learned
+def _turns(text: str, separator: int | None, marks: Sequence[int]) -> list[int | tuple[str, bool]]:
+    """Signed marks, and texts with whether they are learned, of what `as_text` made."""
+    (start, end), parts = marks, []
     for part in re.split(f"(?={MARKS[0]})", text):
         marked, (body, *rest) = part.startswith(MARKS[0]), part.strip(MARKS[0]).split(MARKS[1])
         role, newline, content = body.partition("\n") if marked else ("", "", body)
         learned = marked and role == "assistant"
         parts += [~start] * marked + [(role + newline, False), (content, learned)]
         parts += [end if learned else ~end, (rest[0], False)] if rest else []
-    texts = [part[0] for part in parts if isinstance(part, tuple)]
+    return parts if separator is None else [*parts, ~separator]
+
+
+def encode_batch(tokenizer: Any, pieces: Iterable[Piece]) -> list[list[int]]:
+    """Signed tokens of pieces of text: ~id for what is read but not predicted.
+
+    A conversation that was cut begins or ends amid a turn; a beginning without its role is only
+    read. Of any other text all is learned. One call of the tokenizer encodes all.
+    """
+    marks, separator = [tokenizer.token_to_id(name) for name in SPECIAL], end_of_text_id(tokenizer)
+    parts: list[list[int | tuple[str, bool]]] = []
+    for text, ends in pieces:
+        last = separator if ends else None
+        plain = [(text, True), *([] if last is None else [last])]
+        parts.append(_turns(text, last, marks) if MARKS[0] in text else plain)
+    texts = [part[0] for part in chain.from_iterable(parts) if isinstance(part, tuple)]
     encoded = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-    ids: list[int] = []
-    for part in parts:
-        if isinstance(part, int):
-            ids.append(part)
-        else:
-            found = next(encoded).ids
-            ids += found if part[1] else [~token for token in found]
-    separator = tokenizer.token_to_id(END_OF_TEXT)
-    return ids + [~separator] * (ends and separator is not None)
+    batch: list[list[int]] = []
+    for piece in parts:
+        ids: list[int] = []
+        for part in piece:
+            found = [part] if isinstance(part, int) else next(encoded).ids
+            only_read = isinstance(part, tuple) and not part[1]
+            ids += [~token for token in found] if only_read else found
+        batch.append(ids)
+    return batch
 
 
 def encode_messages(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
@@ -110,7 +122,8 @@ def encode_messages(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     They are those of transformers' `apply_chat_template` with `add_generation_prompt`.
     """
     text = as_text(messages) + f"{MARKS[0]}assistant\n"
-    return [token if token >= 0 else ~token for token in encode_text(tokenizer, text, False)]
+    [tokens] = encode_batch(tokenizer, [(text, False)])
+    return [token if token >= 0 else ~token for token in tokens]
 
 
 def mean_of_counted(loss: Tensor, parameters: Iterable[Tensor], windows: Tensor) -> None:

@@ -42,7 +42,9 @@ def tokenizer(source, tmp_path_factory):
 
 
 def test_only_answers_are_learned_with_their_end(tokenizer):
-    ids = talk.encode_text(tokenizer, talk.as_text(turns("hello", "A dog", "bye", "A cat")), True)
+    ids = talk.encode_batch(
+        tokenizer, [(talk.as_text(turns("hello", "A dog", "bye", "A cat")), True)]
+    )[0]
     learned = [token if token >= 0 else None for token in ids]
     end = tokenizer.token_to_id("<|im_end|>")
     answers = [token for token in learned if token is not None]
@@ -109,9 +111,19 @@ def test_tokens_lie_signed_in_the_run_folder(source, tmp_path, tokenizer):
     data, _ = bit.prepare_data(bit.DataConfig(str(source)), 300, 32, tmp_path)
     assert data.training.dtype == np.int32
     text = talk.as_text(turns("what does a duck say?", "A duck says quack."))
-    expected = talk.encode_text(tokenizer, text, True)
+    [expected] = talk.encode_batch(tokenizer, [(text, True)])
     assert data.training[: len(expected)].tolist() == expected
     assert bit.prepare_data(bit.DataConfig(str(source)), 300, 32, tmp_path)[1].to_str()
+
+
+def test_conversations_and_plain_texts_in_one_batch_are_as_if_alone(tokenizer):
+    talks = [talk.as_text(turns("hello", f"A {animal}")) for animal in ("dog", "cat")]
+    pieces = [(talks[0], True), ("plain text", True), (talks[1][5:], False), ("", True)]
+    alone = [talk.encode_batch(tokenizer, [piece])[0] for piece in pieces]
+    assert [ids for ids, _ in bit.encode_pieces(tokenizer, pieces)] == alone
+    assert min(alone[0]) < 0
+    assert min(alone[1]) >= 0
+    assert alone[3] == [bit.end_of_text_id(tokenizer)]
 
 
 def test_loss_and_gradients_are_those_of_ignore_index():
@@ -222,6 +234,6 @@ def test_evaluate_counts_the_answers_only(run, source):
     assert found["loss"] < 0.2
     assert found["tokens"] == sum(
         token >= 0
-        for text, ends in bit.read_pieces(str(source))
-        for token in talk.encode_text(bit.load_model(run[0])[1], text, ends)
+        for ids in talk.encode_batch(bit.load_model(run[0])[1], bit.read_pieces(str(source)))
+        for token in ids
     )
