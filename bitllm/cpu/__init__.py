@@ -25,29 +25,34 @@ SOURCE = Path(__file__).with_name("kernels.c")
 FEW_ROWS = 8  # above, unpacking once for a product of matrices is faster
 
 
+def build(flags: Sequence[str]) -> Any:
+    """The library, compiled with more flags; None where there is no C compiler or it refuses."""
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None or sys.platform == "win32":
+        return None
+    base = [compiler, "-O3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC", *flags]
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "kernels.so")
+        command = [*base, str(SOURCE), "-o", str(library), "-lm"]
+        if subprocess.run(command, capture_output=True).returncode:
+            return None
+        kernels = ctypes.CDLL(str(library))
+    p, i, f = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+    kernels.ternary_linear.argtypes = [p, i, i, i, p, p, p, p, p, i]
+    kernels.rms_norm.argtypes = [p, p, f, i, i, p]
+    kernels.ternary_linear.restype = kernels.rms_norm.restype = None
+    return kernels
+
+
 @cache
 def compiled() -> Any:
-    """The compiled library, or None where there is no C compiler.
+    """The library for this processor, or None.
 
     Compiling takes a fraction of a second, so nothing is cached on disk: a compiled file from
     elsewhere could have been made for another processor, or by somebody else.
     """
-    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    if compiler is None or sys.platform == "win32":
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder, "kernels.so")
-        base = [compiler, "-O3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC"]
-        for flags in (["-march=native", "-fopenmp"], ["-march=native"], []):
-            command = [*base, *flags, str(SOURCE), "-o", str(library), "-lm"]
-            if subprocess.run(command, capture_output=True).returncode == 0:
-                kernels = ctypes.CDLL(str(library))
-                p, i, f = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
-                kernels.ternary_linear.argtypes = [p, i, i, i, p, p, p, p, p, i]
-                kernels.rms_norm.argtypes = [p, p, f, i, i, p]
-                kernels.ternary_linear.restype = kernels.rms_norm.restype = None
-                return kernels
-    return None
+    choices = (["-march=native", "-fopenmp"], ["-march=native"], [])
+    return next((kernels for flags in choices if (kernels := build(flags))), None)
 
 
 class _Call:
@@ -76,7 +81,7 @@ class _Call:
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         x, (*batch, size) = x.float().contiguous(), x.shape
         y = torch.empty((*batch, self.width))
-        room = torch.empty(size + 3, dtype=torch.int16)
+        room = torch.empty(size + 3, dtype=torch.int8)
         compiled().ternary_linear(
             *(x.data_ptr(), x.numel() // size, *self.arguments),
             *(y.data_ptr(), room.data_ptr(), torch.get_num_threads()),

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,11 @@ import torch
 import bitllm_core as bit
 from bitllm import cpu
 from tests.conftest import ROOT
+
+CPUINFO = Path("/proc/cpuinfo")  # only Linux has it
+FEATURES = CPUINFO.read_text().split() if CPUINFO.is_file() else []
+FLAGS = [(), *[("-mavx2",)] * ("avx2" in FEATURES)]
+FLAGS += [("-mavx512bw", "-mavx512vnni")] * ("avx512_vnni" in FEATURES)
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +43,19 @@ def test_the_kernel_computes_the_same_bits_as_torch(in_features, rows):
         layer.hold(torch.float32)
         assert torch.equal(y, layer(x))
     assert torch.equal(bit.project(torch.zeros_like(x), layers)[0], torch.zeros(rows, 1, 48))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("in_features", [4, 131, 1028])
+def test_the_products_for_any_processor_are_the_same(flags, in_features, monkeypatch):
+    """Largest numbers of one sign, which sixteen bits would not hold if they were added up."""
+    kernels = cpu.build(flags)
+    monkeypatch.setattr(cpu, "compiled", lambda: kernels)
+    layer = bit.BitLinear(in_features, 3)
+    layer.set_ternary(torch.ones(3, in_features, dtype=torch.int8), torch.tensor(0.5))
+    for x in (torch.ones(1, in_features), -torch.ones(1, in_features), torch.randn(2, in_features)):
+        assert torch.equal(bit.project(x, [layer])[0], layer(x))
 
 
 @torch.no_grad()
