@@ -2028,10 +2028,11 @@ def evaluate(
     require(stride is None or 1 <= stride <= context, "stride", stride, f"1 to {context} tokens")
     eot, ids, words, size = end_of_text_id(tokenizer), [], 0, 0
     config = DataConfig(data=str(data), **reading)
-    for text, ends in read_pieces(config.data, "train", config):
-        ids += next(encode_pieces(tokenizer, [(text, ends)]))[0]
+    counted, pieces = itertools.tee(read_pieces(config.data, "train", config))
+    for (tokens, length), (text, _) in zip(encode_pieces(tokenizer, pieces), counted, strict=True):
+        ids += tokens
         words += len(text.split()) + text.count("\n")
-        size += len(text.encode("utf-8", "replace"))
+        size += length
     ids = ids[:-1] if ids[-1:] == [eot] else ids  # it stands between documents
     if not ids:
         raise ValueError(f"data={config.data!r}: no text in it to evaluate on")
@@ -2757,7 +2758,7 @@ def command_parser(kind: Any = argparse.ArgumentParser) -> tuple[Any, Any]:
     add_command(commands, "generate", generate_command, flags, SamplingConfig)
     flags = {**model, "--data": {"required": True}, "--stride": {"type": int}}
     flags |= {"--text-column": {}, "--encoding": {}, "--document-separator": {}}
-    flags |= {"--dtype": {"default": "float32"}}
+    flags |= {"--dtype": {"default": "auto"}}
     add_command(commands, "evaluate", evaluate_command, flags)
     return parser, commands
 
