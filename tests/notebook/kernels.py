@@ -12,6 +12,7 @@ import pytest
 from jupyter_client import BlockingKernelClient
 from jupyter_client.connect import write_connection_file
 
+from tests import warm
 from tests.conftest import ROOT
 
 KERNELS = {"newest": sys.executable, "colab": os.environ.get("BITLLM_COLAB_PYTHON")}
@@ -47,7 +48,7 @@ def kernel(python, folder):
     """A client connected to a new kernel in `folder`."""
     path, _ = write_connection_file(str(folder / "kernel.json"))
     command = [python, "-m", "ipykernel_launcher", "-f", path]
-    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL)
+    process = warm.start(command, cwd=folder, stderr=subprocess.DEVNULL)
     client = BlockingKernelClient()
     client.load_connection_file(path)
     client.start_channels(hb=False)  # under load a late heartbeat would pass for a death

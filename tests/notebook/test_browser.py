@@ -1,13 +1,11 @@
 """A real JupyterLab in a real browser: run all, stop, resume, and write text."""
 
-import contextlib
 import json
 import os
 import re
 import secrets
 import shutil
 import socket
-import subprocess
 import sys
 import time
 import urllib.error
@@ -16,6 +14,7 @@ import urllib.request
 import pytest
 
 import bitllm_core as bit
+from tests import warm
 from tests.conftest import ROOT
 from tests.notebook.kernels import put_package, shorten_companion
 
@@ -39,14 +38,11 @@ def browser():
         chromium.close()
 
 
-@contextlib.contextmanager
-def jupyterlab(folder, settings, **environment):
-    """A server on `folder`; yields its address, token included."""
+@pytest.fixture(scope="module")
+def jupyterlab(tmp_path_factory):
+    """A server; its folder, and the address of a notebook in it, token included."""
+    folder = tmp_path_factory.mktemp("lab")
     home = folder / ".jupyter"
-    for name, values in settings.items():
-        path = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(values), encoding="utf-8")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -61,14 +57,15 @@ def jupyterlab(folder, settings, **environment):
         "JUPYTER_CONFIG_DIR": str(home),
         "JUPYTER_DATA_DIR": str(home / "data"),
         "IPYTHONDIR": str(home / "ipython"),
-        **environment,
+        "BITLLM_PRESET": "ci",
+        "OMP_NUM_THREADS": "1",
     }
     with (folder / "server.log").open("w") as log:
-        server = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
+        server = warm.start(command, env=environment, cwd=folder, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
     try:
         _wait_for(lambda: _answers(f"{address}/api?token={token}"), 90)
-        yield lambda notebook: f"{address}/lab/tree/{notebook}?token={token}"
+        yield folder, lambda notebook: f"{address}/lab/tree/{notebook}?token={token}&reset"
     finally:
         server.terminate()
         server.wait(30)
@@ -90,10 +87,26 @@ def _wait_for(found, timeout):
     return value
 
 
+@pytest.fixture
+def place(jupyterlab, request):
+    """A folder of its own for a test's notebook, with the package."""
+    folder = jupyterlab[0] / request.node.name
+    folder.mkdir()
+    put_package(folder)
+    shorten_companion(folder)
+    return folder
+
+
 class Lab:
     """A notebook open in JupyterLab."""
 
-    def __init__(self, browser, address):
+    def __init__(self, browser, jupyterlab, notebook, theme):
+        folder, address_of = jupyterlab
+        for name, values in settings(theme).items():
+            path = folder / ".jupyter/settings/@jupyterlab" / f"{name}.jupyterlab-settings"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(values), encoding="utf-8")
+        address = address_of(notebook.relative_to(folder).as_posix())
         self.page = browser.new_page(viewport={"width": 1280, "height": 1000})
         self.page.set_default_timeout(90_000)
         self.page.goto(address)
@@ -131,7 +144,7 @@ class Lab:
 def settings(theme):
     return {
         "notebook-extension/tracker": {"windowingMode": "none"},
-        "apputils-extension/themes": {"theme": theme},
+        "apputils-extension/themes": {"theme": f"JupyterLab {theme}"},
         "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     }
 
@@ -139,61 +152,54 @@ def settings(theme):
 CARD = 'img[alt^="loss, learning rate"]'
 
 
-def test_run_all_stop_and_resume(browser, tmp_path):
+def test_run_all_stop_and_resume(browser, jupyterlab, place):
     text = (ROOT / "notebooks" / "01_train.ipynb").read_text(encoding="utf-8")
+    assert text.count('"preset = \\"auto\\" ') == 1
+    text = text.replace('"preset = \\"auto\\" ', '"preset = \\"demo\\" ')
     for field, value in {"hidden_size": 128, "batch_tokens": 2048}.items():  # seconds, not minutes
         assert text.count(f'"{field} = 0 ') == 1
         text = text.replace(f'"{field} = 0 ', f'"{field} = {value} ')
-    (tmp_path / "01_train.ipynb").write_text(text, encoding="utf-8")
-    put_package(tmp_path)
-    shorten_companion(tmp_path)
-    run, whole = tmp_path / "runs" / "demo", bit.PRESETS["demo"][2].max_steps
-    light = settings("JupyterLab Light")
-    with jupyterlab(tmp_path, light, BITLLM_PRESET="demo", OMP_NUM_THREADS="1") as address:
-        with Lab(browser, address("01_train.ipynb")) as lab:
-            lab.menu("Run", "Run All Cells")
-            first = _wait_for(lab.step, 120)
-            before = lab.page.locator(CARD).get_attribute("src")
-            _wait_for(lambda: lab.step() > first + 10, 120)
-            assert lab.page.locator(CARD).get_attribute("src") != before  # the curve has grown
-            lab.shot("01_running_light", CARD)
-            lab.page.click('button:text-is("Stop")')
-            _wait_for(lambda: "saved; run this cell again" in lab.output(), 60)
-            lab.shot("01_stopped_light", CARD)
-            lines = bit.MetricsLog.read(run / "metrics.jsonl")
-            stopped = bit.newest_checkpoint(run / "checkpoints")["step"]
-            assert first < stopped < whole
-            assert lines[-1]["step"] <= stopped
+    (place / "01_train.ipynb").write_text(text, encoding="utf-8")
+    run, whole = place / "runs" / "demo", bit.PRESETS["demo"][2].max_steps
+    with Lab(browser, jupyterlab, place / "01_train.ipynb", "Light") as lab:
+        lab.menu("Run", "Run All Cells")
+        first = _wait_for(lab.step, 120)
+        before = lab.page.locator(CARD).get_attribute("src")
+        _wait_for(lambda: lab.step() > first + 10, 120)
+        assert lab.page.locator(CARD).get_attribute("src") != before  # the curve has grown
+        lab.shot("01_running_light", CARD)
+        lab.page.click('button:text-is("Stop")')
+        _wait_for(lambda: "saved; run this cell again" in lab.output(), 60)
+        lab.shot("01_stopped_light", CARD)
+        lines = bit.MetricsLog.read(run / "metrics.jsonl")
+        stopped = bit.newest_checkpoint(run / "checkpoints")["step"]
+        assert first < stopped < whole
+        assert lines[-1]["step"] <= stopped
 
-            width = lab.page.locator(".widget-text", has_text="hidden size").locator("input")
-            width.fill("250")
-            width.press("Enter")
-            _wait_for(lambda: "not possible: num_attention_heads" in lab.output(), 30)
-            lab.shot("01_form_light", ".widget-upload")
-            lab.menu("File", "Save Notebook")
-            lab.page.reload()
-            lab.page.wait_for_selector(CARD)  # what was drawn survives
-            lab.menu("Kernel", "Restart Kernel and Run All Cells…")
-            lab.page.click('.jp-Dialog button:has-text("Restart")')
-            _wait_for(lambda: f"from step {stopped} of {whole}" in lab.output(), 120)
-            _wait_for(lambda: lab.step() > stopped + 10, 120)
-            lab.page.click('[data-command="notebook:interrupt-kernel"], [title^="Interrupt"]')
-            _wait_for(lambda: "saved; run this cell again" in lab.output(), 60)
-            lab.shot("01_resumed_light", CARD)
+        width = lab.page.locator(".widget-text", has_text="hidden size").locator("input")
+        width.fill("250")
+        width.press("Enter")
+        _wait_for(lambda: "not possible: num_attention_heads" in lab.output(), 30)
+        lab.shot("01_form_light", ".widget-upload")
+        lab.menu("File", "Save Notebook")
+        lab.page.reload()
+        lab.page.wait_for_selector(CARD)  # what was drawn survives
+        lab.menu("Kernel", "Restart Kernel and Run All Cells…")
+        lab.page.click('.jp-Dialog button:has-text("Restart")')
+        _wait_for(lambda: f"from step {stopped} of {whole}" in lab.output(), 120)
+        _wait_for(lambda: lab.step() > stopped + 10, 120)
+        lab.page.click('[data-command="notebook:interrupt-kernel"], [title^="Interrupt"]')
+        _wait_for(lambda: "saved; run this cell again" in lab.output(), 60)
+        lab.shot("01_resumed_light", CARD)
     resumed = bit.newest_checkpoint(run / "checkpoints")["step"]
     assert resumed > stopped + 10
     steps = [x["step"] for x in bit.MetricsLog.read(run / "metrics.jsonl") if "loss" in x]
     assert steps == list(range(10, resumed + 1, 10))  # the curve is whole
 
 
-def test_sliders_and_streaming_text_in_the_dark_theme(browser, tmp_path):
-    shutil.copy(ROOT / "notebooks" / "02_use.ipynb", tmp_path)
-    put_package(tmp_path)
-    dark = settings("JupyterLab Dark")
-    with (
-        jupyterlab(tmp_path, dark, BITLLM_PRESET="ci", OMP_NUM_THREADS="1") as address,
-        Lab(browser, address("02_use.ipynb")) as lab,
-    ):
+def test_sliders_and_streaming_text_in_the_dark_theme(browser, jupyterlab, place):
+    shutil.copy(ROOT / "notebooks" / "02_use.ipynb", place)
+    with Lab(browser, jupyterlab, place / "02_use.ipynb", "Dark") as lab:
         lab.menu("Run", "Run All Cells")
         _wait_for(lambda: "all of it in fp16" in lab.output(), 120)
         lab.shot("02_trained_dark", CARD)
@@ -217,19 +223,13 @@ def test_sliders_and_streaming_text_in_the_dark_theme(browser, tmp_path):
         _wait_for(lambda: answer.inner_text() != written, 60)
 
 
-def test_a_character_in_the_form_and_a_talk_with_it_in_the_dark_theme(browser, tmp_path):
+def test_a_character_in_the_form_and_a_talk_with_it_in_the_dark_theme(browser, jupyterlab, place):
     text = (ROOT / "notebooks" / "01_train.ipynb").read_text(encoding="utf-8")
     for field, value in {"data": "companion", "persona": "name=Łuna; home=a boat"}.items():
         assert text.count(f'"{field} = \\"\\" ') == 1
         text = text.replace(f'"{field} = \\"\\" ', f'"{field} = \\"{value}\\" ')
-    (tmp_path / "01_train.ipynb").write_text(text, encoding="utf-8")
-    put_package(tmp_path)
-    shorten_companion(tmp_path)
-    dark = settings("JupyterLab Dark")
-    with (
-        jupyterlab(tmp_path, dark, BITLLM_PRESET="ci", OMP_NUM_THREADS="1") as address,
-        Lab(browser, address("01_train.ipynb")) as lab,
-    ):
+    (place / "01_train.ipynb").write_text(text, encoding="utf-8")
+    with Lab(browser, jupyterlab, place / "01_train.ipynb", "Dark") as lab:
         lab.menu("Run", "Run All Cells")
         _wait_for(lambda: "complete: 40 steps" in lab.output(), 180)
         home, motto = (

@@ -4,9 +4,9 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import jupytext
 import nbformat
@@ -14,6 +14,7 @@ import pytest
 
 import bitllm
 import bitllm_core as bit
+from tests import warm
 from tests.conftest import ROOT
 from tests.notebook.kernels import KERNELS, put_package, python_of, shorten_companion
 
@@ -88,13 +89,16 @@ def test_the_one_cell_notebook_is_what_its_builder_builds():
     assert built == (FOLDER / "bitllm_one_cell.ipynb").read_text(encoding="utf-8"), message
 
 
+RUN_NBVAL = str(Path(__file__).with_name("run_nbval.py"))
+
+
 def nbval(python, folder, name):
     """Outcome of each cell of a notebook in `folder`, run by pytest and nbval."""
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax"]
+    command = [python, RUN_NBVAL, "-q", "-p", "no:cacheprovider", "--nbval-lax"]
     command += ["--nbval-cell-timeout=240", "--junit-xml=report.xml", f"{name}.ipynb"]
     environment = {**os.environ, "BITLLM_PRESET": "ci", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
-    done = subprocess.run(
+    done = warm.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-6000:]
