@@ -9,6 +9,7 @@ import pytest
 
 import bitllm
 import bitllm_core as bit
+from tests import warm
 from tests.conftest import ROOT
 
 
@@ -67,7 +68,7 @@ def test_all_ways_to_give_a_command_are_the_same(run_cli, tmp_path):
     for start in (["-m", "bitllm"], ["-c", "from bitllm.cli import main; main()"]):
         command = [sys.executable, *start, "plan", "--preset", "ci"]
         options = {"capture_output": True, "text": True, "env": environment}
-        texts.add(subprocess.run(command, check=True, cwd=tmp_path, **options).stdout)
+        texts.add(warm.run(command, check=True, cwd=tmp_path, **options).stdout)
     assert len(texts) == 1
 
 

@@ -232,7 +232,7 @@ def test_torchrun_starts_it_again_by_itself(runs):
     folder, _ = runs
     options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=0.1"]
     command = [sys.executable, "-m", "torch.distributed.run", *options, str(SCRIPT), str(folder)]
-    result = subprocess.run(
+    result = warm.run(
         [*command, "restarted:kill=8"],
         env=environment(),
         capture_output=True,

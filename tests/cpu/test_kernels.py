@@ -1,6 +1,5 @@
 """The kernels for a CPU compute the same bits as plain torch, and only where they may."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 
 import bitllm_core as bit
 from bitllm import cpu
+from tests import warm
 from tests.conftest import ROOT
 
 CPUINFO = Path("/proc/cpuinfo")  # only Linux has it
@@ -126,4 +126,4 @@ def test_kernels_are_compiled_at_the_first_use_and_never_asked_where_a_gradient_
         "torch.set_grad_enabled(False); assert bit.kernels_for(x) is bit.KERNELS[0];"
         "assert cpu.compiled.cache_info().currsize == 1"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    warm.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from bitllm.export.common import (
     replacing,
     result_of,
 )
+from tests import warm
 from tests.conftest import ROOT
 from tests.export.helpers import train_tiny
 
@@ -269,7 +269,7 @@ def test_a_killed_export_is_cleared_away_by_the_next(tiny_run, tmp_path):
         "export_hf(sys.argv[1], sys.argv[2])"
     )
     command = [sys.executable, "-c", code, str(tiny_run), str(tmp_path / "out")]
-    assert subprocess.run(command, cwd=ROOT, check=False).returncode != 0
+    assert warm.run(command, cwd=ROOT).returncode == -9
     assert not (tmp_path / "out").exists()
     assert any(tmp_path.iterdir())
     export_hf(tiny_run, tmp_path / "out")
