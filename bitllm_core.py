@@ -65,6 +65,7 @@ from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+STARTED = time.monotonic()  # of a command: before torch, whose import takes seconds
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # more is slow beside others: docs/log.md
 import numpy as np
 import torch
@@ -273,9 +274,11 @@ class TrainConfig(_Checked):
     """How long, how fast and how carefully to train."""
 
     max_steps: int = _field(200, at_least=1)
-    """optimizer steps in all"""
+    """optimizer steps in all; of a run by the clock, a guess"""
     batch_tokens: int = _field(4096, at_least=1, at_most=1 << 27)
     """tokens per optimizer step, a multiple of max_position_embeddings"""
+    minutes: float | None = _field(None, more_than=0, at_most=1e6)
+    """end by the clock: minutes of all sessions, with start, evaluations and saving"""
     micro_batch_size: int | None = _field(None, at_least=1)
     """windows at once on the device; default: found. Does not change the mathematics"""
     seed: int = _field(0, at_least=0)
@@ -303,7 +306,7 @@ class TrainConfig(_Checked):
     warmup_steps: int = _field(20, at_least=0)
     """optimizer steps of linear warm-up"""
     cooldown_fraction: float = _field(0.4, at_least=0, at_most=1)
-    """share of max_steps in the cooldown of wsd"""
+    """share of max_steps, or of minutes, in the cooldown of wsd"""
     device: str = _field("auto", one_of=("auto", "cpu", "cuda", "mps"))
     """auto, cpu, cuda or mps"""
     dtype: str = _field("auto", one_of=("auto", "float32", "bfloat16", "float16"))
@@ -1554,13 +1557,15 @@ def warmup_that_fits(config: TrainConfig) -> int:
     return min(config.warmup_steps, max(int(rest * config.max_steps), 1))
 
 
-def learning_rate_factor(config: TrainConfig, step: int) -> float:
+def learning_rate_factor(config: TrainConfig, step: float, time_share: float = 0.0) -> float:
     """What multiplies the peak rates at optimizer step `step` (from 0), in (0, 1].
     wsd: linear warm-up, constant, linear cooldown to 0 [5]; cosine: warm-up, half a cosine to 0.1.
+    By the clock, `time_share` of the time has passed, and only the warm-up counts steps.
     """
     warmup = warmup_that_fits(config)
     if step < warmup:
         return (step + 1) / warmup
+    step = time_share * config.max_steps if config.minutes else step
     if config.schedule == "cosine":
         span = max(config.max_steps - warmup, 1)
         return 0.55 + 0.45 * math.cos(math.pi * min((step - warmup) / span, 1))
@@ -2066,6 +2071,8 @@ class TrainState:
     best_step: int = 0
     evals_since_best: int = 0
     train_seconds: float = 0.0  # all sessions
+    clock_seconds: float = 0.0  # of config.minutes, all sessions; the main process' clock
+    time_share: float = 0.0  # of the time for steps that config.minutes leave; in all processes
     trits: dict[str, Tensor] = field(default_factory=dict)  # of each BitLinear when last logged
     last_saved_step: int = 0  # of the newest checkpoint that is safe on the disk
     last_saved_at: float = 0.0  # time.time() of that; 0: not in this session
@@ -2077,7 +2084,7 @@ class TrainState:
     paused: bool = False  # no further step until it is cleared
 
     _SAVED = ("step", "skipped", "skipped_in_a_row", "loss", "val_loss", "best_val_loss")
-    _SAVED += ("best_step", "evals_since_best", "train_seconds")
+    _SAVED += ("best_step", "evals_since_best", "train_seconds", "clock_seconds")
 
     @property
     def tokens(self) -> int:  # read so far
@@ -2089,9 +2096,15 @@ class TrainState:
         return 0 < self.config.patience <= self.evals_since_best
 
     @property
+    def complete(self) -> bool:
+        """whether all steps are done, or the time for them is over"""
+        by_clock = self.config.minutes is not None
+        return self.time_share >= 1 if by_clock else self.step >= self.config.max_steps
+
+    @property
     def finished(self) -> bool:
         """whether there is no step left to do: all are done, or more would only overfit"""
-        return self.step >= self.config.max_steps or self.out_of_patience
+        return self.complete or self.out_of_patience
 
     def state_dict(self) -> dict[str, Any]:
         """All that an exact resume needs: all processes call it, the main one has the whole."""
@@ -2114,6 +2127,7 @@ class TrainState:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take over what `state_dict` returned, on any device; an error where it does not fit."""
+        saved = {"clock_seconds": 0.0, **saved}  # not in those of earlier versions
         for name in self._SAVED:
             setattr(self, name, saved[name] + 0)  # TypeError: not a number
         scatter, own = self.processes.scatter, self.model.state_dict()
@@ -2228,7 +2242,7 @@ SAVE_RETRY_S = 60.0  # until a checkpoint that could not be saved is tried again
 MAX_SKIPPED_STEPS = 25  # in a row end a run; float16's first loss scale takes some to settle
 METRICS: list[Any] = []  # functions of the TrainState, in all processes, that add to a logged line
 SET_ASIDE, FOREIGN = "set-aside-", {"desktop.ini", "Thumbs.db", "lost+found"}  # in any folder
-_MAY_CHANGE = "micro_batch_size device dtype compile deterministic max_steps patience fsdp "
+_MAY_CHANGE = "micro_batch_size device dtype compile deterministic max_steps minutes patience fsdp "
 _MAY_CHANGE += "sample_prompt keep_checkpoints log_every_steps eval_every_steps eval_tokens "
 _MAY_CHANGE += "save_every_steps save_every_minutes save_every_epoch"
 
@@ -2291,12 +2305,17 @@ def _open(stack: contextlib.ExitStack, configs: Any, out: Path, resume: str, mir
             )
         require(resume != "must", "resume", resume, f"a checkpoint in {out} to resume from")
         return copier, None
-    saved, done, now = checkpoint.get("config"), checkpoint["step"], config.max_steps
-    saved = checked_settings(saved, folder)
+    saved = checked_settings(checkpoint.get("config"), folder)
     check_same_settings(out, saved, settings)
-    require(now >= done, "max_steps", now, f"at least {done}, which this run has done already")
-    if (before := saved["train"]["max_steps"]) != now:
-        log.info(f"max_steps: {before} -> {now}; the schedule now ends there, and the rate with it")
+    name, done = "minutes", round(checkpoint.get("clock_seconds", 0.0) / 60, 6)
+    if config.minutes is None:
+        name, done = "max_steps", checkpoint["step"]
+    before, now = saved["train"][name], getattr(config, name)
+    by_clock = saved["train"]["minutes"] is not None
+    require(by_clock == (name == "minutes"), "minutes", config.minutes, "as this run began")
+    require(now >= done, name, now, f"at least {done:g}, which this run has done already")
+    if before != now:
+        log.info(f"{name}: {before} -> {now}; the schedule now ends there, and the rate with it")
     text = tokenizer_from(str(checkpoint.get("tokenizer")), folder).to_str(pretty=True).encode()
     if not path.is_file() or path.read_bytes() != text:
         log.warning(f"{path}: missing or changed; restored from the checkpoint")
@@ -2328,6 +2347,8 @@ class Session:
         self.state = TrainState(net, optimizers, self.device.scaler(), config, processes)
         self.loss: Any = net.loss  # the package replaces these two, gradients and micro_step
         self.hold: Any = net.hold_weights
+        self.clock: Any = None  # a bitllm.clock.Clock
+        self.final_tokens: int | None = None  # of the last evaluation; None: all
         self.facts = {"device": str(self.device), "processes": processes.world_size, **versions()}
         self.facts["data_sha256"] = self.data.manifest["train"]["sha256"]
 
@@ -2340,10 +2361,10 @@ class Session:
             saver.save("best")
             saver.save("step")
         self.logged = state.tokens, state.train_seconds
-        while not state.finished and not self.stop_asked() and self.data.wait(self):
+        while not self.stop_asked() and not state.finished and self.data.wait(self):
             start = time.perf_counter()
             windows = torch.from_numpy(self.data.batch(config, self.context, state.step))
-            factor = learning_rate_factor(config, state.step)
+            factor = learning_rate_factor(config, state.step, state.time_share)
             loss = processes.reduce_gradients(parameters, self.gradients(windows))
             if (windows < 0).any():
                 extension("conversations", "").mean_of_counted(loss, parameters, windows)
@@ -2408,10 +2429,11 @@ class Session:
         return metrics
 
     def evaluate(self, final: bool = False) -> None:
-        """Validation loss: on the same first tokens each time, with a text; at the end on all."""
+        """Validation loss: on the same first tokens each time, with a text; at the end on all,
+        or as many as the clock leaves time for."""
         state, processes, config = self.state, self.processes, self.config
         first, counts = end_of_text_id(self.tokenizer) or 0, self.data.manifest["validation"]
-        tokens = self.data.validation[: None if final else config.eval_tokens]
+        tokens = self.data.validation[: self.final_tokens if final else config.eval_tokens]
         nats = total_loss(state.model, tokens, first, self.device, processes=processes)
         count = max(int((tokens >= 0).sum()), 1)
         loss = state.val_loss = nats / count
@@ -2437,9 +2459,10 @@ class Session:
             self.notify("on_sample", prompt + text)
 
     def stop_asked(self) -> bool:
-        """Whether any process has been told to stop; the same answer in all."""
-        [number] = self.processes.all_reduce_max([self.state.stop_signal])
-        self.state.stop_signal = int(number) or self.state.stop_signal  # one may have just come
+        """Whether any process has been told to stop; and how late it is: the same in all."""
+        state, late = self.state, self.clock.read() if self.clock else 0.0
+        number, state.time_share = self.processes.all_reduce_max([state.stop_signal, late])
+        state.stop_signal = int(number) or state.stop_signal  # one may have just come
         return number != 0
 
     def notify(self, event: str, *values: Any) -> None:
@@ -2464,6 +2487,8 @@ class _Saver:
     def save_what_is_due(self, ending: bool = False) -> None:
         """Report what has become safe since the last step, and save what is due after this one."""
         self.collect(wait=ending)
+        if ending and self.session.clock:
+            self.begun["step"] = -1  # the last one holds the time that was used
         session, state, step, config = self.session, self.state, self.state.step, self.state.config
         epoch = session.data.steps_per_epoch(config, session.context)
         every, asked = config.save_every_steps, ending or state.save_requested
@@ -2546,9 +2571,11 @@ def _restore(session: Session, checkpoint: dict[str, Any]) -> None:
     session.state.last_saved_step = session.state.step
 
 
-def _finish(session: Session) -> None:
+def _finish(session: Session, began: float) -> None:
     """Train what is left of a run, if anything, and leave everything safe."""
     state, out, processes = session.state, session.out, session.processes
+    if session.config.minutes:
+        session.clock = extension("clock", "training by the clock").Clock(session, began)
     coming = contextlib.nullcontext()
     if processes.is_main:
         settings = {"format_version": FORMAT_VERSION, **session.settings}
@@ -2572,7 +2599,7 @@ def _finish(session: Session) -> None:
         session.notify("on_start")
         try:
             session.run(saver)
-            if state.out_of_patience and state.step < config.max_steps:
+            if state.out_of_patience and not state.complete:
                 log.info(
                     f"ended early at step {state.step} of {config.max_steps}: no better "
                     f"validation loss in {state.evals_since_best} evaluations. The best is of step "
@@ -2593,6 +2620,7 @@ def _finish(session: Session) -> None:
 
 def _join(model: ModelConfig, config: TrainConfig) -> Processes:
     """The processes that train together, once it is known that the memory will do."""
+    check_configs(model, config)
     processes = Processes()
     if config.fsdp or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         distributed = extension("distributed", "training with several processes")
@@ -2612,6 +2640,7 @@ def train(
     resume: str = "auto",
     mirror: str | Path | None = None,
     callbacks: Sequence[Callback] | None = None,
+    started: float | None = None,
 ) -> TrainState:
     """Train, or resume the run in `out`, exactly as if it had never stopped.
 
@@ -2621,6 +2650,7 @@ def train(
             folder set-aside-N in `out`.
         mirror: a second folder, in one that exists, for copies of checkpoints; also resumed from.
         callbacks: default: a progress bar. Of several processes, only the main one calls them.
+        started: time.monotonic() from which `minutes` count; default: now.
 
     Returns the state after the last step; interrupted, it has a `stop_signal` and a checkpoint.
     ValueError: settings are wrong or not the run's, or another process writes to the folder.
@@ -2629,8 +2659,7 @@ def train(
     """
     out, configs = Path(out), {"model": model_config, "data": data_config, "train": train_config}
     require(resume in ("auto", "never", "must"), "resume", resume, "auto, never or must")
-    check_configs(model_config, train_config)
-    processes = _join(model_config, train_config)
+    began, processes = started or time.monotonic(), _join(model_config, train_config)
     if callbacks is None:
         with contextlib.suppress(ImportError):
             callbacks = [extension("progress", "a progress bar").ProgressBar()]
@@ -2660,7 +2689,7 @@ def train(
             del checkpoint  # as large as the model and its optimizers
         elif start:
             start.give_weights(session)
-        _finish(session)
+        _finish(session, began)
     return session.state
 
 
@@ -2717,7 +2746,7 @@ def train_command(flags: argparse.Namespace, callbacks: Any = None, report: Any 
         places = [flags.mirror, flags.out] if flags.resume != "never" else []
         configs = extension("start", "--init-from").settings_of(source, configs, places)
     model, data, config = (from_flags(base, flags) for base in configs)
-    more = {"resume": flags.resume, "mirror": flags.mirror}
+    more = {"resume": flags.resume, "mirror": flags.mirror, "started": flags.started}
     state = train(model, data, config, flags.out, callbacks=callbacks, **more)
     if state.stop_signal:
         log.info(f"stopped at step {state.step} of {config.max_steps}; saved in {flags.out}")
@@ -2766,6 +2795,7 @@ def command_parser(kind: Any = argparse.ArgumentParser) -> tuple[Any, Any]:
 def main(arguments: Sequence[str] | None = None, parser: Any = None) -> int:
     """Run a command; returns the exit status: 2 for a user's mistake, 130 after Ctrl-C."""
     flags = (parser or command_parser()[0]).parse_args(arguments)
+    flags.started = STARTED if arguments is None else time.monotonic()
     log_to(sys.stderr)
     try:
         return flags.run(flags) or 0

@@ -54,14 +54,19 @@ def join(model: ModelConfig, config: TrainConfig) -> Processes:
     several = "several processes, as of torchrun --nproc-per-node=2 bitllm_core.py train ..."
     require(size > 1 or not config.fsdp, "fsdp", True, several)
     require(size <= windows, "WORLD_SIZE", size, f"at most the {windows} windows of a step")
-    if not dist.is_initialized():
-        with connection_errors():
-            _init_process_group(choose_device(config.device).device)
-    if dist.get_rank():
-        log.setLevel(logging.CRITICAL)  # the main process logs for all
+    meet(config.device)
     if config.fsdp:
         return extension("fsdp", "--fsdp").ShardedProcesses()
     return DistributedProcesses()
+
+
+def meet(device: str = "auto") -> None:
+    """Join the group of processes, where that is not done yet. ConnectionError, ValueError."""
+    if not dist.is_initialized():
+        with connection_errors():
+            _init_process_group(choose_device(device).device)
+    if dist.get_rank():
+        log.setLevel(logging.CRITICAL)  # the main process logs for all
 
 
 def _init_process_group(device: torch.device) -> None:

@@ -16,7 +16,11 @@ def describe(session: Session) -> None:
     size = session.model_config.num_parameters / 1e6
     epochs = config.max_steps / session.data.steps_per_epoch(config, session.context)
     log.info(f"{size:.2f}M parameters on {session.device}, {session.micro_batch} windows at once")
-    log.info(f"{tokens:,} training tokens, {epochs:.1f} epochs of them in {config.max_steps} steps")
+    work = f"{epochs:.1f} epochs of them in {config.max_steps} steps"
+    if config.minutes:
+        used = session.state.clock_seconds / 60
+        work = f"{used:.1f} of {config.minutes:g} minutes used"
+    log.info(f"{tokens:,} training tokens, {work}")
     if config.save_every_epoch and epochs >= 1:
         log.info(f"a checkpoint of every epoch is kept, up to {size * 12 * epochs:,.0f} MB in all")
     if (steps := warmup_that_fits(config)) < config.warmup_steps:
@@ -57,6 +61,7 @@ class ProgressBar(Callback):
         if metrics:
             text = "loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s".format_map(metrics)
             self.bar.set_postfix_str(text, refresh=False)
+        self.bar.total = state.config.max_steps  # by the clock, a guess that changes
         self.bar.update()
 
     def on_eval(self, state: TrainState, metrics: dict[str, Any]) -> None:

@@ -174,7 +174,7 @@ def rate_by_the_clock(minutes: float, clock: Clock) -> Iterator[None]:
     scale = 1 << 20
 
     def make(factor):
-        def by_clock(config, step):
+        def by_clock(config, step, *_):
             if step < config.warmup_steps:
                 return factor(config, step)
             now = clock.seconds()
