@@ -19,6 +19,7 @@ __version__ = "1.0.0.dev0"
 _MODULES = {
     "chat": ("Chat", "chat", "respond"),
     "conversations": ("can_chat",),
+    "dial": ("dial",),
     "export": (
         "Exported",
         "export_gguf",

@@ -24,6 +24,7 @@ from bitllm.chat import SAMPLING as CHAT_SAMPLING
 from bitllm.chat import Chat, chat
 from bitllm.companion import is_companion, recorded_persona, right_answers, talk
 from bitllm.conversations import can_chat
+from bitllm.dial import BY_CLOCK, dial
 from bitllm.export import add_export_flags, export_limits, llama_cpp_stream, run_export
 from bitllm.progress import ProgressBar, Terminal
 from bitllm_core import PRESETS, DataConfig, ModelConfig, SamplingConfig, TrainConfig, require
@@ -82,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     gpus = {"type": int, "default": 1, "metavar": "N", "help": "plan for so many GPUs"}
     flags["--gpus"] = gpus
     for name, run in {"plan": _plan, "info": _info}.items():
-        core.add_command(commands, name, run, flags, ModelConfig, TrainConfig)
+        core.add_command(commands, name, run, flags, ModelConfig, DataConfig, TrainConfig)
     return whole
 
 
@@ -142,12 +143,14 @@ def _report(out: str, state: core.TrainState) -> None:
     data = _saved_data(out)
     if is_companion(source := str(data.get("data"))) and not prompt:
         print("", *talk(model, tokenizer, source), "", sep="\n")
-        right = right_answers(model, tokenizer, source, data.get("persona"))
-        print(
-            f"right answers: {right['seen']:.0%} to questions as in training, "
-            f"{right['combinations']:.0%} to new combinations, {right['phrasings']:.0%} to new "
-            f"phrasings\ntalk with it: {_program()} chat --model {out}\n"
-        )
+        if not state.config.minutes:  # it would take half a minute of them
+            right = right_answers(model, tokenizer, source, data.get("persona"))
+            print(
+                f"right answers: {right['seen']:.0%} to questions as in training, "
+                f"{right['combinations']:.0%} to new combinations, {right['phrasings']:.0%} to new "
+                "phrasings"
+            )
+        print(f"talk with it: {_program()} chat --model {out}\n")
     elif can_chat(tokenizer):
         question = prompt or "hello"
         print(f"\n> {question}\n{Chat(model, tokenizer, CHAT_SAMPLING).answer(question)}\n")
@@ -163,6 +166,28 @@ def _report(out: str, state: core.TrainState) -> None:
     )
 
 
+def _given(flags: argparse.Namespace) -> dict[str, Any]:
+    """The fields of model and training that were given as flags, but the minutes."""
+    names = {item.name for kind in (ModelConfig, TrainConfig) for item in fields(kind)}
+    return {k: v for k, v in vars(flags).items() if k in names - {"minutes"}}
+
+
+def _set_by_minutes(flags: argparse.Namespace) -> None:
+    """With --minutes, set the flags that were not given as the dial chooses, for a new run."""
+    saved = [] if flags.resume == "never" else filter(None, [flags.mirror, flags.out])
+    saved = [found for place in saved if (found := core.read_json(Path(place, "config.json")))]
+    minutes = getattr(flags, "minutes", None)
+    if saved and not flags.preset:
+        train = saved[0].get("train")
+        minutes = minutes or (train.get("minutes") if isinstance(train, dict) else None)
+    clash = minutes is not None and "max_steps" in flags
+    require(not clash, "max_steps", getattr(flags, "max_steps", ""), BY_CLOCK)
+    if "minutes" in flags and not saved and not flags.preset:
+        _, data, _ = PRESETS["demo"]
+        for config in dial(flags.minutes, core.from_flags(data, flags), **_given(flags)):
+            vars(flags).update(vars(config))
+
+
 def _train(flags: argparse.Namespace) -> int:
     from bitllm.loggers import TensorBoard, WandB
 
@@ -171,6 +196,7 @@ def _train(flags: argparse.Namespace) -> int:
     callbacks += [WandB(flags.out, flags.wandb)] if flags.wandb else []
     if "persona" in flags:
         flags.persona = recorded_persona(flags.persona)
+    _set_by_minutes(flags)
     err, out = Terminal(sys.stderr), Terminal(sys.stdout)
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out):
         return core.train_command(flags, callbacks, partial(_report, flags.out))
@@ -222,8 +248,10 @@ def _plan(flags: argparse.Namespace) -> None:
     """memory, time and cost of a training"""
     from bitllm.planner import plan
 
-    model, _, config = PRESETS[flags.preset or "demo"]
-    model, config = core.from_flags(model, flags), core.from_flags(config, flags)
+    configs: Any = PRESETS[flags.preset or "demo"]
+    if "minutes" in flags and not flags.preset:
+        configs = dial(flags.minutes, core.from_flags(configs[1], flags), **_given(flags))
+    model, config = core.from_flags(configs[0], flags), core.from_flags(configs[2], flags)
     core.check_configs(model, config)
     require(flags.gpus >= 1, "gpus", flags.gpus, "at least 1")
     require(flags.gpus > 1 or not config.fsdp, "gpus", flags.gpus, "several with fsdp")
@@ -235,6 +263,7 @@ def _info(flags: argparse.Namespace) -> None:
     from bitllm.planner import info
 
     names = {item.name for kind in (ModelConfig, TrainConfig) for item in fields(kind)}
+    names |= {"data"}
     if flags.preset or flags.gpus != 1 or names & vars(flags).keys():
         return _plan(flags)
     print(*info(), sep="\n")

@@ -157,3 +157,8 @@ def test_a_training_ends_with_a_conversation(few, monkeypatch, tmp_path, capsys,
     assert told.splitlines()[-1].startswith("complete: 2 steps")
     assert cli.main(["train", *flags, "--max-steps", "3", "--sample-prompt", "who?"]) == 0
     assert "right answers" not in capsys.readouterr().out
+    timed = [*flags[:4], "--minutes", "0.02", "--out", str(tmp_path / "timed")]
+    assert cli.main(["train", *timed]) == 0  # which the count of right answers would exceed
+    told = capsys.readouterr().out
+    assert "right answers" not in told
+    assert "> " in told

@@ -1,0 +1,145 @@
+"""Fit the law of bitllm/dial.py to the runs in docs/results.jsonl, and print what it misses.
+
+    python tools/fit_dial.py
+
+Only ternary runs on WikiText-2 with the recipe as it is now, no patches. Exponents are published
+ones; E, A, B and G of `bits_per_byte` are fitted: E and B by least squares, A and G from a grid.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bitllm import dial  # noqa: E402
+from bitllm_core import PRESETS, DataConfig, Device, ModelConfig  # noqa: E402
+from tools.experiment_figures import read_rows  # noqa: E402
+from tools.experiment_tables import TABLES  # noqa: E402
+
+TEXT = 10.8e6
+"""bytes of WikiText-2's training text"""
+USED = {
+    "recipe": ("adamw_learning_rate 0.015",),
+    "longer": ("adamw_learning_rate 0.015",),
+    "shape": ("vocab_size 2048", "vocab_size 8192", "vocab_size 16384"),
+    "ten-minutes": ("ternary, 5.4M", "ternary, 5.4M, 0.04"),
+    "gap-14M": ("ternary",),
+    "laptop": ("batch_tokens 4096",),
+}
+"""Tables and variants of docs/results.jsonl."""
+OTHERS: list[tuple[str, ModelConfig, float, float]] = [
+    ("laptop to its end", PRESETS["laptop"][0], 6_144_000, 1.356),
+    ("four minutes", ModelConfig(8192, 256, 768, 4, 4, None, 256), 1_310_720, 1.593),
+    ("four minutes", ModelConfig(8192, 384, 1024, 4, 6, None, 256), 983_040, 1.630),
+    ("four minutes", ModelConfig(16_384, 256, 512, 2, 4, None, 128), 1_597_440, 1.507),
+]
+"""Runs that have no row there: name, shape, tokens, bits per byte."""
+MACHINES = {
+    "AMX": dial.Machine(Device(torch.device("cpu"), torch.bfloat16, ""), 1.9e12, True),
+    "AVX2": dial.Machine(Device(torch.device("cpu"), torch.float32, ""), 0.17e12, True),
+    "T4": dial.Machine(Device(torch.device("cuda"), torch.float16, ""), 25e12, True),
+}
+TEXTS = {"200 kB": 200e3, "WikiText-2": TEXT, "any amount": math.inf}
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A run: what it was, what it learned from and how well."""
+
+    name: str
+    model: ModelConfig
+    learned: float
+    """bytes, see `dial.learned_bytes`"""
+    bits: float
+
+
+def point(name: str, model: ModelConfig, tokens: float, bits: float) -> Point:
+    read = tokens * dial.bytes_per_token(model.vocab_size)
+    return Point(name, model, dial.learned_bytes(read, TEXT), bits)
+
+
+def points() -> list[Point]:
+    """The runs of USED and OTHERS; seeds are averaged."""
+    found = [point(*other) for other in OTHERS]
+    fields = {item.name for item in dataclasses.fields(ModelConfig)}
+    for table, names in USED.items():
+        rows = read_rows(ROOT / "docs" / "results.jsonl", table)
+        for variant in (v for v in TABLES[table].variants if v.name in names):
+            own = [row for row in rows if row["variant"] == variant.name]
+            settings: dict[str, Any] = {**TABLES[table].base, **variant.changes}
+            model = ModelConfig(**{k: v for k, v in settings.items() if k in fields})
+            tokens, bits = (
+                np.mean([r[k] for r in own]) for k in ("trained_tokens", "bits_per_byte")
+            )
+            found.append(point(f"{table}: {variant.name}", model, float(tokens), float(bits)))
+    return found
+
+
+def term(model: ModelConfig, learned: float, size: float, vocabulary: float) -> float:
+    """What multiplies B: the law without E, with A as a multiple of B."""
+    inner = dial.inner_parameters(model) / 1e6
+    text = learned / 1e6 * (model.vocab_size / 8192) ** vocabulary
+    return (size * inner ** (-dial.ALPHA / dial.BETA) + 1 / text) ** dial.BETA
+
+
+def fit(runs: list[Point]) -> tuple[float, ...]:
+    """E, A, B, G and the root of the mean square error."""
+    best = (math.inf,) * 5
+    bits = np.array([run.bits for run in runs])
+    for size in np.geomspace(0.005, 0.5, 40):
+        for vocabulary in np.arange(0.0, 1.0, 0.02):
+            terms = [term(run.model, run.learned, size, vocabulary) for run in runs]
+            columns = np.stack([np.ones(len(runs)), terms], 1)
+            (e, b), *_ = np.linalg.lstsq(columns, bits, rcond=None)
+            error = float(np.sqrt(np.mean((columns @ [e, b] - bits) ** 2)))
+            if error < best[-1]:
+                inner = float(b) ** (1 / dial.BETA)
+                best = (float(e), size * inner, inner, float(vocabulary), error)
+    return best
+
+
+def choices() -> Iterator[str]:
+    """What the dial chooses, as a table in Markdown."""
+    yield "| text | minutes | " + " | ".join(MACHINES) + " |"
+    yield "| --- " * (2 + len(MACHINES)) + "|"
+    for text, size in TEXTS.items():
+        for minutes in (1, 3, 10, 60):
+            cells = [text, str(minutes)]
+            for machine in MACHINES.values():
+                choice = dial.choose(minutes, DataConfig(), {}, machine, dial.Text(size, text))
+                model, tokens = choice.model, choice.train.max_steps * choice.train.batch_tokens
+                cells.append(
+                    f"{model.num_parameters / 1e6:.1f}M, {model.vocab_size:,}, "
+                    f"{model.num_hidden_layers} x {model.hidden_size}, {tokens / 1e6:.2f}M"
+                )
+            yield f"| {' | '.join(cells)} |"
+
+
+def main() -> int:
+    runs = points()
+    *constants, error = fit(runs)
+    print("E, A, B, G =", ", ".join(f"{value:.3g}" for value in constants))
+    print(f"misses {error:.3f} bits per byte (root of the mean square); in the dial:\n")
+    print("| run | parameters | learned from | measured | expected |")
+    print("| --- | --- | --- | --- | --- |")
+    for run in runs:
+        expected = dial.bits_per_byte(run.model, run.learned)
+        size = run.model.num_parameters / 1e6
+        print(
+            f"| {run.name} | {size:.2f}M | {run.learned / 1e6:.2f} MB | {run.bits:.3f} "
+            f"| {expected:.3f} |"
+        )
+    print("", *choices(), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
