@@ -2096,15 +2096,10 @@ class TrainState:
         return 0 < self.config.patience <= self.evals_since_best
 
     @property
-    def complete(self) -> bool:
-        """whether all steps are done, or the time for them is over"""
-        by_clock = self.config.minutes is not None
-        return self.time_share >= 1 if by_clock else self.step >= self.config.max_steps
-
-    @property
     def finished(self) -> bool:
-        """whether there is no step left to do: all are done, or more would only overfit"""
-        return self.complete or self.out_of_patience
+        """whether all steps are done, or the time is over, or more steps would only overfit"""
+        done = self.time_share >= 1 if self.config.minutes else self.step >= self.config.max_steps
+        return done or self.out_of_patience
 
     def state_dict(self) -> dict[str, Any]:
         """All that an exact resume needs: all processes call it, the main one has the whole."""
@@ -2307,12 +2302,12 @@ def _open(stack: contextlib.ExitStack, configs: Any, out: Path, resume: str, mir
         return copier, None
     saved = checked_settings(checkpoint.get("config"), folder)
     check_same_settings(out, saved, settings)
-    name, done = "minutes", round(checkpoint.get("clock_seconds", 0.0) / 60, 6)
-    if config.minutes is None:
-        name, done = "max_steps", checkpoint["step"]
+    name, done = "max_steps", checkpoint["step"]
+    if by_clock := config.minutes is not None:
+        name, done = "minutes", round(checkpoint.get("clock_seconds", 0.0) / 60, 6)
     before, now = saved["train"][name], getattr(config, name)
-    by_clock = saved["train"]["minutes"] is not None
-    require(by_clock == (name == "minutes"), "minutes", config.minutes, "as this run began")
+    same = by_clock == (saved["train"]["minutes"] is not None)
+    require(same, "minutes", config.minutes, "as this run began")
     require(now >= done, name, now, f"at least {done:g}, which this run has done already")
     if before != now:
         log.info(f"{name}: {before} -> {now}; the schedule now ends there, and the rate with it")
@@ -2429,8 +2424,7 @@ class Session:
         return metrics
 
     def evaluate(self, final: bool = False) -> None:
-        """Validation loss: on the same first tokens each time, with a text; at the end on all,
-        or as many as the clock leaves time for."""
+        """Validation loss: of the same first tokens each time, with a text; in the end of more."""
         state, processes, config = self.state, self.processes, self.config
         first, counts = end_of_text_id(self.tokenizer) or 0, self.data.manifest["validation"]
         tokens = self.data.validation[: self.final_tokens if final else config.eval_tokens]
@@ -2586,11 +2580,8 @@ def _finish(session: Session, began: float) -> None:
     if state.finished and (final := processes.broadcast(final)):
         state.val_loss = final[0].get("val_loss", math.nan)
         return
-    config = state.config
     with contextlib.suppress(ImportError):
         extension("progress", "").describe(session)
-    if state.step:
-        log.info(f"resuming from step {state.step} of {config.max_steps}")
     saver = _Saver(session)
     with _stop_on_signals(state), coming:
         if not state.finished:
@@ -2599,12 +2590,8 @@ def _finish(session: Session, began: float) -> None:
         session.notify("on_start")
         try:
             session.run(saver)
-            if state.out_of_patience and not state.complete:
-                log.info(
-                    f"ended early at step {state.step} of {config.max_steps}: no better "
-                    f"validation loss in {state.evals_since_best} evaluations. The best is of step "
-                    f"{state.best_step} (--checkpoint best); --patience 0 trains to the end"
-                )
+            with contextlib.suppress(ImportError):
+                extension("progress", "").describe_early_end(state)
             saver.save_what_is_due(ending=True)
             saver.collect(wait=True)
             last = state.last_saved_step = processes.broadcast(state.last_saved_step)

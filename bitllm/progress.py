@@ -25,6 +25,19 @@ def describe(session: Session) -> None:
         log.info(f"a checkpoint of every epoch is kept, up to {size * 12 * epochs:,.0f} MB in all")
     if (steps := warmup_that_fits(config)) < config.warmup_steps:
         log.info(f"warmup_steps: {config.warmup_steps} -> {steps}, in so short a run")
+    if session.state.step:
+        log.info(f"resuming from step {session.state.step} of {config.max_steps}")
+
+
+def describe_early_end(state: TrainState) -> None:
+    """Log why a run ended before its last step, if patience was the reason."""
+    last, evaluations = state.config.max_steps, state.evals_since_best
+    if state.out_of_patience and (state.config.minutes or state.step < last):
+        log.info(
+            f"ended early at step {state.step} of {last}: no better validation loss in "
+            f"{evaluations} evaluations. The best is of step {state.best_step} "
+            "(--checkpoint best); --patience 0 trains to the end"
+        )
 
 
 class Terminal:
