@@ -87,7 +87,7 @@ __all__ += ["Callback", "TrainState", "import_seed_checkpoint", "train"]
 
 END_OF_TEXT = "<|endoftext|>"
 MARKS = "\ufdd0\ufdd1"  # in no text; bitllm/conversations.py puts them around turns
-WORDPIECE_SPECIALS = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"]
+TOKENIZERS = ("bpe", "wordpiece")  # that are trained here; any other is a file or of the hub
 MIN_VOCAB_SIZE = 257  # 256 bytes and END_OF_TEXT
 
 
@@ -187,7 +187,7 @@ class ModelConfig(_Checked):
     """The shape of the network, in Hugging Face's names."""
 
     vocab_size: int = _field(2048, at_least=MIN_VOCAB_SIZE, at_most=1 << 24)
-    """embedding rows; the tokenizer is trained to at most this many tokens"""
+    """embedding rows; at most this many tokens are learned, and a given tokenizer decides itself"""
     hidden_size: int = _field(256, at_least=1, at_most=1 << 16)
     """width of the residual stream"""
     intermediate_size: int = _field(768, at_least=1, at_most=1 << 18)
@@ -253,8 +253,8 @@ class DataConfig(_Checked):
     """column of .jsonl, .parquet or hub rows; default: text, or the only column of strings"""
     max_train_tokens: int | None = _field(None, at_least=1)
     """train on at most this many; hub sources and folders then arrive while training runs"""
-    tokenizer: str = _field("bpe", one_of=("bpe", "wordpiece"))
-    """bpe (byte-level, lossless) or wordpiece (the seed's)"""
+    tokenizer: str = "bpe"
+    """bpe (byte-level, lossless), wordpiece (the seed's), a tokenizer.json, or hf:OWNER/NAME"""
     encoding: str | None = None
     """of local text, such as latin-1; default: UTF-8, or what a byte order mark says"""
     persona: str | None = None
@@ -906,8 +906,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: str = "bpe") ->
         texts = extension("wordpiece", "").bounded_words(texts)
     if kind == "wordpiece":
         module = extension("wordpiece", "training a WordPiece tokenizer")
-        special = [*WORDPIECE_SPECIALS, END_OF_TEXT]
-        tokenizer = module.train_word_pieces(texts, vocab_size, special)
+        tokenizer = module.train_word_pieces(texts, vocab_size)
     else:
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -965,11 +964,7 @@ def end_of_text_id(tokenizer: Any) -> int | None:
 
 def valid_unicode(text: str) -> str:
     """`text` with U+FFFD for every lone surrogate, which has no UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -1209,9 +1204,8 @@ def encode_pieces(tokenizer: Any, pieces: Iterable[Piece]) -> Iterator[tuple[lis
         if chat and any(MARKS[0] in text for text, _ in batch):
             encoded = extension("conversations", "").encode_batch(tokenizer, batch)
         else:
-            plain = tokenizer.encode_batch_fast(
-                [text for text, _ in batch], add_special_tokens=False
-            )
+            texts = [text for text, _ in batch]
+            plain = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             tails = ([eot] if ends and eot is not None else [] for _, ends in batch)
             encoded = [tokens.ids + tail for tokens, tail in zip(plain, tails, strict=True)]
         for (text, _), ids in zip(batch, encoded, strict=True):
@@ -1331,13 +1325,14 @@ def _write_data(config: DataConfig, context: int, out: Path, manifest: dict[str,
     head = _part_of(read(), min(chars, _TOKENIZER_CHARS), head=True)
     texts = streaming.tokenizer_texts(config) if streaming else (text for text, _ in head)
     chats = MARKS[0] in next(read(), ("", True))[0]
+    if config.tokenizer not in TOKENIZERS and not path.is_file():
+        extension("vocabulary", "--tokenizer").give_tokenizer(config.tokenizer, path)
     if path.is_file():
         tokenizer = load_tokenizer(path)
-        log.info("tokenizer: reusing %s", path)
     else:
         texts = (text.translate(dict.fromkeys(map(ord, MARKS))) for text in texts)
         tokenizer = train_tokenizer(texts, vocab_size - 2 * chats, config.tokenizer)
-        log.info("tokenizer: %d tokens", tokenizer.get_vocab_size())
+    log.info("tokenizer: %d tokens", tokenizer.get_vocab_size())
     if chats:
         extension("conversations", "a conversation").add_marks(tokenizer)
     check_tokenizer(tokenizer, vocab_size, path)
@@ -1464,11 +1459,13 @@ def _pieces(
     model: BitLM, tokenizer: Any, prompts: Sequence[str], sampling: SamplingConfig | None
 ) -> Iterator[list[str]]:
     """Yield the next piece of each prompt's continuation, in complete characters."""
-    from tokenizers.decoders import DecodeStream
+    from tokenizers.decoders import DecodeStream as Decoder
 
+    if getattr(tokenizer.model, "byte_fallback", False):  # the library's fails amid characters
+        Decoder = extension("vocabulary", "a tokenizer with a fallback to bytes").Decoder
     eot, size = end_of_text_id(tokenizer), num_ids(tokenizer)
     ids = [encode(tokenizer, p) or [eot or 0] for p in prompts]  # empty: where a document ends
-    decoders = [DecodeStream(skip_special_tokens=True) for _ in ids]
+    decoders = [Decoder(skip_special_tokens=True) for _ in ids]
     for decoder, row in zip(decoders, ids, strict=True):
         for token in row:  # word pieces join what came before
             decoder.step(tokenizer, token)
@@ -2605,8 +2602,11 @@ def _finish(session: Session, began: float) -> None:
             session.notify("on_end")
 
 
-def _join(model: ModelConfig, config: TrainConfig) -> Processes:
-    """The processes that train together, once it is known that the memory will do."""
+def _join(configs: dict[str, Any], out: Path, resume: str, mirror: Any) -> Processes:
+    """The processes that train together, once the shape is known, and that the memory will do."""
+    if configs["data"].tokenizer not in TOKENIZERS:
+        extension("vocabulary", "--tokenizer").give_rows(configs, out, resume, mirror)
+    model, _, config = configs.values()
     check_configs(model, config)
     processes = Processes()
     if config.fsdp or int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -2646,7 +2646,7 @@ def train(
     """
     out, configs = Path(out), {"model": model_config, "data": data_config, "train": train_config}
     require(resume in ("auto", "never", "must"), "resume", resume, "auto, never or must")
-    began, processes = started or time.monotonic(), _join(model_config, train_config)
+    began, processes = started or time.monotonic(), _join(configs, out, resume, mirror)
     if callbacks is None:
         with contextlib.suppress(ImportError):
             callbacks = [extension("progress", "a progress bar").ProgressBar()]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bitllm.conversations import IM_END, Message, can_chat, encode_messages, require_chat
+from bitllm.vocabulary import Decoder
 from bitllm_core import BitLM, SamplingConfig, generate_tokens, load_model, num_ids, stream
 
 log = logging.getLogger("bitllm")
@@ -60,10 +61,8 @@ class Chat:
 
     def reply(self, text: str) -> Iterator[str]:
         """Say something; yield the answer piece by piece, in complete characters."""
-        from tokenizers.decoders import DecodeStream
-
         self.messages.append({"role": "user", "content": text})
-        decoder, answer = DecodeStream(skip_special_tokens=True), ""
+        decoder, answer = Decoder(skip_special_tokens=True), ""
         end, size = self.tokenizer.token_to_id(IM_END), num_ids(self.tokenizer)
         tokens = generate_tokens(self.model, [self.prompt()], self.sampling, end, size)
         for (token,) in tokens:

@@ -19,27 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitllm.conversations import SPECIAL, add_marks, can_chat
+from bitllm.conversations import SPECIAL, can_chat
 from bitllm.export.common import Source, open_source
 from bitllm.export.hub import fetch_from_hub
+from bitllm.vocabulary import num_rows, same_tokenizer, saved_settings
 from bitllm_core import (
-    MARKS,
     PRESETS,
     BitLM,
-    DataConfig,
     ModelConfig,
     Session,
-    checked_settings,
-    list_checkpoints,
     load_tokenizer,
     log,
-    newest_checkpoint,
     num_ids,
-    read_json,
-    read_pieces,
     require,
-    tokenizer_from,
-    tokenizer_hash,
     weight_quant,
     write_atomically,
 )
@@ -82,19 +74,6 @@ def weights_hash(model: BitLM) -> str:
     return digest.hexdigest()
 
 
-def _saved_settings(places: Iterable[str | Path | None]) -> dict[str, Any] | None:
-    """The settings of the run in one of the folders, which has a checkpoint to resume from."""
-    for folder in (Path(place).expanduser() for place in places if place):
-        if list_checkpoints(folder / "checkpoints"):
-            saved = read_json(folder / "config.json")
-            saved = saved or (newest_checkpoint(folder / "checkpoints") or {}).get("config")
-            if saved:
-                start = saved.get("start")
-                more = start if isinstance(start, dict) else {}
-                return {**checked_settings(saved, folder / "config.json"), "start": more}
-    return None
-
-
 def _kind(tokenizer: Any) -> str:
     return "wordpiece" if type(tokenizer.model).__name__ == "WordPiece" else "bpe"
 
@@ -109,7 +88,7 @@ def settings_of(init_from: str, configs: Sequence[Any], places: Iterable[Any]) -
     Of a run in one of the `places` they are its own, for it may have outlived its source.
     """
     model, data, config = configs
-    if saved := _saved_settings(places):
+    if saved := saved_settings(places):
         kind = saved["data"]["tokenizer"]
         model = ModelConfig(**saved["model"])
     else:
@@ -129,7 +108,7 @@ def shape_of_run(
     ValueError: settings, or a tokenizer in `out`, are not the source's; or it is `out` itself.
     """
     model, data, init_from = configs["model"], configs["data"], configs["train"].init_from
-    saved = _saved_settings([] if resume == "never" else [mirror, out])
+    saved = saved_settings([] if resume == "never" else [mirror, out])
     if saved:  # what differs is refused where it is opened
         found = ModelConfig(**saved["model"])
         sizes = found.vocab_size, saved["start"].get("vocab_size")
@@ -143,7 +122,7 @@ def shape_of_run(
                 f"starts from, {folder}. Choose another --out (or resume that run: no --init-from)"
             )
     base = open_base(init_from)
-    grown = _grown_size(base, data)
+    grown = max(base.model.config.vocab_size, num_rows(base.tokenizer, data))
     theirs, kind = _shape(base.model.config), _kind(base.tokenizer)
     wrong = [
         f"{name}={value!r} (there: {theirs[name]!r})"
@@ -158,35 +137,15 @@ def shape_of_run(
         )
     path = out / "tokenizer.json"
     if resume != "never" and path.is_file() and not (out / "config.json").exists():
-        same = _same_tokenizer(load_tokenizer(path), base.tokenizer)
+        same = same_tokenizer(load_tokenizer(path), base.tokenizer)
         require(same, "tokenizer", str(path), f"the tokenizer of {init_from}, or none in {out}")
     return dataclasses.replace(base.model.config, vocab_size=grown)
-
-
-def _with_marks(tokenizer: Any) -> Any:
-    marked = tokenizer_from(tokenizer.to_str(), Path("tokenizer.json"))
-    add_marks(marked)
-    return marked
-
-
-def _same_tokenizer(found: Any, base: Any) -> bool:
-    wanted = (tokenizer_hash(base), tokenizer_hash(_with_marks(base)))
-    return tokenizer_hash(found) in wanted
-
-
-def _grown_size(base: Source, data: DataConfig) -> int:
-    """Rows of the embedding, with those for a conversation's marks where the data has them."""
-    rows = base.model.config.vocab_size
-    if can_chat(base.tokenizer):
-        return rows
-    text, _ = next(read_pieces(data.data, "train", data), ("", True))
-    return max(rows, num_ids(_with_marks(base.tokenizer))) if MARKS[0] in text else rows
 
 
 def give_tokenizer(init_from: str, out: Path) -> None:
     """Put the source's tokenizer into a new run's folder, where the data is made with it."""
     path, tokenizer = out / "tokenizer.json", open_base(init_from).tokenizer
-    if not path.is_file() or not _same_tokenizer(load_tokenizer(path), tokenizer):
+    if not path.is_file() or not same_tokenizer(load_tokenizer(path), tokenizer):
         write_atomically(path, tokenizer.to_str(pretty=True).encode())
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+from bitllm_core import END_OF_TEXT
 
 # characters after which a word is cut for training, and of such text: in DNA, each word is new
 LONG_WORD, LONG_WORDS_CHARS = 64, 2_000_000
+SPECIAL = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", END_OF_TEXT]
 
 
 def bounded_words(texts: Iterable[str]) -> Iterator[str]:
@@ -21,7 +24,7 @@ def bounded_words(texts: Iterable[str]) -> Iterator[str]:
         yield from parts if left > 0 else [re.sub(rf"\S{{{LONG_WORD},}}", " ", text)]
 
 
-def train_word_pieces(texts: Iterable[str], vocab_size: int, special: Sequence[str]) -> Any:
+def train_word_pieces(texts: Iterable[str], vocab_size: int) -> Any:
     """Train a WordPiece tokenizers.Tokenizer of at most `vocab_size` tokens; keeps all the texts.
 
     The library numbers the pieces that continue a word (##a) in the order of a random hash, and
@@ -35,13 +38,13 @@ def train_word_pieces(texts: Iterable[str], vocab_size: int, special: Sequence[s
     for text in texts:
         counts.update(text)
     by_count = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
-    alphabet = sorted(by_count[: (vocab_size - len(special)) // 2])
+    alphabet = sorted(by_count[: (vocab_size - len(SPECIAL)) // 2])
     trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     trained.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         show_progress=False,
-        special_tokens=[*special, *alphabet, *(f"##{character}" for character in alphabet)],
+        special_tokens=[*SPECIAL, *alphabet, *(f"##{character}" for character in alphabet)],
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
     )
@@ -50,5 +53,5 @@ def train_word_pieces(texts: Iterable[str], vocab_size: int, special: Sequence[s
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.decoder = decoders.WordPiece()
-    tokenizer.add_special_tokens(list(special))
+    tokenizer.add_special_tokens(SPECIAL)
     return tokenizer

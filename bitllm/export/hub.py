@@ -69,6 +69,18 @@ def fetch_from_hub(repo_id: str) -> Path:
     return files[0]
 
 
+def fetch_tokenizer(repo_id: str) -> Path:
+    """The tokenizer.json of OWNER/NAME, on this disk; raises as `fetch_from_hub`."""
+    require(repo_id.count("/") == 1, "repo_id", repo_id, "OWNER/NAME")
+    hub = library("huggingface_hub", f"the tokenizer of {repo_id}")
+    try:
+        return Path(hub.hf_hub_download(repo_id, "tokenizer.json", token=_hub_token()))
+    except Exception as error:  # each layer of the hub's clients has kinds of its own
+        raise ConnectionError(
+            f"no tokenizer.json of {repo_id} could be loaded from the hub ({first_line(error)})"
+        ) from error
+
+
 def _hub_token() -> str | None:
     if os.environ.get("HF_TOKEN"):
         return os.environ["HF_TOKEN"]
