@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +26,7 @@ from bitllm.export.common import (
     replacing,
     result_of,
 )
+from bitllm.export.llama_vocabulary import Vocabulary, llama_vocabulary
 from bitllm_core import (
     END_OF_TEXT,
     BitLM,
@@ -117,7 +117,7 @@ def write_gguf(path: Path, source: Source, kind: str) -> int:
     if kind == "F16":  # without ternary blocks, any width will do
         limits = [limit for limit in limits if limit == NO_COUNTERPART]
     check_limits(config, kind, limits)
-    vocabulary = _vocabulary(source.tokenizer, config.vocab_size)
+    vocabulary = llama_vocabulary(source.tokenizer, config.vocab_size)
     writer = gguf.GGUFWriter(path, "bitnet")
     try:
         writer.add_file_type(GGUF_KINDS[kind])
@@ -169,35 +169,23 @@ def _add_shape(writer: Any, config: ModelConfig) -> None:
     writer.add_sampling_min_p(0.0)
 
 
-def _vocabulary(tokenizer: Any, rows: int) -> tuple[list[str], list[int], list[str]]:
-    """Tokens, their types and the merges; as many tokens as the embedding has rows."""
-    described = json.loads(tokenizer.to_str())
-    model, before = described["model"], described["pre_tokenizer"] or {}
-    plain = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    if model["type"] != "BPE" or described["normalizer"] or plain.items() - before.items():
-        raise ValueError(
-            f"the tokenizer is {model['type']} after {before.get('type')}: a GGUF file can hold "
-            "byte-level BPE with GPT-2's regular expression only; export to hf or packed"
-        )
-    added = {token["id"] for token in described["added_tokens"]}
-    by_id = {i: text for text, i in tokenizer.get_vocab(with_added_tokens=True).items()}
-    tokens = [by_id.get(i, f"[PAD{i}]") for i in range(rows)]
-    kinds = [3 if i in added else 1 if i in by_id else 5 for i in range(rows)]
-    return tokens, kinds, [" ".join(merge) for merge in model["merges"]]
-
-
-def _add_tokenizer(writer: Any, vocabulary: Any, end: int) -> None:
-    tokens, kinds, merges = vocabulary
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")  # "default" splits words and numbers in other places
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges(merges)
+def _add_tokenizer(writer: Any, vocabulary: Vocabulary, end: int) -> None:
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.merges is not None:
+        writer.add_token_merges(vocabulary.merges)
+    if vocabulary.scores is not None:
+        writer.add_token_scores(vocabulary.scores)
+    if vocabulary.unknown is not None:
+        writer.add_unk_token_id(vocabulary.unknown)
     writer.add_bos_token_id(end)
     writer.add_eos_token_id(end)
     writer.add_pad_token_id(end)
     writer.add_add_bos_token(False)
-    writer.add_add_space_prefix(False)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(vocabulary.add_space_prefix)
 
 
 def _add_tensors(writer: Any, model: BitLM, kind: str) -> int:
