@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 import sys
@@ -40,8 +39,11 @@ def memory_in_use(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.is_file():  # not ru_maxrss, which begins with that of the parent
-        return sum(int(kB) << 10 for kB in re.findall(r"VmHWM:\s+(\d+)", status.read_text()))
-    with contextlib.suppress(ImportError):
+        return sum(
+            int(kB) << 10
+            for kB in re.findall(r"VmHWM:\s+(\d+)", status.read_text("ascii", "replace"))
+        )
+    if sys.platform != "win32":
         import resource
 
         unit = 1 if sys.platform == "darwin" else 1024

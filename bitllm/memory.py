@@ -15,8 +15,9 @@ from bitllm_core import Device, ModelConfig, Session, log
 
 def memory_size() -> int:
     """Bytes of main memory that the machine has; 0 where the system does not say."""
-    names = "SC_PAGE_SIZE", "SC_PHYS_PAGES"
-    return math.prod(map(os.sysconf, names)) if hasattr(os, "sysconf") else 0
+    if sys.platform == "win32":
+        return 0
+    return math.prod(map(os.sysconf, ("SC_PAGE_SIZE", "SC_PHYS_PAGES")))
 
 
 def windows_that_fit(model: ModelConfig, device: Device, world_size: int = 1) -> int:
