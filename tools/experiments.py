@@ -111,6 +111,9 @@ def check(flags: argparse.Namespace) -> None:
         require(bool(flags.table), "table", "", f"one of {', '.join(TABLES)}")
         folder = (flags.out or Path()).parent
         require(folder.is_dir(), "out", str(flags.out), "a file in an existing folder")
+        known = [variant.name for name in flags.table for variant in TABLES[name].variants]
+        wrong = set(flags.variants or ()) - set(known)
+        require(not wrong, "variants", wrong, f"some of: {'; '.join(known)}")
     if flags.command in ("report", "draw"):
         for name in flags.table:
             there = bool(read_rows(flags.results, name))
@@ -130,6 +133,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time, of one thread each")
     parser.add_argument("--only", default="", help="variants with this in their name")
     parser.add_argument("--out", type=Path, help="of draw: the .png file")
+    parser.add_argument("--variants", nargs="+", help="of draw: these lines only")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, default=time.time(), help=argparse.SUPPRESS)
@@ -153,7 +157,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(costs(flags.valid, flags.work))
     elif flags.command == "draw":
         for name in flags.table:
-            draw(name, read_rows(flags.results, name), flags.out or Path(f"{name}.png"))
+            rows = read_rows(flags.results, name)
+            rows = [row for row in rows if row["variant"] in (flags.variants or [row["variant"]])]
+            draw(name, rows, flags.out or Path(f"{name}.png"))
     elif flags.command == "run":
         done = [run_table(name, flags) for name in flags.table or TABLES]
         return 0 if all(done) else 1

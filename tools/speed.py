@@ -2,7 +2,7 @@
 
     python tools/speed.py                          # all parts, half an hour on two slow cores
     python tools/speed.py seed generation          # some of them
-    python tools/speed.py growth --figure docs/growth.png
+    python tools/speed.py growth --figure growth.png
 
 Things that are compared take turns in one process, so that a busy machine slows both; ratios are
 medians over the turns. Each part runs in a process of its own, so that memory and compiled code of

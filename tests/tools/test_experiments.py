@@ -164,6 +164,7 @@ def test_a_failed_row_is_reported_and_not_kept(tiny_corpus, tmp_path, monkeypatc
         (["report", "gap"], "expected rows of gap; run gap first"),
         (["draw"], "expected one of rates, "),
         (["draw", "gap", "--out", "no/gap.png"], "gap.png': expected a file in an existing folder"),
+        (["draw", "gap", "--variants", "none"], "variants={'none'}: expected some of: ternary; "),
     ],
 )
 def test_wrong_flags_end_it_before_any_work(tmp_path, monkeypatch, capsys, arguments, message):
@@ -183,12 +184,28 @@ def test_a_row_that_was_cut_short_is_run_again(tmp_path):
     assert [row["seed"] for row in read_rows(path, "gap")] == [0, 2]
 
 
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [("ten-minutes", "results.md"), ("gap-14M", "results.md"), ("recipe", "recipe.md")],
+)
+def test_the_pages_of_results_show_the_tables_of_their_rows(name, page):
+    rows = read_rows(ROOT / "docs" / "results.jsonl", name)
+    assert report(name, rows) in (ROOT / "docs" / page).read_text("utf-8")
+
+
 @pytest.mark.parametrize("name", TABLES)
-def test_the_page_of_results_shows_the_table_of_its_rows(name):
-    docs = ROOT / "docs"
-    rows = read_rows(docs / "results.jsonl", name)
-    assert rows
-    assert report(name, rows) in (docs / "results.md").read_text("utf-8")
+def test_the_page_of_the_recipe_names_every_list_that_has_rows(name):
+    assert read_rows(ROOT / "docs" / "results.jsonl", name)
+    pages = [(ROOT / "docs" / page).read_text("utf-8") for page in ("results.md", "recipe.md")]
+    assert f"`{name}`" in pages[1] or f"`run {name}" in "".join(pages)
+
+
+def test_a_figure_has_only_the_variants_asked_for(tmp_path):
+    rows = ["--results", str(ROOT / "docs" / "results.jsonl")]
+    few, all_of_them = tmp_path / "few.png", tmp_path / "all.png"
+    assert experiments.main(["draw", "gap", *rows, "--out", str(all_of_them)]) == 0
+    assert experiments.main(["draw", "gap", *rows, "--out", str(few), "--variants", "dense"]) == 0
+    assert few.stat().st_size < all_of_them.stat().st_size
 
 
 @pytest.mark.parametrize("name", TABLES)
