@@ -17,6 +17,8 @@ PLACES = (
     re.compile(rf"(?<=welcome\?src=https://github\.com/)({NAME})(/blob/)({BRANCH})(?=/notebooks/)"),
     re.compile(rf'(?<=else )\\?"({NAME})(@)({BRANCH})(?=\\?"\))'),
 )
+CLONE = re.compile(rf"(?<=git clone https://github\.com/){NAME}")
+PAGES = re.compile(r"https://[\w-]+\.github\.io/[\w.-]+/(?=\))")
 
 
 def files(root: Path = ROOT) -> list[Path]:
@@ -37,7 +39,8 @@ def renamed(text: str, repository: str, branch: str) -> str:
         text = place.sub(
             lambda m: m[0].replace(f"{m[1]}{m[2]}{m[3]}", f"{repository}{m[2]}{branch}"), text
         )
-    return text
+    owner, name = repository.split("/")
+    return PAGES.sub(f"https://{owner}.github.io/{name}/", CLONE.sub(repository, text))
 
 
 def main() -> None:

@@ -246,3 +246,7 @@ def test_a_fork_points_all_places_to_itself():
         assert len(places.named(new)) == len(places.named(old))
         back = places.named(old)[0]
         assert places.renamed(new, *back) == old
+    readme = places.renamed((ROOT / "README.md").read_text(encoding="utf-8"), "me/mine", "main")
+    assert "git clone https://github.com/me/mine && " in readme
+    assert "](https://me.github.io/mine/)" in readme
+    assert "OWNER" not in readme
