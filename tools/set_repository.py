@@ -15,6 +15,10 @@ PLACES = (
         rf"(?<=colab\.research\.google\.com/github/)({NAME})(/blob/)({BRANCH})(?=/notebooks/)"
     ),
     re.compile(rf"(?<=welcome\?src=https://github\.com/)({NAME})(/blob/)({BRANCH})(?=/notebooks/)"),
+    re.compile(
+        rf"(?<=\]\(https://github\.com/)({NAME})(/blob/)({BRANCH})(?=/(?:docs|notebooks|README))"
+    ),
+    re.compile(rf'(?<=HOME = "https://github\.com/)({NAME})(/tree/)({BRANCH})(?=")'),
     re.compile(rf'(?<=else )\\?"({NAME})(@)({BRANCH})(?=\\?"\))'),
 )
 CLONE = re.compile(rf"(?<=git clone https://github\.com/){NAME}")
@@ -24,6 +28,7 @@ PAGES = re.compile(r"https://[\w-]+\.github\.io/[\w.-]+/(?=\))")
 def files(root: Path = ROOT) -> list[Path]:
     """Every file that names the repository."""
     names = [root / name for name in ("README.md", "README.es.md", "colab_badge.md")]
+    names.append(root / "bitllm" / "export" / "webpage.py")
     sources = sorted((root / "notebooks").glob("*.py"))
     return names + [p.with_suffix(suffix) for p in sources for suffix in (".ipynb", ".py")]
 

@@ -18,7 +18,9 @@ from typing import Any
 
 import bitllm.export.wllama as wllama
 from bitllm.chat import SAMPLING, room_of
+from bitllm.companion import is_companion, language_of
 from bitllm.conversations import SPECIAL, can_chat
+from bitllm.corpora import shown
 from bitllm.export.common import (
     Exported,
     Flag,
@@ -33,6 +35,18 @@ from bitllm.export.gguf import write_gguf
 from bitllm_core import END_OF_TEXT, MARKS, SamplingConfig, library
 
 log = logging.getLogger("bitllm")
+
+HOME = "https://github.com/OWNER/bitllm/tree/main"
+"""where one makes a model and a page of one's own; tools/set_repository.py writes it"""
+
+KNOWN = {  # data: what the model has read, and what it can be asked or begin with
+    "pydocs": ("the documentation of Python", ("The with statement", "def", "Changed in version")),
+    "tinystories": ("stories for small children", ("Once upon a time", "One day", "The little")),
+    "wikitext-2": ("articles of Wikipedia", ("The game", "In the", "He was")),
+    "wikitext-103": ("articles of Wikipedia", ("The game", "In the", "He was")),
+    "wikipedia-es": ("Wikipedia in Spanish", ("La ciudad", "El río", "Es una")),
+    "fineweb-edu": ("pages of the web that teach", ("The most", "How to", "In this")),
+}
 
 FOLDER_FILES = {"README.md", "index.html", "model.gguf", "runtime.bin"}
 """what a page exported as a folder consists of"""
@@ -81,7 +95,10 @@ def export_html(
         ternary = write_gguf(gguf, opened, "TQ2_0")
         parts = {**wllama.load_runtime(runtime), "model": gguf.read_bytes()}
         template = page_template(can_chat(opened.tokenizer))
-        files = page_files(template, parts, page_values(opened, ternary), folder)
+        values = page_values(opened, ternary)
+        if not credits.get("name"):
+            values["facts"]["name"] = _title(opened)
+        files = page_files(template, parts, values, folder)
         log.info(f"{out}: a page of {sum(map(len, files.values())) / 1e6:.1f} MB")
         for name, data in files.items():
             (beside / name if folder else beside).write_bytes(data)
@@ -97,8 +114,30 @@ def page_template(chats: bool = False) -> str:
 
     form = read("page/chat.html" if chats else "page/text.html")
     script = read("page/tokens.js", "page/chat.js") if chats else read("page/text.js")
+    expect = "It answers about what it was trained on, and gets the rest wrong."
+    if not chats:
+        expect = "It continues your text and answers no questions. It knows only what it has read."
     page = read("page.html").replace("{{form}}", form).replace("{{script}}", script)
+    page = page.replace("{{expect}}", expect)
     return page.replace("{{settings}}", read("page/settings.html"))
+
+
+def _title(source: Source) -> str:
+    """What the model is, where nobody gave it a name."""
+    data, size = str(source.facts.get("data")), f"{source.model.config.num_parameters / 1e6:.1f}M"
+    if is_companion(data):
+        return f"A companion with {size} parameters"
+    if data in KNOWN:
+        return f"A {size}-parameter model that has read only {KNOWN[data][0]}"
+    return str(source.facts.get("name") or "A ternary language model")
+
+
+def _chips(data: str) -> list[str]:
+    """What works with a model of this data; the page begins with the first by itself."""
+    if is_companion(data):
+        said = shown(language_of(data))
+        return [said[0], said[1], said[4]]
+    return list(KNOWN.get(data, ("", ()))[1])
 
 
 def page_values(source: Source, ternary_bytes: int) -> dict[str, Any]:
@@ -113,6 +152,9 @@ def page_values(source: Source, ternary_bytes: int) -> dict[str, Any]:
         "bits_per_weight": 8 * ternary_bytes / num_ternary_weights(source.model),
         "exported": time.strftime("%Y-%m-%d"),
     }
+    data = str(facts.get("data"))
+    if data in KNOWN:
+        facts["data"] = KNOWN[data][0]
     for key, value in facts.items():
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             facts[key] = None if value is None else str(value)
@@ -121,6 +163,7 @@ def page_values(source: Source, ternary_bytes: int) -> dict[str, Any]:
         "prompt": str(source.facts.get("prompt") or ""),
         "context": config.max_position_embeddings,
         "end": END_OF_TEXT,
+        "chips": _chips(data),
         "chat": _chat_values(source) if chats else None,
         "sampling": {
             "temperature": sampling.temperature,
@@ -157,6 +200,7 @@ def page_files(
     holes = {
         "policy": "{{policy}}",
         "title": html.escape(name),
+        "home": html.escape(HOME),
         "licence": html.escape(parts["licence"].decode()),
         "library": parts["library"].decode(),
         # "<" alone could end the script element that the JSON stands in

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from bitllm.export.webpage import FOLDER_FILES, page_files, page_template
+from bitllm.export.webpage import FOLDER_FILES, HOME, page_files, page_template
 from tests.conftest import ROOT
 from tests.export.helpers import started
 from tests.export.hostile import HOSTILE
@@ -105,6 +105,23 @@ def test_the_same_seed_generates_the_same_and_stop_stops(tab, page):
         assert count < 500
         tab.page.wait_for_timeout(300)
         assert drive.written_by(tab) == text
+
+
+def test_a_page_begins_by_itself_and_a_suggestion_is_a_click(tab, text_page, tmp_path):
+    parts, values = text_page
+    chips = [PROMPT, "def"]
+    path = tmp_path / "page.html"
+    made = page_files(TEMPLATE, parts, {**values, "chips": chips}, folder=False)
+    path.write_bytes(made["index.html"])
+    tab.open(path.as_uri())
+    assert drive.wait_finished(tab).startswith("Done")
+    written = "document.getElementById('text').textContent"
+    assert tab.ask(written).startswith(PROMPT)
+    tab.page.get_by_role("button", name="def").click()
+    drive.wait_for(lambda: tab.ask(written).startswith("def"))
+    assert not tab.complaints
+    link = tab.page.get_by_role("link", name="bitllm")
+    assert link.get_attribute("href") == HOME
 
 
 def test_keys_and_labels_are_enough(tab, page):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import bitllm_core as bit
-from bitllm.export import export_gguf, export_html, wllama
+from bitllm.export import export_gguf, export_html, webpage, wllama
 from bitllm.export.common import open_source
 from bitllm.export.webpage import page_files, page_template, page_values
 from tests.conftest import ROOT
@@ -42,6 +42,26 @@ def test_an_exported_page_holds_the_gguf_and_what_is_known(wide_run, runtime, tm
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", facts["exported"])
     with pytest.raises(ValueError, match="exists already"):
         export_html(wide_run, out, runtime=runtime)
+
+
+@pytest.mark.parametrize(
+    ("data", "title", "chips"),
+    [
+        ("companion", "A companion with 1.3M parameters", ["Hello!", "What is your name?"]),
+        ("companion:es", "A companion with 1.3M parameters", ["¡Hola!", "¿Cómo te llamas?"]),
+        ("pydocs", "A 1.3M-parameter model that has read only the docum", ["The with statement"]),
+        ("mine.txt", "run", []),
+    ],
+)
+def test_a_page_without_a_name_says_what_its_model_is(wide_run, data, title, chips):
+    opened = open_source(wide_run, "last", {})
+    opened.facts["data"] = data
+    size = f"{opened.model.config.num_parameters / 1e6:.1f}M"
+    assert webpage._title(opened).startswith(title.replace("1.3M", size))
+    values = page_values(opened, 1)
+    assert values["chips"][: len(chips)] == chips
+    assert bool(values["chips"]) == bool(chips)
+    assert values["facts"]["data"] != "pydocs"  # a word of ours
 
 
 def test_only_a_model_of_conversations_is_a_chat(wide_run, chat_run, runtime, tmp_path):

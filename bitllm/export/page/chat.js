@@ -72,7 +72,7 @@ async function reply() {
     if (kept !== history && !noted && current()) noteTheLength(asked);
     const options = { cache_prompt: true };
     const reason = await goOn(tokenizer.text(kept), controller.signal, show, options);
-    say(reason === "stop" ? "Done." : "Done: the length was reached.");
+    say(reason === "stop" ? "Done." : "Done: it reached the length limit.");
   } catch (error) {
     failure = error;
     if (current()) ended(error);

@@ -14,7 +14,7 @@ async function write() {
     const options = { cache_prompt: false };
     const reason = await goOn(prompt || told.end, controller.signal, show, options);
     say(reason === "stop" ? "Done: the model ended its text here."
-      : "Done: the length was reached.");
+      : "Done: it reached the length limit.");
   } catch (error) {
     ended(error);
   } finally {
