@@ -27,6 +27,7 @@ from bitllm.conversations import can_chat
 from bitllm.dial import BY_CLOCK, dial
 from bitllm.export import add_export_flags, export_limits, llama_cpp_stream, run_export
 from bitllm.progress import ProgressBar, Terminal
+from bitllm.requests import Requests
 from bitllm_core import PRESETS, DataConfig, ModelConfig, SamplingConfig, TrainConfig, require
 
 _CONFIGS = {kind.__name__: kind for kind in (ModelConfig, DataConfig, TrainConfig, SamplingConfig)}
@@ -191,7 +192,7 @@ def _set_by_minutes(flags: argparse.Namespace) -> None:
 def _train(flags: argparse.Namespace) -> int:
     from bitllm.loggers import TensorBoard, WandB
 
-    callbacks: list[core.Callback] = [ProgressBar(), _ExportNotes()]
+    callbacks: list[core.Callback] = [ProgressBar(), _ExportNotes(), Requests(flags.out)]
     callbacks += [TensorBoard(flags.out)] if flags.tensorboard else []
     callbacks += [WandB(flags.out, flags.wandb)] if flags.wandb else []
     if "persona" in flags:

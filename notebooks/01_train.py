@@ -20,23 +20,24 @@
 #
 # [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/bitllm/blob/main/notebooks/01_train.ipynb)
 #
-# At the end of this notebook you have a language model of your own, with ternary weights
-# (-1, 0 or 1: [BitNet b1.58](https://arxiv.org/abs/2402.17764)), trained from nothing, in a
-# folder that you can keep, continue and use. It costs nothing: choose **Runtime > Run all** and
-# wait. On a free Colab T4 the default is a 29M model, planned for about an hour; without a GPU it
-# is a companion of 2.9M parameters, which answers, kept to about three minutes.
+# By the end you will have your own language model, trained from scratch, to talk with, to download
+# and to send to a friend as a web page. Its weights are only -1, 0 and 1
+# ([BitNet b1.58](https://arxiv.org/abs/2402.17764)).
 #
-# Nothing below waits for a click. Stop whenever you like: running all again resumes from the
-# last checkpoint.
-
-# %% [markdown]
-# ## Installation
+# ![What you will see: progress, what the model says, and its curve](attachment:live_display.png)
 #
-# This cell finds the package `bitllm` beside the notebook, or installs it from the repository that
-# the notebook was opened from. In Colab everything else is there already, except a small package
-# that delivers clicks while a cell runs.
+# **Run everything once:** in Colab *Runtime > Run all*, in JupyterLab *Run > Run All Cells*. You
+# don't need to click anything else. JupyterLab jumps to the end of the page: scroll up to **Train**
+# to watch.
+#
+# | machine | what is trained | time |
+# | --- | --- | --- |
+# | without a GPU | a companion that answers, 2.9M parameters | about three minutes |
+# | free Colab T4 | a writer of small stories, 29M parameters | about an hour (an estimate) |
+#
+# Stop whenever you like: running everything again resumes from there.
 
-# %%
+# %% cellView="form" jupyter={"source_hidden": true}
 # @title Set up
 import importlib.util
 import os
@@ -53,134 +54,82 @@ if not getattr(importlib.util.find_spec("bitllm"), "origin", None):  # elsewhere
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "jupyter_ui_poll"]
     subprocess.run([*pip, archive], check=True)  # if this fails: open bitllm_one_cell.ipynb
 
-# %%
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Start
 import bitllm as bit
 
 bit.log_to(sys.stdout)
-print(bit.environment_report())
+bit.brief_errors()
+bit.show_environment()
 
 # %% [markdown]
-# ## Google Drive (optional)
+# ## Choose
 #
-# Colab takes its machine back after some hours, with all files on it. With a tick here, Colab asks
-# for access to your Drive, and each checkpoint is copied there; the next day this notebook resumes
-# from the copy.
+# Leave everything as it is for a first model. Or paste a text of your own, or make up a companion,
+# then press **Train**, or run everything again: what you typed is kept.
 
-# %%
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Settings
+panel = bit.SettingsPanel.kept()
+panel.show()
+
+# %% [markdown]
+# Colab deletes its machine and all files on it after some hours. Tick this box to copy every
+# checkpoint to your Google Drive; tomorrow this notebook resumes from there.
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Google Drive (optional)
 use_drive = False  # @param {type: "boolean"}
 drive = bit.mount_drive() if use_drive else None
 
 # %% [markdown]
-# ## Settings
+# ## Train
 #
-# Empty or 0 means the preset's value. `data` takes a text file or a folder, a known name
-# (`wikitext-2`, `tinystories`, `fineweb-edu`, `wikipedia-es`, `pydocs`) or `hf:OWNER/NAME`.
-# `companion` is somebody to talk with, whom you make up: in `persona`, as in
-# `name=Luna; home=a boat; likes=tea; maker=Ana; motto=Slow is fine.`, or in the form below. What
-# is left out is as it was thought up here, in English or, with `companion:es`, in Spanish.
-# `minutes` is a time budget, which sets the number of steps. `resume = never` moves the run in
-# the folder aside and starts a new one.
-
-# %%
-# @title Settings
-preset = "auto"  # @param ["auto", "ci", "demo", "laptop", "t4-1h", "t4-3h", "seed"]
-data = ""  # @param ["", "companion", "companion:es"] {allow-input: true}
-persona = ""  # @param {type: "string"}
-minutes = 0.0  # @param {type: "number"}
-hidden_size = 0  # @param {type: "integer"}
-num_hidden_layers = 0  # @param {type: "integer"}
-batch_tokens = 0  # @param {type: "integer"}
-learning_rate = 0.0  # @param {type: "number"}
-resume = "auto"  # @param ["auto", "never"]
-out = ""  # @param {type: "string"}
-mirror = ""  # @param {type: "string"}
-
-settings = bit.Settings(
-    preset,
-    data,
-    hidden_size,
-    num_hidden_layers,
-    minutes,
-    batch_tokens,
-    learning_rate,
-    resume,
-    out,
-    mirror,
-    persona,
-)
-
-# %% [markdown]
-# The same as a form that shows parameters, memory and the estimated time after every change.
-# Your own text can be pasted or uploaded here. Change what you like, then run the cells below.
-
-# %%
-panel = bit.SettingsPanel(settings)
-panel.show()
+# The loss is how surprised the model is by each piece of text: the lower, the better. What it says
+# grows from noise to sentences.
 
 # %%
 settings = panel.settings
-if drive and not settings.mirror:
-    settings = settings.replace(mirror=str(drive / settings.run_folder.name))
-model, data, train = settings.configs()
-print(settings.describe())
-
-# %% [markdown]
-# ## Train
-#
-# Blue is the loss on the training text, orange on text held back. The heat maps show, layer by
-# layer, the share of weights that are zero, and the share of trits that changed since the last
-# line: a network that is still learning keeps flipping.
-
-# %%
 run = settings.run_folder
+if drive and not settings.mirror:
+    settings = settings.replace(mirror=str(drive / run.name))
 display = bit.LiveDisplay(run)
-state = bit.train(model, data, train, run, callbacks=[display], **settings.options)
+state = bit.train(*settings.configs(), run, callbacks=[display], **settings.options)
+display.show_end(state)
 
 # %% [markdown]
-# The curve comes from `metrics.jsonl` in the run folder, so it is whole however often the training
-# was interrupted.
-
-# %%
-bit.show_run(run)
-
-# %% [markdown]
-# ## Evaluate
+# ## Talk to it
 #
-# Perplexity is the number of tokens the model hesitates between; a uniform guess hesitates between
-# all of them.
+# It has answered once. Now you. A model that was not trained on conversations continues the
+# beginning of a text instead. One this small has learned what its text looks like, not what it
+# means: more steps, more text and more width help, in this order.
 
 # %%
-last = [line for line in bit.read_metrics(run) if "val_loss" in line][-1]
-print(f"validation loss {last['val_loss']:.3f} nats per token at step {last['step']}")
-print(f"perplexity {last['val_perplexity']:.1f}; a uniform guess: {model.vocab_size}")
+bit.try_out(run)
 
 # %% [markdown]
-# ## Let it write
+# ## Keep it
 #
-# A model that was trained on conversations answers; any other continues a text. One this small
-# knows the look of its text rather than its sense. More steps, more text and more width help, in
-# this order; see `docs/troubleshooting.md`.
+# To keep the model, keep the run folder. Or export it: the web page opens in any browser, on a
+# phone too, and needs no network. The first page fetches llama.cpp for browsers (17 MB).
 
 # %%
-net, tokenizer = bit.load_model(run)
-prompt = "hello" if bit.can_chat(tokenizer) else "The "
-sampling = bit.SamplingConfig(max_new_tokens=120, temperature=0.5, seed=0)
-for piece in bit.respond(net, tokenizer, prompt, sampling):
-    print(piece, end="")
+bit.export_box(run)
 
 # %% [markdown]
-# Now you. Press **Say** or **Write** as often as you like.
-
-# %%
-bit.prompt_box(net, tokenizer, prompt)
-
-# %% [markdown]
-# `02_use` weighs and exports this model; `03_inside_ternary` shows what the ternary weights do.
-# The run folder is all there is to keep.
-
-# %%
-assert state.finished, (
-    f"stopped at step {state.step} of {state.config.max_steps}, and saved: run the training cell "
-    "again to resume"
-)
-print(f"complete: {state.step} steps, {state.tokens:,} tokens, in {run.as_posix()}")
+# <details><summary>Words</summary>
+#
+# - **Token**: a piece of text, from one letter to one word.
+# - **Step**: the model reads some text, then every weight moves a little.
+# - **Loss**: the surprise per token, in nats. **Perplexity**: the number of tokens the model
+#   hesitates between.
+# - **Validation**: the same on text that it never learns from.
+# - **Epoch**: once through all of the text.
+# - **Ternary weight**: -1, 0 or 1; choosing among three takes 1.58 bits.
+#
+# </details>
+#
+# Next: [02_use](https://github.com/OWNER/bitllm/blob/main/notebooks/02_use.ipynb) looks closer at
+# this model, [03_inside_ternary](https://github.com/OWNER/bitllm/blob/main/notebooks/03_inside_ternary.ipynb)
+# shows what the ternary weights do, and
+# [troubleshooting](https://github.com/OWNER/bitllm/blob/main/docs/troubleshooting.md) helps.

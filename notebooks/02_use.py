@@ -20,14 +20,12 @@
 #
 # [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/bitllm/blob/main/notebooks/02_use.ipynb)
 #
-# A chat, or a prompt box with sliders, for the model that `01_train` left behind, and what its
-# ternary weights weigh. Costs nothing and takes seconds. Where no model is found, a small one is
-# trained first.
+# Talk to a model that you trained, see how small it is, and take it to other programs, to a web
+# page or to the Hugging Face Hub. **Run everything once:** in Colab *Runtime > Run all*, in
+# JupyterLab *Run > Run All Cells*. It takes seconds. Where no model is found, a small one is
+# trained first, in about three minutes.
 
-# %% [markdown]
-# ## Installation
-
-# %%
+# %% cellView="form" jupyter={"source_hidden": true}
 # @title Set up
 import importlib.util
 import os
@@ -44,7 +42,8 @@ if not getattr(importlib.util.find_spec("bitllm"), "origin", None):  # elsewhere
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "jupyter_ui_poll"]
     subprocess.run([*pip, archive], check=True)  # if this fails: open bitllm_one_cell.ipynb
 
-# %%
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Start
 from pathlib import Path
 
 import torch
@@ -52,21 +51,26 @@ import torch
 import bitllm as bit
 
 bit.log_to(sys.stdout)
+bit.brief_errors()
 
 # %% [markdown]
 # ## The model
 #
-# A run folder is all that is needed: give its path, also one on a mounted Drive. Empty: the run
-# that was trained last.
+# Path of a run folder or of an exported file, or `hf:OWNER/NAME`. Leave it empty for the most
+# recent model: in `runs/`, where the command line leaves it, or uploaded below. In Colab every
+# notebook has a machine of its own: tick the box for runs that were copied to your Drive.
 
-# %%
+# %% cellView="form" jupyter={"source_hidden": true}
 # @title Model
-run = ""  # @param {type: "string"}
+where = ""  # @param {type: "string"}
+use_drive = False  # @param {type: "boolean"}
 
-run = Path(run) if run else bit.newest_run("runs")
+drive = bit.mount_drive() if use_drive else None
+bit.upload_box()
+run = bit.find_model(where, drive)
 if run is None:
-    settings = bit.Settings()
-    print(f"no run in runs/ yet, so this trains one\n{settings.describe()}")
+    settings = bit.Settings(data="companion")
+    print(f"no model yet, so this trains one\n{settings.describe()}")
     run = settings.run_folder
     bit.train(*settings.configs(), run, callbacks=[bit.LiveDisplay(run)])
 net, tokenizer = bit.load_model(run)
@@ -76,21 +80,22 @@ print(f"{run.as_posix()}: {net.config.num_parameters / 1e6:.2f}M parameters")
 # ## Write
 #
 # A model that was trained on conversations gets a chat here, and remembers what was said. Any
-# other gets a box for the beginning of a text. There, temperature 0 always takes the likeliest
-# token; higher values dare more. Top-k and top-p leave out what is unlikely. Press **Say** or
-# **Write** as often as you like. Empty: `hello`, or `The `.
+# other gets a box for the beginning of a text. Under **How it chooses its words**: temperature 0
+# always takes the likeliest token; higher values take more risks.
+
+# %%
+bit.try_out(run)
+
+# %% [markdown]
+# The same in code: `respond` yields an answer, or how the text continues, as it is generated.
+# `bit.Chat` is a conversation with its history; `bit.stream` and `bit.generate` know text alone.
 
 # %%
 prompt = ""  # @param {type: "string"}
-prompt = prompt or ("hello" if bit.can_chat(tokenizer) else "The ")
-bit.prompt_box(net, tokenizer, prompt)
-
-# %% [markdown]
-# The same in code: `respond` yields an answer, or how the text goes on, as it comes. `bit.Chat` is
-# a conversation with its history; `bit.stream` and `bit.generate` know text alone.
-
-# %%
+prompt = prompt or ("hello" if bit.can_chat(tokenizer) else bit.first_words(run, tokenizer))
+between = "\n" if bit.can_chat(tokenizer) else ""
 sampling = bit.SamplingConfig(max_new_tokens=80, temperature=0.7, top_k=40, top_p=0.95, seed=0)
+print(prompt, end=between)
 for piece in bit.respond(net, tokenizer, prompt, sampling):
     print(piece, end="")
 
@@ -100,15 +105,15 @@ for piece in bit.respond(net, tokenizer, prompt, sampling):
 # %%
 for temperature in (0.0, 0.7, 1.5):
     sampling = bit.SamplingConfig(max_new_tokens=30, temperature=temperature, seed=0)
-    text = "".join(bit.respond(net, tokenizer, prompt, sampling))
-    print(f"temperature {temperature}: {text!r}")
+    print(f"\ntemperature {temperature}\n{prompt}", end=between)
+    print(*bit.respond(net, tokenizer, prompt, sampling), sep="")
 
 # %% [markdown]
-# ## What it weighs
+# ## How big is it?
 #
 # A ternary weight needs log2(3) = 1.58 bits. Five of them fit into a byte (3^5 = 243), which is
-# 1.6 bits each. Embedding and norms stay 16-bit numbers, so the larger the model, the nearer it
-# comes to a tenth.
+# 1.6 bits each. Embedding and norms stay 16-bit numbers, so the larger the model, the closer the
+# file gets to a tenth of its fp16 size.
 
 # %%
 trits = sum(x.in_features * x.out_features for x in net.bit_linears().values())
@@ -131,82 +136,66 @@ print(f"{digits.numel():,} trits in {bytes_.numel():,} bytes; the first five: {d
 assert torch.equal(unpacked, digits)
 
 # %% [markdown]
-# ## Take it along
+# ## Export
 #
-# One packed file for this program, a folder for transformers, and a GGUF file for llama.cpp and
-# what is built on it. `docs/export.md` shows how closely they agree.
+# One packed file for this program, a folder for transformers, and a GGUF file for llama.cpp,
+# ollama and LM Studio. How closely they agree:
+# [export](https://github.com/OWNER/bitllm/blob/main/docs/export.md).
 
 # %%
-# @title Export
 folder = Path("exports")
-folder.mkdir(exist_ok=True)
-exports = [
-    bit.export_packed(run, folder / f"{run.name}.safetensors", overwrite=True),
-    bit.export_hf(run, folder / f"{run.name}-hf", overwrite=True),
-]
+names = ["Small file", "transformers"]
 limits = bit.export_limits(net.config)
-if not limits:
-    if importlib.util.find_spec("gguf") is None:
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "gguf"]
-        subprocess.run(command, check=True)
-    exports.append(bit.export_gguf(run, folder / f"{run.name}.gguf", overwrite=True))
-for exported in exports:
-    size, bits = (
-        f"{exported.size:,} bytes",
-        f"{exported.bits_per_weight:.2f} bits per ternary weight",
-    )
-    print(f"{exported.path.as_posix()}: {size}, {bits}\n{exported.usage}")
-if limits:
-    print(f"no GGUF file: {'; '.join(limits)}")
-
-# %%
-for exported in exports:
-    bit.download_button(exported.path)
+names += [] if limits else ["GGUF", "Web page"]
+exports = {}
+for name in names:
+    try:
+        exports[name] = bit.write_export(name, run, folder)
+        bit.download_button(exports[name])
+    except OSError as error:  # without a network, no web page
+        print(f"{name}: {error}")
+print(*limits, sep="\n")
 
 # %% [markdown]
 # ## A page for your friends
 #
 # One web page with the model inside: it opens in any browser, on a phone too, and writes there. It
 # needs no server and sends nothing anywhere. The first time, llama.cpp for browsers (17 MB) is
-# fetched for it. `docs/demo.md` explains how to put the page on the web.
+# fetched for it. How to put it on the web:
+# [the web page](https://github.com/OWNER/bitllm/blob/main/docs/demo.md).
 
 # %%
-# @title Web page
-try:
-    if limits:
-        raise OSError("; ".join(limits))
-    page = bit.export_html(run, folder / f"{run.name}.html", overwrite=True)
-    print(f"{page.path.as_posix()}: {page.size:,} bytes\n{page.usage}")
-    bit.download_button(page.path)
-except OSError as error:
-    print(f"no web page: {error}")
+if "Web page" in exports:
+    bit.show_page(exports["Web page"])
 
 # %% [markdown]
-# The packed file, read back, is the same model but for the embedding, which is rounded to 16 bits:
-# where two words are nearly equally likely, it may take the other one.
+# The packed file, read back, is the same model except for the embedding, which is rounded to 16
+# bits: where two words are nearly equally likely, it may choose the other one.
 
 # %%
-again, its_tokenizer = bit.load_model(exports[0].path)
+again, its_tokenizer = bit.load_model(exports["Small file"])
 sampling = bit.SamplingConfig(max_new_tokens=30, temperature=0, seed=0)
 for model, words in ((net, tokenizer), (again, its_tokenizer)):
     print(repr("".join(bit.respond(model, words, prompt, sampling))))
 
 # %% [markdown]
-# llama.cpp itself, inside this notebook. It is a download of 34 MB, so only with a tick.
+# llama.cpp itself, inside this notebook. Tick the box to try it (34 MB download).
 
-# %%
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title llama.cpp
 use_llama_cpp = False  # @param {type: "boolean"}
-if use_llama_cpp and exports[-1].path.suffix == ".gguf":
+if use_llama_cpp and "GGUF" in exports:
     if importlib.util.find_spec("xllamacpp") is None:
         subprocess.run([sys.executable, "-m", "pip", "install", "-q", "xllamacpp"], check=False)
-    for piece in bit.llama_cpp_stream(exports[-1].path, prompt, sampling):
+    for piece in bit.llama_cpp_stream(exports["GGUF"], prompt, sampling):
         print(piece, end="")
 
 # %% [markdown]
-# To the Hugging Face hub, for others to load by name: put a token with the right to write under
-# `HF_TOKEN` into Colab's secrets (the key at the left) or the environment, and give the name here.
+# Publish to the Hugging Face Hub: store a write token as `HF_TOKEN` in Colab's secrets (the key at
+# the left) or in the environment, and give the name here.
 
-# %%
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Hugging Face Hub
 repo_id = ""  # @param {type: "string"}
 if repo_id:
-    print(bit.push_to_hub(exports[1].path, repo_id))
+    print(bit.push_to_hub(exports["transformers"], repo_id))

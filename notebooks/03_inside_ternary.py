@@ -21,13 +21,11 @@
 # [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/bitllm/blob/main/notebooks/03_inside_ternary.ipynb)
 #
 # How a matrix of real numbers becomes one of -1, 0 and 1, what that does to the numbers that flow
-# through, and what it costs against the same network in full precision. Two tiny networks are
-# trained for it, which takes a minute or two on a CPU and needs no download.
+# through, and what it costs against the same network in full precision. Two small networks are
+# trained for it, which takes a minute or two on a CPU and needs no download. **Run everything
+# once:** in Colab *Runtime > Run all*, in JupyterLab *Run > Run All Cells*.
 
-# %% [markdown]
-# ## Installation
-
-# %%
+# %% cellView="form" jupyter={"source_hidden": true}
 # @title Set up
 import importlib.util
 import os
@@ -44,18 +42,22 @@ if not getattr(importlib.util.find_spec("bitllm"), "origin", None):  # elsewhere
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "jupyter_ui_poll"]
     subprocess.run([*pip, archive], check=True)  # if this fails: open bitllm_one_cell.ipynb
 
-# %%
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Start
 import dataclasses
-import time
+import shutil
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 
 import bitllm as bit
-from bitllm_core import encode, generate_tokens
+from bitllm_core import encode
 
 bit.log_to(sys.stdout)
+bit.brief_errors()
+plt.rcParams.update({"figure.figsize": (9, 3), "figure.dpi": 120, "font.size": 9})
+plt.rcParams.update({"figure.facecolor": "white", "legend.frameon": False})
 
 # %% [markdown]
 # ## Two small networks
@@ -66,12 +68,31 @@ bit.log_to(sys.stdout)
 
 # %%
 shape, data, train = bit.PRESETS["ci"]
+shape = dataclasses.replace(shape, hidden_size=256, intermediate_size=512, num_attention_heads=4)
 train = dataclasses.replace(train, max_steps=100, eval_every_steps=25, log_every_steps=5)
-states = {}
-for linear in ("ternary", "dense"):
+train = dataclasses.replace(train, compile="off")
+
+
+class History(bit.Callback):
+    """Keeps the first matrix' master weights at every line of the log."""
+
+    def __init__(self):
+        self.weights = {}
+
+    def on_step(self, state, metrics):
+        if metrics:
+            layer = next(iter(state.model.bit_linears().values()))
+            self.weights[state.step] = layer.weight.detach().cpu().clone()
+
+
+states, histories = {}, {"ternary": History(), "dense": History()}
+for linear, history in histories.items():
     model = dataclasses.replace(shape, linear=linear)
     run = Path("runs") / f"inside-{linear}"
-    states[linear] = bit.train(model, data, train, run, callbacks=[bit.LiveDisplay(run)])
+    shutil.rmtree(run, ignore_errors=True)  # seconds to train again, and the history is whole
+    display = bit.LiveDisplay(run)
+    states[linear] = bit.train(model, data, train, run, callbacks=[display, history])
+    display.show_end(states[linear])
 
 # %% [markdown]
 # ## Absmean: from a matrix to trits
@@ -96,34 +117,73 @@ assert torch.equal(ternary, by_hand)
 print({int(v): f"{(ternary == v).float().mean():.1%}" for v in (-1, 0, 1)})
 
 # %%
-_, places = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-matrices = {"master weights": master, "trits": ternary}
+figure, places = plt.subplots(1, 2, layout="constrained")
+part = slice(0, 48)  # a corner of it, to see single weights
+matrices = {"master weights": master[part, part], "trits": ternary[part, part]}
 for axes, (title, matrix) in zip(places, matrices.items(), strict=True):
-    axes.imshow(matrix, cmap="RdBu", vmin=-matrix.abs().max(), vmax=matrix.abs().max())
-    axes.set_title(f"{name.removeprefix('model.')}: {title}", fontsize=9)
+    limit = float(matrix.abs().max())
+    image = axes.imshow(matrix, cmap="RdBu", vmin=-limit, vmax=limit)
+    axes.set(title=f"{name.removeprefix('model.')}: {title}", xlabel="input", ylabel="output")
+    figure.colorbar(image, ax=axes)
 plt.show()
 
 # %% [markdown]
-# ## Weights around the thresholds
+# ## A weight crosses its threshold
 #
-# Training moves the master weights, which stay real numbers. A weight near a threshold, ±s/2,
-# flips with a small push; one in the middle of its bin needs many. The dense twin's weights, under
-# the same optimizer, know no thresholds.
+# Training moves the master weights, which stay real numbers. What the network computes with changes
+# only where one of them crosses a threshold, ±s/2. Here are the weights that changed most often.
 
 # %%
-_, places = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+history = histories["ternary"].weights
+steps = list(history)
+over_time = torch.stack([history[step].flatten() for step in steps])  # (lines, weights)
+half = over_time.abs().mean(1, keepdim=True) / 2
+trits = (over_time / (2 * half)).round().clamp(-1, 1)
+changes = (trits[1:] != trits[:-1]).sum(0)
+_, axes = plt.subplots(layout="constrained")
+for number in changes.topk(3).indices.tolist():
+    axes.plot(steps, over_time[:, number], label=f"weight {number}")
+axes.plot(steps, half, "k--", linewidth=0.8, label="thresholds, s/2 and -s/2")
+axes.plot(steps, -half, "k--", linewidth=0.8)
+axes.fill_between(steps, -half[:, 0], half[:, 0], alpha=0.1, color="gray")
+axes.set(title="in the grey band a weight counts as 0", xlabel="step", ylabel="master weight")
+axes.legend()
+plt.show()
+
+# %% [markdown]
+# One matrix, before and after: what changed sides, and what stayed.
+
+# %%
+first, last_one = (trits[n].view_as(master)[part, part] for n in (0, -1))
+figure, places = plt.subplots(1, 3, layout="constrained")
+shown = {f"step {steps[0]}": first, f"step {steps[-1]}": last_one, "changed": first != last_one}
+for axes, (title, matrix) in zip(places, shown.items(), strict=True):
+    style = {"cmap": "RdBu", "vmin": -1, "vmax": 1} if title != "changed" else {"cmap": "Greys"}
+    axes.imshow(matrix, **style)
+    axes.set(title=title, xlabel="input", ylabel="output")
+plt.show()
+print(f"{(first != last_one).float().mean():.0%} of the trits have changed")
+
+# %% [markdown]
+# A weight near a threshold flips with a small push; one in the middle of its bin needs many. The
+# dense twin is trained by the same optimizer but has no thresholds.
+
+# %%
+_, places = plt.subplots(1, 2, layout="constrained", sharey=True)
 for axes, (linear, state) in zip(places, states.items(), strict=True):
     weight = state.model.bit_linears()[name].weight.detach().cpu().flatten()
     half = weight.abs().mean() / 2
-    axes.hist(weight.numpy(), bins=80, color="#0b5cad")
+    axes.hist(weight.numpy(), bins=80, color="#3a8fd0")
     for threshold in (-half, half):
-        axes.axvline(threshold, color="#b34700")
+        axes.axvline(threshold, color="#d0701a", label="±s/2" if threshold > 0 else None)
     near = ((weight.abs() - half).abs() < 0.1 * half).float().mean()
-    axes.set_title(f"{linear}: {near:.1%} within a tenth of a threshold", fontsize=9)
+    title = f"{linear}: {near:.1%} within a tenth of a threshold"
+    axes.set(title=title, xlabel="master weight", ylabel="how many")
+    axes.legend()
 plt.show()
 
 # %% [markdown]
-# ## Zeros and flips, by layer and time
+# ## Zeros and flips, over time
 #
 # Weights begin uniformly distributed, and a quarter of such weights is smaller than half their mean
 # size. Training gives them the shape of a bell, for which it would be 31%. Trits flip often while
@@ -132,20 +192,22 @@ plt.show()
 # %%
 lines = [line for line in bit.read_metrics("runs/inside-ternary") if "loss" in line]
 steps = [line["step"] for line in lines]
-_, places = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-for axes, key in zip(places, ("zero_fraction", "flip_rate"), strict=True):
+_, places = plt.subplots(1, 2, layout="constrained")
+titles = {"zero_fraction": "share of weights that are 0", "flip_rate": "share that changed"}
+for axes, (key, title) in zip(places, titles.items(), strict=True):
     for number, values in enumerate(zip(*(line[key] for line in lines), strict=True)):
         axes.plot(steps, values, label=f"layer {number}")
-    axes.set_title(key.replace("_", " "), fontsize=9)
-    axes.legend(fontsize=8)
+    axes.set(title=title, xlabel="step")
+    axes.set_ylim(0, None)
+    axes.legend()
 plt.show()
 
 # %% [markdown]
 # ## Activations in 8 bits
 #
-# What enters a ternary matrix is rounded too: each token's vector to 127 steps up and down of its
-# own largest value. A hook on the norm before the first attention shows the vectors of real text
-# before, and `activation_quant` after.
+# What enters a ternary matrix is rounded too: each token's vector is scaled by its largest absolute
+# value and rounded to integers from -127 to 127. A hook on the norm before the first attention
+# shows the vectors of real text before, and `activation_quant` after.
 
 # %%
 net, tokenizer = bit.load_model("runs/inside-ternary")
@@ -162,11 +224,11 @@ print(f"{len(before)} tokens of width {before.shape[1]}, relative error {error:.
 assert error > 0
 
 # %%
-_, axes = plt.subplots(figsize=(9, 3), layout="constrained")
-axes.plot(before[0], label="before", color="#0b5cad")
-axes.plot(after[0], ".", label="after, 8 bits", color="#b34700")
-axes.set_title("the first token's vector", fontsize=9)
-axes.legend(fontsize=8)
+_, axes = plt.subplots(layout="constrained")
+axes.plot(before[0, :64], label="before", color="#3a8fd0")
+axes.plot(after[0, :64], ".", label="after, 8 bits", color="#d0701a")
+axes.set(title="the first token's vector, its first 64 numbers", xlabel="number", ylabel="value")
+axes.legend()
 plt.show()
 
 # %% [markdown]
@@ -174,41 +236,41 @@ plt.show()
 #
 # Validation loss of both networks, each trained at the learning rate that was tuned for its form:
 # at one rate for both, most of the gap would be the rate's. In so short a training they end close
-# to each other; `docs/results.md` has the gap of longer ones, over several seeds.
+# to each other; [results](https://github.com/OWNER/bitllm/blob/main/docs/results.md) have the gap
+# of longer ones, over several seeds.
 
 # %%
-_, axes = plt.subplots(figsize=(9, 3), layout="constrained")
+_, axes = plt.subplots(layout="constrained")
 last = {}
-for linear, color in {"ternary": "#0b5cad", "dense": "#b34700"}.items():
+for linear, color in {"ternary": "#3a8fd0", "dense": "#d0701a"}.items():
     lines = bit.read_metrics(f"runs/inside-{linear}")
     points = [(x["step"], x["val_loss"]) for x in lines if "val_loss" in x and "final" not in x]
-    axes.plot(*zip(*points, strict=True), ".-", label=linear, color=color)
-    last[linear] = points[-1][1]
-axes.set_title("validation loss, nats per token", fontsize=9)
-axes.legend(fontsize=8)
+    if points:  # none if the training was stopped early
+        axes.plot(*zip(*points, strict=True), ".-", label=linear, color=color)
+        last[linear] = points[-1][1]
+axes.set(title="on text that it has not seen", xlabel="step", ylabel="loss, nats per token")
+axes.legend()
 plt.show()
 
 # %%
-gap = last["ternary"] - last["dense"]
-print(f"ternary {last['ternary']:.3f}, dense {last['dense']:.3f}: {gap:+.3f} nats per token")
+if len(last) == 2:
+    gap = last["ternary"] - last["dense"]
+    print(f"ternary {last['ternary']:.3f}, dense {last['dense']:.3f}: {gap:+.3f} nats per token")
 
 # %% [markdown]
 # ## What it saves
 #
 # The smallest file of each: five trits in a byte for the one, 16 bits per weight for the other. The
-# embedding has 16 bits in both, and is a large part of a network this small. The time to write
-# text is that of this program; llama.cpp gains more from trits.
+# embedding has 16 bits in both, so the larger the network, the more is saved.
 
 # %%
 packed = bit.export_packed("runs/inside-ternary", "runs/inside.safetensors", overwrite=True)
 sizes = {"ternary": packed.size, "dense": 2 * shape.num_parameters}
-for linear in states:
-    net, _ = bit.load_model(f"runs/inside-{linear}")
-    start = time.perf_counter()
-    tokens = list(generate_tokens(net, [[0]], bit.SamplingConfig(max_new_tokens=60, seed=0)))
-    speed = len(tokens) / (time.perf_counter() - start)
-    print(f"{linear:8} {sizes[linear]:9,} bytes, {speed:4.0f} tokens/s")
-
-# %%
-assert all(state.step == train.max_steps for state in states.values()), "a training was stopped"
-print("complete:", {linear: state.step for linear, state in states.items()})
+_, axes = plt.subplots(figsize=(9, 1.5), layout="constrained")
+axes.barh(list(sizes), [size / 1e6 for size in sizes.values()], color=["#3a8fd0", "#d0701a"])
+axes.set(xlabel="file size, MB")
+axes.invert_yaxis()
+plt.show()
+print(
+    f"ternary {sizes['ternary']:,} bytes, {sizes['ternary'] / sizes['dense']:.0%} of the dense one"
+)

@@ -22,11 +22,11 @@
 # ---
 
 # %% [markdown]
-# # Train your own 1.58-bit language model on Kaggle's two T4
+# # Train your own 1.58-bit language model on Kaggle's two T4s
 #
 # [![Open In Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/OWNER/bitllm/blob/main/notebooks/kaggle_train.ipynb)
 #
-# At the end of this notebook you have a language model of your own, trained from nothing on both
+# At the end of this notebook you have a language model of your own, trained from scratch on both
 # GPUs, in a folder that a later version of this notebook resumes from. In the settings at the
 # right: **Accelerator: GPU T4 x2**, and **Internet: on** (Kaggle asks for a verified phone number
 # for both). Then **Save Version > Save & Run All**: it runs with the browser closed. Nothing below
@@ -39,7 +39,7 @@
 #
 # This cell finds the package `bitllm` beside the notebook, or installs it.
 
-# %%
+# %% cellView="form" jupyter={"source_hidden": true}
 # @title Set up
 import importlib.util
 import os
@@ -158,8 +158,8 @@ with log.open("w") as sink:
     )
 
 # %% [markdown]
-# Blue is the loss on the training text, orange on text held back; the heat maps show the share of
-# weights that are zero and of trits that changed. The text is the log of the processes.
+# Blue is the loss on the training text, orange on text the model has never seen. The text is the
+# log of the processes. `bit.watch(run)` in another notebook shows the same.
 
 # %%
 picture, draw_at, stopped = display("no curve yet", display_id=True), 0.0, False

@@ -16,10 +16,14 @@ LEFT_OUT = ("__main__.py", "bench.py", "cli.py", "export", "loggers.py")
 INTRODUCTION = """\
 # Train a 1.58-bit language model with one cell
 
-All of it is in the cell below: nothing to upload, nothing to fetch but your data. In Colab choose
-**Runtime > Change runtime type > T4 GPU**, then **Runtime > Run all**. The cell can also be copied
-into any notebook. Run it again to resume where it stopped. On a T4 the default is planned for about
-an hour; without a GPU a small model is kept to about three minutes."""
+All of it is in the cell below, folded away: nothing to upload, nothing to fetch but your data.
+**Run it:** in Colab *Runtime > Run all*, in JupyterLab *Run > Run All Cells*. Form, training and
+the model's answers appear under it. Without a GPU it trains a companion that answers, in about
+three minutes; on a free Colab T4 a writer of small stories, in about an hour (an estimate). Run it
+again to resume where it stopped. The cell can also be copied into any notebook."""
+
+HIDDEN = {"cellView": "form", "jupyter": {"source_hidden": True}}
+"""In Colab the cell is a form, in JupyterLab a line: its source is 7,000 lines."""
 
 FORM = """\
 # @title Train a 1.58-bit language model
@@ -56,23 +60,24 @@ if missing:  # in Colab never what these depend on: numpy and torch are in use a
 import bitllm as bit
 
 bit.log_to(sys.stdout)
-print(bit.environment_report())
+bit.brief_errors()
+bit.show_environment()
 drive = bit.mount_drive() if use_drive else None
 settings = bit.Settings(preset, data, minutes=minutes, resume=resume, persona=persona)
+panel = bit.SettingsPanel.kept(settings if settings != bit.Settings() else None)
+if "google.colab" not in sys.modules:  # there the cell itself is the form
+    panel.show()
+settings = panel.settings
 run = settings.run_folder
 if drive:
     settings = settings.replace(mirror=str(drive / run.name))
-print(settings.describe())
-state = bit.train(*settings.configs(), run, callbacks=[bit.LiveDisplay(run)], **settings.options)
-bit.show_run(run)
-net, tokenizer = bit.load_model(run)
-prompt = prompt or ("hello" if bit.can_chat(tokenizer) else "The ")
-print(prompt + "\\n" * bit.can_chat(tokenizer), *bit.respond(net, tokenizer, prompt), sep="")
-bit.prompt_box(net, tokenizer, prompt)
-assert state.step == state.config.max_steps, (
-    f"stopped at step {state.step} of {state.config.max_steps}, and saved: run the cell again"
-)
-print(f"complete: {state.step} steps, {state.tokens:,} tokens, in {run.as_posix()}")"""
+display = bit.LiveDisplay(run)
+state = bit.train(*settings.configs(), run, callbacks=[display], **settings.options)
+display.show_end(state)
+if prompt:
+    bit.prompt_box(*bit.load_model(run), prompt)
+else:
+    bit.try_out(run)"""
 
 
 def files() -> list[Path]:
@@ -97,7 +102,7 @@ def build() -> str:
     book = new_notebook(
         cells=[
             new_markdown_cell(INTRODUCTION, id="introduction"),
-            new_code_cell(code, id="bitllm", metadata={"cellView": "form"}),
+            new_code_cell(code, id="bitllm", metadata=HIDDEN),
         ],
         metadata={
             "accelerator": "GPU",

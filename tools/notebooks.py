@@ -6,8 +6,10 @@ python tools/notebooks.py run 02_use --in FOLDER  # in a folder that has runs/ a
 """
 
 import argparse
+import base64
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -27,6 +29,9 @@ def pair(source: Path) -> None:
     old = nbformat.read(path, 4).cells if path.exists() else []
     before = {(cell.cell_type, cell.source): cell for cell in old}
     for number, cell in enumerate(new.cells):
+        for name in re.findall(r"\(attachment:([\w.]+)\)", cell.source):  # shown without a network
+            picture = base64.b64encode((ROOT / "docs" / name).read_bytes()).decode()
+            cell.attachments = {name: {"image/png": picture}}
         cell.id = f"{source.stem.split('_')[0]}-{number:02}"
         kept = before.get((cell.cell_type, cell.source))
         if kept is not None and cell.cell_type == "code":
@@ -41,8 +46,13 @@ def run(path: Path, folder: str) -> None:
     NotebookClient(book, timeout=3600, resources=where, store_widget_state=False).execute()
     for cell in book.cells:
         cell.metadata.pop("execution", None)  # times
+        kept = []
         for output in cell.get("outputs", []):
-            output.get("data", {}).pop(WIDGET, None)  # of no use without its kernel
+            widget = output.get("data", {}).pop(WIDGET, None)  # of no use without its kernel
+            if not (widget and re.search(r"\[\d\d:\d\d", output.data["text/plain"])):  # a bar
+                kept.append(output)
+        if cell.cell_type == "code":
+            cell.outputs = kept
     book.metadata.pop("widgets", None)
     write(book, path)
 

@@ -17,7 +17,7 @@ def card() -> str:
     cells = nbformat.read(ROOT / "notebooks" / "01_train.ipynb", 4).cells
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     pages = [x["data"]["text/html"] for x in outputs if "text/html" in x.get("data", {})]
-    return next(page for page in reversed(pages) if "base64" in page)
+    return next(page for page in reversed(pages) if "loss by step" in page)
 
 
 if __name__ == "__main__":
@@ -25,7 +25,7 @@ if __name__ == "__main__":
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
         )
-        page = browser.new_page(viewport={"width": 960, "height": 900})
-        page.set_content(f'<body style="font: 14px sans-serif">{card()}</body>')
+        page = browser.new_page(viewport={"width": 932, "height": 900})
+        page.set_content(f'<body style="font: 14px sans-serif; background: white">{card()}</body>')
         page.locator("body > div").screenshot(path=ROOT / "docs" / "live_display.png")
         browser.close()

@@ -1,72 +1,45 @@
-"""Boxes under a cell: a conversation, a prompt with sliders, and a download button."""
+"""Boxes under a cell: a conversation or a prompt, answered once and ready for more."""
 
 from __future__ import annotations
 
-import html
-import shutil
+import dataclasses
+import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+
+import numpy as np
 
 import bitllm.notebook.kernel as kernel
 from bitllm.chat import SAMPLING, Chat
 from bitllm.conversations import can_chat
-from bitllm.notebook.figures import CARD, INK
-from bitllm_core import BitLM, SamplingConfig, generate, stream
+from bitllm.notebook.card import CARD, bubbles, continued
+from bitllm_core import BitLM, SamplingConfig, generate, load_model, read_json, stream
 
-BUBBLE = "display:inline-block;max-width:80%;white-space:pre-wrap;text-align:left;"
-BUBBLE += "line-height:1.4;padding:6px 12px;border-radius:12px"
-ASKED, ANSWERED = "background:#0b5cad;color:#ffffff", f"background:#e7ebf0;color:{INK}"
+WIDTH = {"width": "620px", "max_width": "100%"}
+HELP = {
+    "temperature": "0: always the likeliest word; higher: more varied, less sensible",
+    "top_k": "choose among this many likeliest tokens; 0: among all",
+    "top_p": "choose among the likeliest tokens that reach this probability together",
+    "max_new_tokens": "how long an answer may become, in tokens (pieces of words)",
+    "seed": "a number: the same answer each time; empty: a new one",
+}
 
 
 def prompt_box(model: BitLM, tokenizer: Any, prompt: str = "") -> None:
-    """A prompt box with sliders that streams the answer; without widgets, prints one text.
+    """A box for the beginning of a text, which the model continues; without widgets, prints one.
 
-    With a model that was trained on conversations, it is `chat_box`.
+    It has answered once when it appears. With a model that was trained on conversations, it is
+    `chat_box`.
     """
-    widgets = kernel.widgets()
     if can_chat(tokenizer):
         return chat_box(model, tokenizer, prompt)
-    if widgets is None:
+    if kernel.widgets() is None:
         print(prompt + generate(model, tokenizer, prompt, SamplingConfig(seed=0)))
         return
-    from IPython.display import display
-
-    w = widgets
-    wide = {"layout": w.Layout(width="520px"), "style": {"description_width": "100px"}}
-    text = w.Textarea(value=prompt, description="prompt", **wide)
-    sliders = {
-        "temperature": w.FloatSlider(value=0.8, min=0, max=2, step=0.05, **wide),
-        "top_k": w.IntSlider(value=50, min=0, max=200, **wide),
-        "top_p": w.FloatSlider(value=1.0, min=0.05, max=1, step=0.05, **wide),
-        "max_new_tokens": w.IntSlider(value=100, min=1, max=500, **wide),
-    }
-    for name, slider in sliders.items():
-        slider.description = name.replace("_", " ").removesuffix(" new tokens")
-    button, answer = w.Button(description="Write"), w.HTML()
-
-    def write(_: Any) -> None:
-        written = text.value
-        sampling = SamplingConfig(**{name: slider.value for name, slider in sliders.items()})
-        for piece in stream(model, tokenizer, text.value, sampling):
-            written += piece
-            answer.value = f'<pre style="{CARD};white-space:pre-wrap">{html.escape(written)}</pre>'
-
-    button.on_click(write)
-    display(w.VBox([text, *sliders.values(), button, answer]))
-
-
-def _bubbles(messages: list[dict[str, str]], coming: str | None = None) -> str:
-    """A conversation as HTML: the user's turns on the right, the answers on the left."""
-    turns = [(m["role"] == "user", m["content"]) for m in messages]
-    turns += [] if coming is None else [(False, coming)]
-    rows = [
-        f'<div style="text-align:{"right" if user else "left"};margin:4px 0"><span style="'
-        f'{ASKED if user else ANSWERED};{BUBBLE}">{html.escape(text)}</span></div>'
-        for user, text in turns
-    ]
-    return f'<div style="width:520px">{"".join(rows)}</div>'
+    box = _PromptBox(model, tokenizer, prompt or "The")
+    box.show("a prompt box: run this cell to use it")
 
 
 def chat_box(
@@ -74,64 +47,164 @@ def chat_box(
 ) -> None:
     """A conversation with history that streams its answers; without widgets, prints one answer.
 
+    It has answered once when it appears.
+
     Args:
-        prompt: what the user may say first.
+        prompt: what the user says first; default: hello.
 
     Raises:
         ValueError: the model was not trained on conversations.
     """
-    talk, widgets = Chat(model, tokenizer, sampling), kernel.widgets()
-    if widgets is None:
-        question = prompt or "hello"
-        print(f"> {question}\n{talk.answer(question)}")
+    prompt = prompt or "hello"
+    talk = Chat(model, tokenizer, sampling)
+    if kernel.widgets() is None:
+        print(f"> {prompt}\n{talk.answer(prompt)}")
         return
-    from IPython.display import display
+    box = _ChatBox(talk, prompt)
+    box.show("a chat: run this cell to talk")
 
-    text = widgets.Text(value=prompt, placeholder="Say something", layout={"width": "300px"})
-    say, new = widgets.Button(description="Say"), widgets.Button(description="New conversation")
-    say.layout.width, new.layout.width, history = "60px", "148px", widgets.HTML()
 
-    def answer(_: Any) -> None:
-        question, said = text.value.strip(), ""
+def try_out(run: str | Path, said: str = "hello") -> None:
+    """A chat that begins with `said`, or a box with first words of the run's validation text."""
+    model, tokenizer = load_model(run)
+    prompt_box(model, tokenizer, said if can_chat(tokenizer) else first_words(run, tokenizer))
+
+
+def answer_box(run: str | Path) -> Any:
+    """The widget that `try_out` shows."""
+    model, tokenizer = load_model(run)
+    if can_chat(tokenizer):
+        return _ChatBox(Chat(model, tokenizer), "hello").whole
+    return _PromptBox(model, tokenizer, first_words(run, tokenizer)).whole
+
+
+def first_words(run: str | Path, tokenizer: Any, count: int = 3) -> str:
+    """How the text begins that a run is validated on; "The" where that is not known."""
+    folder = Path(run) / "data"
+    manifest = read_json(folder / "manifest.json") or {}
+    try:
+        tokens = np.memmap(folder / "validation.bin", dtype=manifest["dtype"], mode="r")[:200]
+    except (OSError, KeyError, TypeError, ValueError):
+        return "The"
+    text = tokenizer.decode([int(token) for token in tokens])
+    words = re.findall(r"\b[^\W\d_]{2,}(?: [^\W\d_]{2,})+", text)  # not a number, not a rule
+    return " ".join((words[0] if words else "The").split()[:count])
+
+
+class _Sampling:
+    """Sliders for how the next token is chosen, folded away."""
+
+    def __init__(self, w: Any, sampling: SamplingConfig) -> None:
+        wide = {"layout": w.Layout(**WIDTH), "style": {"description_width": "100px"}}
+        known = dataclasses.asdict(sampling)
+        self.given = sampling
+        self.sliders = {
+            "temperature": w.FloatSlider(min=0, max=2, step=0.05, **wide),
+            "top_k": w.IntSlider(min=0, max=200, **wide),
+            "top_p": w.FloatSlider(min=0.05, max=1, step=0.05, **wide),
+            "max_new_tokens": w.IntSlider(min=1, max=500, **wide),
+        }
+        for name, slider in self.sliders.items():
+            slider.value, slider.description = known[name], name.replace("_", "-")
+        self.sliders["max_new_tokens"].description = "length"
+        self.seed = w.Text(description="seed", placeholder="a new one each time", **wide)
+        for name, field in (*self.sliders.items(), ("seed", self.seed)):
+            trait = "tooltip" if field.has_trait("tooltip") else "description_tooltip"
+            field.set_trait(trait, HELP[name])
+        notes = [f"<b>{self._label(name)}</b>: {text}" for name, text in HELP.items()]
+        note = w.HTML(f'<div style="{CARD};font-size:12px">{"<br>".join(notes)}</div>')
+        self.whole = w.Accordion(children=[w.VBox([*self.sliders.values(), self.seed, note])])
+        self.whole.selected_index, self.whole.layout = None, w.Layout(**WIDTH)
+        self.whole.set_title(0, "How it chooses its words")
+
+    def _label(self, name: str) -> str:
+        return self.sliders[name].description if name in self.sliders else name
+
+    def config(self) -> SamplingConfig:
+        seed = int(self.seed.value) if self.seed.value.strip().isdecimal() else None
+        values = {name: slider.value for name, slider in self.sliders.items()}
+        return dataclasses.replace(self.given, **values, seed=seed)
+
+
+class _PromptBox:
+    """A prompt, its continuation below, Write and Stop."""
+
+    def __init__(self, model: BitLM, tokenizer: Any, prompt: str) -> None:
+        w = kernel.widgets()
+        self.model, self.tokenizer = model, tokenizer
+        self.text = w.Textarea(value=prompt, layout=w.Layout(**WIDTH))
+        self.text.description, self.text.style.description_width = "beginning", "100px"
+        self.sampling, self.answer = _Sampling(w, SamplingConfig()), w.HTML()
+        write, stop = w.Button(description="Write"), w.Button(description="Stop")
+        write.button_style = "primary"
+        self.job = kernel.InThread(write, stop, self._write)
+        row = w.HBox([write, stop])
+        self.whole = w.VBox([self.text, row, self.answer, self.sampling.whole])
+        self.sampling.seed.value = "0"
+        self.job.run()
+        self.sampling.seed.value = ""
+
+    def _write(self) -> Iterator[None]:
+        begun, written = self.text.value, ""
+        # a space at the end would be a token of its own, which hardly any text continues
+        prompt, space = (begun[:-1], " ") if begun.endswith(" ") else (begun, "")
+        for piece in stream(self.model, self.tokenizer, prompt, self.sampling.config()):
+            written += piece
+            shown = written.removeprefix(space)
+            self.answer.value = continued(begun, shown)
+            yield
+        if not written:
+            self.answer.value = continued(begun, " (the model ends its text here)")
+
+    def show(self, text: str) -> None:
+        kernel.show(self.whole, f"{text}\n\n{self.text.value}", self.answer.value)
+
+
+class _ChatBox:
+    """A history, what the user says, Say, Stop and New conversation."""
+
+    def __init__(self, talk: Chat, prompt: str) -> None:
+        w = kernel.widgets()
+        self.talk, self.history = talk, w.HTML(layout=w.Layout(**WIDTH))
+        self.text = w.Text(value=prompt, placeholder="Say something", layout={"width": "300px"})
+        say, stop = w.Button(description="Say"), w.Button(description="Stop")
+        new = w.Button(description="New conversation")
+        say.button_style = "primary"
+        say.layout.width = stop.layout.width = "70px"
+        new.layout.width = "150px"
+        self.sampling = _Sampling(w, dataclasses.replace(talk.sampling, temperature=0))
+        self.job = kernel.InThread(say, stop, self._answer)
+        with warnings.catch_warnings():  # Enter: later versions prefer an event that blur sends too
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.text.on_submit(self.job.start)
+        new.on_click(self._begin)
+        row = w.HBox([self.text, say, stop, new], layout={"flex_flow": "row wrap"})
+        self.whole = w.VBox([self.history, row, self.sampling.whole])
+        usual = talk.sampling.temperature
+        self.job.run()  # the first answer is its best
+        self.sampling.sliders["temperature"].value = usual
+
+    def _answer(self) -> Iterator[None]:
+        question, said = self.text.value.strip(), ""
         if not question:
             return
-        text.value = ""
-        for piece in talk.reply(question):
+        self.text.value, self.talk.sampling = "", self.sampling.config()
+        for piece in self.talk.reply(question):
             said += piece
-            history.value = _bubbles(talk.messages, said)
-        history.value = _bubbles(talk.messages)
+            self._show(said)
+            yield
+        self._show()
 
-    def begin(_: Any) -> None:
-        talk.new()
-        history.value = ""
+    def _show(self, coming: str | None = None) -> None:
+        turns = [(m["role"] == "user", m["content"]) for m in self.talk.messages]
+        turns += [] if coming is None else [(False, coming)]
+        self.history.value = f'<div style="{CARD}">{bubbles(turns)}</div>'
 
-    say.on_click(answer)
-    with warnings.catch_warnings():  # Enter: later versions prefer an event that comes on blur too
-        warnings.simplefilter("ignore", DeprecationWarning)
-        text.on_submit(answer)
-    new.on_click(begin)
-    display(widgets.VBox([history, widgets.HBox([text, say, new])]))
+    def _begin(self, _: Any) -> None:
+        self.job.stopped = True
+        self.talk.new()
+        self.history.value = ""
 
-
-def download_button(path: str | Path) -> None:
-    """Offer a file, or a folder as a zip: a button in Colab, a link in Jupyter, else its path."""
-    path = Path(path)
-    if path.is_dir():
-        shutil.make_archive(str(path), "zip", path)
-        path = path.with_name(path.name + ".zip")
-    widgets = kernel.widgets()
-    if widgets is None:
-        print(f"saved as {path}")
-        return
-    from IPython.display import display
-
-    try:
-        from google.colab import files  # type: ignore[import-not-found]
-    except ImportError:
-        address, name = quote(path.as_posix()), html.escape(path.as_posix())
-        link = f'<a href="{address}" download>{name}</a>'
-        display({"text/html": link, "text/plain": path.as_posix()}, raw=True)
-        return
-    button = widgets.Button(description=f"Download {path.name}", layout={"width": "auto"})
-    button.on_click(lambda _: files.download(str(path)))
-    display(button)
+    def show(self, text: str) -> None:
+        said = "\n".join(m["content"] for m in self.talk.messages)
+        kernel.show(self.whole, f"{text}\n\n{said}", self.history.value)

@@ -1,43 +1,49 @@
-"""The live display under a training cell: curves, a sample text and buttons."""
+"""The live display under a training cell: tiles, what the model says, a curve and buttons."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import html
 import importlib.util
 import logging
-import signal
+import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import bitllm.notebook.kernel as kernel
-from bitllm.notebook.figures import CARD, figure_png, run_figure
-from bitllm.notebook.runs import run_facts
+from bitllm.notebook.card import card, details, duration, verdict
+from bitllm.notebook.runs import expected_steps, read_metrics, run_facts
+from bitllm.notebook.samples import Samples, evaluated, read_samples
 from bitllm.progress import ProgressBar
+from bitllm.requests import Requests, press
 from bitllm_core import Callback, MetricsLog, TrainState, first_line
 
 log = logging.getLogger("bitllm")
 
+SHARE = 49  # of the time between two drawings to one: they take 2%
+
 
 class LiveDisplay(Callback):
-    """Curves, numbers, a sample and buttons under the training cell; a progress bar elsewhere.
+    """Numbers, what the model says, a curve and buttons under the training cell; a progress bar
+    elsewhere.
 
     Buttons set flags that the training loop reads between steps. Clicks reach a running cell on
     ipykernel 7 with JupyterLab 4.4 or newer (through a thread of their own), and on ipykernel 6,
     which Colab has, if jupyter_ui_poll is installed. Elsewhere they wait until the cell ends.
-    Interrupting the cell (■) stops the training everywhere.
+    Interrupting the cell (■) stops the training everywhere, and `watch` from any other notebook.
 
     Args:
         out: the run folder given to `train`, whose metrics.jsonl has the curve so far.
+        box: a widget (VBox) to show it in, instead of the output of the cell.
     """
 
-    def __init__(self, out: str | Path) -> None:
-        self.out = Path(out)
+    def __init__(self, out: str | Path, box: Any = None) -> None:
+        self.out, self.box = Path(out), box
         self.progress_bar = None if kernel.in_notebook() and _has_matplotlib() else ProgressBar()
+        self.requests, self.samples = Requests(out), Samples(out)
         self.facts: dict[str, str] = {}
-        self.sample = ""
+        self.lines: list[dict[str, Any]] = []
         self.next_drawing = 0.0
         self.drawn_state: tuple[Any, ...] = ()
         self.buttons: dict[str, Any] = {}
@@ -45,30 +51,34 @@ class LiveDisplay(Callback):
         self.started, self.ended = time.monotonic(), False
 
     def on_start(self, state: TrainState) -> None:
+        self.requests.on_start(state)
         if self.progress_bar:
             return self.progress_bar.on_start(state)
         self.lines = MetricsLog.read(self.out / "metrics.jsonl")
+        self.samples.begin(state.step)
         if state.step:
             self.facts["last save"] = f"step {state.step:,}"
         if state.mirror:
             self.on_mirror(state, state.mirror.status())
         self.resources = contextlib.ExitStack()
-        self.poll = self.resources.enter_context(kernel.clicks_between_steps())
+        clicks = contextlib.nullcontext(lambda: None) if self.box else kernel.clicks_between_steps()
+        self.poll = self.resources.enter_context(clicks)  # in a thread the kernel is free for them
         self._show_buttons(state)
-        from IPython.display import display
-
-        self.handle = display({"text/plain": "drawing"}, raw=True, display_id=True)
         self._draw_if_due(state)
 
     def on_step(self, state: TrainState, metrics: dict[str, Any] | None) -> None:
+        self.requests.on_step(state, metrics)
         if self.progress_bar:
             return self.progress_bar.on_step(state, metrics)
         if metrics:
             self.lines.append(metrics)
+            if self.samples.due(state.step, self._steps(state)):
+                self._sample(state)
         self.poll()
         self._draw_if_due(state)
 
     def on_pause(self, state: TrainState) -> None:
+        self.requests.on_pause(state)
         if not self.progress_bar:
             self.poll()
             self._draw_if_due(state)
@@ -81,7 +91,8 @@ class LiveDisplay(Callback):
     def on_sample(self, state: TrainState, text: str) -> None:
         if self.progress_bar:
             return self.progress_bar.on_sample(state, text)
-        self.sample = text
+        if state.processes.world_size > 1:
+            self.samples.add(state.step, [(False, text)])
 
     def on_checkpoint(self, state: TrainState, path: Path) -> None:
         when = time.strftime("%H:%M:%S", time.localtime(state.last_saved_at))
@@ -95,70 +106,143 @@ class LiveDisplay(Callback):
             return self.progress_bar.on_end(state)
         for button in self.buttons.values():
             button.disabled = True
+        if state.stop_signal and state.step:
+            self._evaluate(state)
+        self._sample(state)
         self.next_drawing, self.ended = 0.0, True
         self._draw_if_due(state)
+        self._show(details(self.lines, self._steps(state)))
         self.resources.close()
+
+    def show_end(self, state: TrainState) -> None:
+        """Say how a training went that `on_end` has not shown: one that was complete before.
+
+        Raises:
+            AssertionError: it was stopped, and BITLLM_MUST_FINISH is set, as the tests do.
+        """
+        self.ended = True
+        text = _headline(self, state)
+        if self.handle is None and not self.progress_bar:
+            self.lines, self.samples.taken = read_metrics(self.out), read_samples(self.out)
+            self._draw_if_due(state)
+            self._show(details(self.lines, self._steps(state)))
+        elif self.progress_bar:
+            print(text)
+        assert state.finished or not os.environ.get("BITLLM_MUST_FINISH"), text
+
+    def _steps(self, state: TrainState) -> int:
+        """How many steps the run will have."""
+        return max(expected_steps(asdict(state.config), self.lines), state.step)
+
+    def _sample(self, state: TrainState) -> None:
+        try:
+            self.samples.take(state)
+        except Exception as error:  # what is only shown must not end the training
+            log.warning(f"display: no sample ({type(error).__name__}: {first_line(error)})")
+
+    def _evaluate(self, state: TrainState) -> None:
+        """Validate a run that was stopped, once, for the display alone."""
+        if any(line["step"] == state.step and "val_loss" in line for line in self.lines):
+            return
+        try:
+            self.lines.append(evaluated(self.out, state))
+        except Exception as error:
+            log.warning(f"display: not evaluated ({type(error).__name__}: {first_line(error)})")
 
     def _show_buttons(self, state: TrainState) -> None:
         widgets = kernel.widgets()
         if widgets is None:
             return
-        from IPython.display import display
-
         for name in ("Stop", "Pause", "Save now"):
             self.buttons[name] = widgets.Button(description=name)
-            self.buttons[name].on_click(lambda _, name=name: _press(state, name))
+            self.buttons[name].on_click(lambda _, name=name: _click(state, name))
             kernel.deliver_to_thread(self.buttons[name].comm)
-        note = widgets.HTML("to stop, or interrupt the cell (■): both save first")
-        display(widgets.HBox([*self.buttons.values(), note]))
+        note = widgets.HTML("Stop and ■ (interrupt) both save first.")
+        row = widgets.HBox([*self.buttons.values(), note], layout={"flex_flow": "row wrap"})
+        if self.box:
+            self.box.children = [*self.box.children, row]
+        else:
+            kernel.show(row, "buttons: Stop, Pause, Save now")
+
+    def _show(self, page: str, plain: str = "") -> Any:
+        """Show HTML below what is there; returns what updates it."""
+        if not page:
+            return None
+        if self.box:
+            place = kernel.Place(self.box)
+            place.update({"text/html": page})
+            return place
+        from IPython.display import display
+
+        return display({"text/html": page, "text/plain": plain}, raw=True, display_id=True)
 
     def _draw_if_due(self, state: TrainState) -> None:
-        """Draw at once after a click or save; otherwise at most once a second, 5% of the time.
+        """Draw at once after a click or save; otherwise at most once a second, 2% of the time.
 
         Drawings become rarer over the hours: a tab that is opened again gets all it missed at once.
         """
         start = time.monotonic()
-        shown = (state.paused, state.stop_signal, self.facts.get("last save"))
+        shown = (state.paused, state.stop_signal, self.facts.get("last save"), len(self.lines) > 0)
         if start < self.next_drawing and shown == self.drawn_state:
             return
         self.drawn_state = shown
         if self.buttons:
             self.buttons["Pause"].description = "Continue" if state.paused else "Pause"
         try:
-            self.handle.update(self._card(state), raw=True)
+            page = self._card(state)
+            if self.handle is None:
+                self.handle = self._show(page["text/html"], page["text/plain"])
+            else:
+                self.handle.update(page, raw=True)
         except Exception as error:  # a failed drawing must not end the training
             log.warning(f"display: not drawn ({type(error).__name__}: {first_line(error)})")
         now = time.monotonic()
-        self.next_drawing = now + max(1.0, 19 * (now - start), (now - self.started) / 600)
+        self.next_drawing = now + max(1.0, SHARE * (now - start), (now - self.started) / 600)
 
     def _card(self, state: TrainState) -> dict[str, str]:
-        facts = run_facts(self.lines, state.config.max_steps, state.config.batch_tokens)
-        facts |= {"step": f"{state.step:,} of {state.config.max_steps:,}", **self.facts}
-        if state.stop_signal:
-            facts["stopped"] = "saved; run this cell again to resume" if self.ended else "saving"
-        elif state.paused:
-            facts["paused"] = "press Continue"
-        figure = base64.b64encode(figure_png(run_figure(self.lines))).decode()
-        cells = " · ".join(f"{k} <b>{html.escape(v)}</b>" for k, v in facts.items())
-        sample = html.escape(self.sample or "(at the first evaluation)")
-        alt = "loss, learning rate and speed by step; zeros and flipped trits by layer"
-        text = ", ".join(f"{name} {value}" for name, value in facts.items())
-        page = (
-            f'<div style="{CARD}"><div>{cells}</div>'
-            f'<img alt="{alt}" style="max-width:100%" src="data:image/png;base64,{figure}">'
-            f'<div>sample text</div><pre style="{CARD};white-space:pre-wrap">{sample}</pre></div>'
-        )
+        head, max_steps = _headline(self, state), self._steps(state)
+        facts = run_facts(self.lines, max_steps, state.config.batch_tokens)
+        facts |= {"step": f"{state.step:,} of {max_steps:,}", **self.facts}
+        if self.ended and "time left" in facts:
+            facts["time left"] = "done" if state.finished else "stopped"
+        hint = ""
+        if not self.ended:
+            hint = (
+                "If this page is closed or reloaded, training continues. To see it again, run "
+                f"<code>bit.watch({self.out.as_posix()!r})</code> in another notebook."
+            )
+        page = card(head, facts, self.lines, max_steps, self.samples.taken, hint)
+        text = ", ".join([head, *(f"{name} {value}" for name, value in facts.items() if value)])
         return {"text/html": page, "text/plain": text}
 
 
-def _press(state: TrainState, name: str) -> None:
-    """Only set a flag: the click may arrive on another thread, in the middle of a step."""
-    if name == "Stop":
-        state.stop_signal = signal.SIGINT
-    elif name == "Pause":
-        state.paused = not state.paused
-    else:
-        state.save_requested = True
+def _headline(display: LiveDisplay, state: TrainState) -> str:
+    """What is going on, in a sentence."""
+    place = display.out.as_posix()
+    steps = f"step {state.step:,} of {display._steps(state):,}"
+    if not display.ended and not state.stop_signal:
+        if state.paused:
+            return "Paused: press Continue."
+        first = "Getting ready: the first step takes longest."
+        return "Training" if display.lines else first
+    if not display.ended:
+        return "Stopping: saving ..."
+    if not state.finished:
+        return f"Stopped at {steps}, saved in {place}. To resume, run this cell again."
+    what = verdict(display.lines, state.model.config.vocab_size)
+    if display.handle is None:
+        return (
+            f"Complete already: {state.step:,} steps, in {place}. {what} To train longer give "
+            'more minutes; to start over choose "start over" under Advanced.'
+        )
+    early = "" if state.complete else f" at {steps}: it got no better"
+    took = duration(max(time.monotonic() - display.started, state.train_seconds))  # all sessions
+    return f"Done in {took}{early}. {what} Saved in {place}. Try it below."
+
+
+def _click(state: TrainState, name: str) -> None:
+    word = {"Stop": "stop", "Save now": "save"}.get(name)
+    press(state, word or ("continue" if state.paused else "pause"))
 
 
 def _has_matplotlib() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,6 +25,67 @@ def widgets() -> Any:
 
             return ipywidgets
     return None
+
+
+def show(widget: Any, text: str, page: str = "") -> None:
+    """Display a widget; `text` and `page` (HTML) are for readers who have no kernel."""
+    from IPython.display import display
+
+    view = {"version_major": 2, "version_minor": 0, "model_id": widget.model_id}
+    data = {"application/vnd.jupyter.widget-view+json": view, "text/plain": text}
+    display(data | ({"text/html": page} if page else {}), raw=True)
+
+
+class InThread:
+    """Work for a button that another button stops: in a thread, so that both clicks arrive.
+
+    Args:
+        go, stop: the buttons; `stop` can be pressed while the work lasts, `go` meanwhile not.
+        work: yields now and then, and ends there once stopped.
+    """
+
+    def __init__(self, go: Any, stop: Any, work: Callable[[], Iterator[None]]) -> None:
+        self.go, self.stop, self.work, self.stopped = go, stop, work, False
+        self.thread: threading.Thread | None = None
+        stop.disabled = True
+        go.on_click(self.start)
+        stop.on_click(self._ask_to_stop)
+
+    def start(self, _: Any = None) -> None:
+        if self.thread is None or not self.thread.is_alive():
+            self.thread = threading.Thread(target=self.run, daemon=True)
+            self.thread.start()
+
+    def run(self) -> None:
+        """The work itself, here and now."""
+        self.stopped, self.go.disabled, self.stop.disabled = False, True, False
+        try:
+            for _ in self.work():
+                if self.stopped:
+                    break
+        finally:
+            self.go.disabled, self.stop.disabled = False, True
+
+    def _ask_to_stop(self, _: Any) -> None:
+        self.stopped = True
+
+
+class Place:
+    """A place for HTML in a box of widgets, updated like IPython's handle of a display."""
+
+    def __init__(self, box: Any) -> None:
+        self.html = widgets().HTML()
+        box.children = [*box.children, self.html]
+
+    def update(self, data: dict[str, str], raw: bool = True) -> None:
+        self.html.value = data["text/html"]
+
+
+def brief_errors() -> None:
+    """Show an error as its last line; `%tb` shows where it came from."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if shell is not None:
+        shell.InteractiveTB.set_mode("Minimal")
 
 
 def deliver_to_thread(comm: Any) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,20 +14,45 @@ from typing import Any
 import torch
 
 from bitllm.companion import is_companion, language_of, recorded_persona
+from bitllm.corpora import Persona
 from bitllm.machine import estimate_seconds, product_rate
+from bitllm.notebook.card import duration
+from bitllm.notebook.runs import run_status
 from bitllm.planner import estimate_memory
 from bitllm_core import (
+    KNOWN_DATA,
     PRESETS,
     DataConfig,
-    MetricsLog,
+    Device,
     ModelConfig,
     TrainConfig,
     check_configs,
     choose_device,
+    is_local,
     peak_rates,
     read_json,
     require,
 )
+
+MOST_EPOCHS = 20  # of a text of the user's own
+FEW_STEPS = 60  # are allowed however short it is
+BYTES_PER_TOKEN = 3  # a guess before there is a tokenizer
+MOST_FILES = 100  # in a folder that is measured; one with more is not short
+PLAIN = (".txt", ".md", ".text", ".csv", ".jsonl")
+
+
+def text_tokens(source: str) -> int | None:
+    """About how many tokens a plain file, or a folder of them, has; None for any other source."""
+    if not is_local(source):
+        return None
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = [*itertools.islice(path.rglob("*"), MOST_FILES + 1)]
+    else:
+        files = [path]
+    sizes = [file.stat().st_size for file in files if file.suffix in PLAIN]
+    known = len(sizes) == len(files) <= MOST_FILES
+    return sum(sizes) // BYTES_PER_TOKEN if known else None
 
 
 @dataclass(frozen=True)
@@ -33,7 +60,8 @@ class Settings:
     """What the notebooks' form asks for. Empty or 0: the preset's value."""
 
     preset: str = "auto"
-    """a preset's name; auto: $BITLLM_PRESET, or t4-1h with a CUDA GPU, or demo in 3 minutes"""
+    """a preset's name; auto: $BITLLM_PRESET, or t4-1h with a CUDA GPU, or demo in 3 minutes; demo
+    for the companion"""
     data: str = ""
     """a file, a folder, a known data set or hf:OWNER/NAME, as DataConfig.data"""
     hidden_size: int = 0
@@ -49,7 +77,7 @@ class Settings:
     resume: str = "auto"
     """auto resumes the run in the folder; never moves that run aside and starts a new one"""
     out: str = ""
-    """run folder; default: runs/PRESET, or runs/PRESET-DATA with other data than the preset's"""
+    """run folder; default: one in runs/ for each choice of preset, data, size and character"""
     mirror: str = ""
     """folder for copies of the checkpoints, such as one on Drive"""
     persona: str = ""
@@ -68,7 +96,7 @@ class Settings:
     def preset_name(self) -> str:
         if self.preset != "auto":
             return self.preset
-        fitting = "demo" if self.is_fallback else "t4-1h"
+        fitting = "demo" if self.is_fallback or is_companion(self.data) else "t4-1h"
         return os.environ.get("BITLLM_PRESET") or fitting
 
     @property
@@ -88,8 +116,15 @@ class Settings:
 
     @property
     def run_folder(self) -> Path:
-        own = re.sub(r"[^-.\w]+", "-", f"-{Path(self.data).stem}" if self.data else "")
-        return Path(self.out or f"runs/{self.preset_name}{own[:80]}")
+        own = re.sub(r"[^-.\w]+", "-", f"-{Path(self.data).stem}" if self.data else "")[:80]
+        letters = {"hidden_size": "w", "num_hidden_layers": "l", "batch_tokens": "b"}
+        letters["learning_rate"] = "r"
+        changed = [(letter, getattr(self, name)) for name, letter in letters.items()]
+        own += "".join(f"-{letter}{value:g}" for letter, value in changed if value)
+        if self.persona and (character := recorded_persona(self.persona)):
+            name = re.sub(r"[^\w]+", "-", Persona.parse(character).name)[:20]
+            own += f"-{name}-{zlib.crc32(character.encode()) & 0xFFFF:04x}"
+        return Path(self.out or f"runs/{self.preset_name}{own}")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -99,6 +134,9 @@ class Settings:
     def configs(self) -> tuple[ModelConfig, DataConfig, TrainConfig]:
         """The three configurations for `train`; ValueError names a wrong field and a remedy."""
         model, data, config = PRESETS[self.preset_name]
+        expected = f"a multiple of {model.head_dim}, such as {model.hidden_size}"
+        fits = self.hidden_size >= 0 and self.hidden_size % model.head_dim == 0
+        require(fits, "hidden_size", self.hidden_size, expected)
         if self.hidden_size and self.hidden_size != model.hidden_size:
             heads = max(1, self.hidden_size // model.head_dim)
             groups = model.num_attention_heads // model.num_kv_heads
@@ -120,6 +158,11 @@ class Settings:
         check_configs(model, config)
         if self.minutes or self.is_fallback:
             config = dataclasses.replace(config, max_steps=self._fitting_steps(model, config))
+        if tokens := text_tokens(data.data):  # more would only be learned by heart
+            saved = self._saved_run()[1].get("train", {}) if self.resume == "auto" else {}
+            enough = max(FEW_STEPS, MOST_EPOCHS * tokens // config.batch_tokens)
+            enough = max(enough, saved.get("max_steps", 0))  # what was begun can be finished
+            config = dataclasses.replace(config, max_steps=min(config.max_steps, enough))
         return model, data, config
 
     def _persona(self, source: str) -> str | None:
@@ -145,25 +188,36 @@ class Settings:
         return before if 2 / 3 < steps / max(before, 1) < 3 / 2 else steps
 
     def describe(self) -> str:
-        """Parameters, data, steps, memory, time and run folder, one line each."""
+        """Parameters, data, steps, memory, time and run folder, one line each.
+
+        Raises:
+            ValueError: the data is a file that is not there, or too short to train on.
+        """
         model, data, config = self.configs()
         device = choose_device(config.device, config.dtype)
-        minutes = estimate_seconds(model, config, product_rate(device)) / 60
         memory = estimate_memory(model, config) / 2**20
         small = " (small and short: there is no GPU here)" if self.is_fallback else ""
         lines = {
             "preset": self.preset_name + small,
             "model": f"{model.num_parameters / 1e6:.2f}M parameters: {model.num_hidden_layers} "
             f"layers of width {model.hidden_size}, context {model.max_position_embeddings}",
-            "data": data.data,
+            "data": data.data + _length_of_text(data, model, config),
             **({"companion": data.persona or "as its language has it"} if self.language else {}),
             "training": f"{config.max_steps:,} steps of {config.batch_tokens:,} tokens, peak "
             f"learning rate {peak_rates(model, config)[0]:g}",
             "memory": f"{memory:,.0f} MB for weights, gradients and optimizer, plus activations",
-            "time": f"about {minutes:.1f} minutes on {device.device}: a guess before training",
+            "time": self._time(model, config, device),
             "run folder": f"{self.run_folder.as_posix()}: {self._folder_status(model, data)}",
         }
         return "\n".join(f"{name + ':':12}{value}" for name, value in lines.items())
+
+    def _time(self, model: ModelConfig, config: TrainConfig, device: Device) -> str:
+        status = run_status(self._saved_run()[0]) if self.resume == "auto" else None
+        if status and status.finished and status.max_steps >= config.max_steps:
+            return "none: this run is complete"
+        whole = estimate_seconds(model, config, product_rate(device))
+        left = whole * (1 - min(1.0, (status.step if status else 0) / config.max_steps))
+        return f"about {duration(left)} on this {device.device.type} (rough estimate)"
 
     def _folder_status(self, model: ModelConfig, data: DataConfig) -> str:
         place, saved = self._saved_run()
@@ -173,13 +227,11 @@ class Settings:
             return "holds a run, which is moved aside"
         before = {**asdict(DataConfig()), **saved.get("data", {})}  # of an earlier version
         if (saved.get("model"), before) != (asdict(model), asdict(data)):
-            return "HOLDS A RUN WITH OTHER SETTINGS; choose another folder, or resume = never"
-        steps = saved["train"]["max_steps"]
+            return "HOLDS A RUN WITH OTHER SETTINGS; choose another folder, or start over"
+        status = run_status(place)
         if place != self.run_folder:
-            return f"resumes the run of {steps} steps in {place}"
-        lines = MetricsLog.read(self.run_folder / "metrics.jsonl")
-        step = lines[-1]["step"] if lines else 0
-        return f"holds a run at step {step} of {steps}, which is resumed"
+            return f"{status}, from {place}"
+        return str(status)
 
     def _saved_run(self) -> tuple[Path, dict[str, Any]]:
         """Where the run to resume is, run folder or mirror, and its config.json."""
@@ -188,3 +240,23 @@ class Settings:
             if saved:
                 return place, saved
         return self.run_folder, {}
+
+
+def _length_of_text(data: DataConfig, model: ModelConfig, config: TrainConfig) -> str:
+    """How long a text of the user's own is, where that is short for its steps."""
+    known = ("hf", "pydocs", "companion", *KNOWN_DATA)
+    found = is_local(data.data) or data.data.partition(":")[0] in known
+    require(found, "data", data.data, "a file or folder that is there, or a known name")
+    tokens = text_tokens(data.data)
+    if tokens is None:
+        return ""
+    enough = tokens > model.max_position_embeddings
+    expected = f"a text of {4 * model.max_position_embeddings:,} characters or more"
+    require(enough, "data", data.data, f"{expected}; 100 kB or more make sense")
+    epochs = config.max_steps * config.batch_tokens / tokens
+    if epochs < MOST_EPOCHS / 2:
+        return ""
+    return (
+        f"\n{'':12}SHORT: about {tokens:,} tokens, which will be read {epochs:,.0f} times and "
+        f"learned by heart;\n{'':12}100 kB or more make sense"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import importlib.metadata
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+import bitllm.notebook.kernel as kernel
 from bitllm.compiling import why_not_compile
 from bitllm_core import choose_device, versions
 
@@ -45,6 +47,20 @@ def environment_report(folder: str | Path = ".") -> str:
     if archive := _installed_from():
         report["package"] = archive + _other_origin(archive)
     return "\n".join(f"{name + ':':15}{value}" for name, value in report.items())
+
+
+def show_environment(folder: str | Path = ".") -> None:
+    """What trains here in a line, and the whole report folded; without a notebook, the report."""
+    report = environment_report(folder)
+    if not kernel.in_notebook():
+        print(report)
+        return
+    from IPython.display import display
+
+    first, text = html.escape(report.partition("\n")[0]), html.escape(report)
+    summary = f'<summary style="cursor:pointer">{first}</summary>'
+    fold = f'<details>{summary}<pre style="background:none">{text}</pre></details>'
+    display({"text/html": fold, "text/plain": report}, raw=True)
 
 
 def _free_of(free: int, total: int) -> str:

@@ -92,11 +92,16 @@ class Cell:
             self.text += "\n".join(content["traceback"])
         elif kind == "comm_open":
             state = content["data"].get("state", {})
-            self.comms[state.get("description")] = content["comm_id"]
+            self.comms[state.get("description") or state.get("placeholder")] = content["comm_id"]
         elif kind == "comm_msg":
             self.states.append(content["data"].get("state", {}))
         elif kind in ("display_data", "update_display_data"):
             self.displays.append(content["data"])
+
+    def fill(self, description, text):
+        data = {"method": "update", "state": {"value": text}, "buffer_paths": []}
+        content = {"comm_id": self.comms[description], "data": data}
+        self.client.shell_channel.send(self.client.session.msg("comm_msg", content))
 
     def click(self, description, subshell=None):
         data = {"method": "custom", "content": {"event": "click"}}

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import re
 import sys
 
 import pytest
@@ -35,19 +36,28 @@ def test_the_display_in_a_kernel_and_after_it_died(tmp_path):
         cell = Cell(client, TRAIN + "go(30)\nprint(len(display.lines), display.buttons)")
         cell.listen_until(lambda c: c.done)
         assert "from step 20" in cell.text
-        card = cell.displays[-1]
+        card, folded = cell.displays[-2:]
         page = card["text/html"]
-        assert "step <b>30 of 40</b>" in page
-        assert "mirror <b>&lt;failing&gt; since 14:02</b>" in page
-        assert "saved; run this cell again to resume" in page
-        assert "last save <b>step 30 at " in page
+        assert folded["text/html"].startswith("<details")
+        assert "Stopped at step 30 of 40, saved in run. To resume, run this cell again." in page
+        assert "mirror &lt;failing&gt; since 14:02" in page
+        assert "last save step 30 at " in page
+        assert "what it says at step 30" in page
+        assert "what it says at step 5<" in page  # of the first session
         figure = base64.b64decode(page.split("base64,")[1].split('"')[0])
         assert figure.startswith(b"\x89PNG")
-        assert "6 {" not in cell.text  # 6 training lines and an evaluation
-        assert "7 {'Stop'" in cell.text
+        assert "8 {'Stop'" in cell.text  # 6 training lines, an evaluation, and one at the stop
         shown = Cell(client, "bit.show_run('run')").listen_until(lambda c: c.done)
         assert "step 30 of 40, loss" in shown.displays[0]["text/plain"]
-        assert base64.b64decode(shown.displays[0]["image/png"]).startswith(b"\x89PNG")
+        assert "base64," in shown.displays[0]["text/html"]
+        assert "what it says at step 5<" in shown.displays[0]["text/html"]
+        lines = len(bit.MetricsLog.read(tmp_path / "run" / "metrics.jsonl"))
+        code = "state = go(0)\ndisplay.show_end(state)\nstate = go(0)\ndisplay.show_end(state)"
+        ends = Cell(client, code).listen_until(lambda c: c.done)
+        heads = [x["text/plain"] for x in ends.displays if "text/plain" in x]
+        assert re.search(r"Done in \d+ s. Perplexity [\d.]+ \(random guessing: 512\)", str(heads))
+        assert "Complete already: 40 steps, in run." in heads[-2]
+        assert lines == 7  # the evaluation at a stop is for the eyes alone
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -61,12 +71,12 @@ def test_buttons_work_while_the_cell_runs(tmp_path, name):
         cell.listen_until(lambda c: len(c.displays) > 3)
         client.execute("print('the cell', 'below')")  # as run all sends it
         cell.click("Save now", subshell)
-        cell.listen_until(lambda c: "last save" in c.displays[-1].get("text/plain", ""))
+        cell.listen_until(lambda c: "last save step" in c.displays[-1].get("text/plain", ""))
         cell.click("Pause", subshell)
-        cell.listen_until(lambda c: "paused" in c.displays[-1].get("text/plain", ""))
+        cell.listen_until(lambda c: "Paused" in c.displays[-1].get("text/plain", ""))
         assert not cell.done
         cell.click("Pause", subshell)
-        cell.listen_until(lambda c: "paused" not in c.displays[-1].get("text/plain", ""))
+        cell.listen_until(lambda c: "Paused" not in c.displays[-1].get("text/plain", ""))
         cell.click("Stop", subshell)
         cell.listen_until(lambda c: c.done)
         came_to = int(cell.text.split("came to ")[1].split()[0])
@@ -76,10 +86,10 @@ def test_buttons_work_while_the_cell_runs(tmp_path, name):
 
 
 BROKEN = """
-import bitllm.notebook.display
-def broken(lines):
+import bitllm.notebook.card
+def broken(*lines):
     raise RuntimeError("no fonts")
-After.on_start = lambda self, state: setattr(bitllm.notebook.display, "run_figure", broken)
+After.on_start = lambda self, state: setattr(bitllm.notebook.card, "loss_figure", broken)
 print("came to", go(0, max_steps=4).step)
 """
 

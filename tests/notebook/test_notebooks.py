@@ -22,8 +22,9 @@ FOLDER = ROOT / "notebooks"
 SOURCES = sorted(FOLDER.glob("*.py"))
 BOOKS = sorted(FOLDER.glob("*.ipynb"))
 RUNS = {
+    "01_entrenar": ["ci-companion-es"],
     "01_train": ["ci"],
-    "02_use": ["ci"],
+    "02_use": ["ci-companion"],
     "03_inside_ternary": ["inside-ternary", "inside-dense"],
     "bitllm_one_cell": ["ci"],
     "kaggle_train": ["ci"],
@@ -48,6 +49,9 @@ def test_pairs_are_in_sync(source):
     here, there = jupytext.read(source), nbformat.read(source.with_suffix(".ipynb"), 4)
     cells = [[(cell.cell_type, cell.source) for cell in book.cells] for book in (here, there)]
     assert cells[0] == cells[1], "run: python tools/notebooks.py pair"
+    for cell in there.cells:
+        named = re.findall(r"\(attachment:([\w.]+)\)", cell.source)
+        assert list(cell.get("attachments", {})) == named  # a picture that needs no network
 
 
 @pytest.mark.parametrize("book", BOOKS, ids=lambda path: path.stem)
@@ -57,7 +61,8 @@ def test_metadata_selects_a_t4_and_outputs_are_clean(book):
     assert metadata.accelerator == "GPU"
     assert metadata.colab.gpuType == "T4"
     assert "widgets" not in metadata
-    assert "widget-view" not in text
+    outputs = [cell.get("outputs") for cell in nbformat.reads(text, 4).cells]
+    assert "widget-view" not in str(outputs)
     paths = re.findall(r"(?<![\w.:/])/(?:home|root|tmp|work|Users|usr|opt)/[\w./-]*", text)
     assert not paths
     assert not re.search(r"[A-Z]:\\\\Users", text)
@@ -70,7 +75,11 @@ def test_committed_outputs_are_of_a_whole_run(name):
     assert all(cell.execution_count for cell in code)
     outputs = [output for cell in code for output in cell.outputs]
     assert not [x for x in outputs if x.output_type == "error"]
-    assert [x for x in outputs if "image/png" in x.get("data", {})] or name == "02_use"
+    data = [output.get("data", {}) for output in outputs]
+    pictures = [x for x in data if "image/png" in x or "base64," in x.get("text/html", "")]
+    assert pictures or name == "02_use"
+    of_widgets = re.compile(r"\w+Box\(|.*\[\d\d:\d\d")  # a form, a progress bar
+    assert not [x for x in data if of_widgets.match(x.get("text/plain", ""))]
 
 
 @pytest.mark.parametrize("name", [path.stem for path in SOURCES] + ["the one cell"])
@@ -97,6 +106,7 @@ def nbval(python, folder, name):
     command = [python, RUN_NBVAL, "-q", "-p", "no:cacheprovider", "--nbval-lax"]
     command += ["--nbval-cell-timeout=240", "--junit-xml=report.xml", f"{name}.ipynb"]
     environment = {**os.environ, "BITLLM_PRESET": "ci", "OMP_NUM_THREADS": "1"}
+    environment["BITLLM_MUST_FINISH"] = "1"  # elsewhere a stop is no error
     environment.pop("PYTHONPATH", None)
     done = warm.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False
@@ -106,13 +116,31 @@ def nbval(python, folder, name):
     return {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("name", RUNS)
+def test_the_spanish_notebook_runs_what_the_english_one_runs():
+    books = [jupytext.read(FOLDER / f"{name}.py") for name in ("01_train", "01_entrenar")]
+    english, spanish = ([c.source for c in book.cells if c.cell_type == "code"] for book in books)
+    changed = {
+        "SettingsPanel.kept()": 'SettingsPanel.kept(bit.Settings(data="companion:es"))',
+        "try_out(run)": 'try_out(run, "¡Hola!")',
+    }
+    for old, new in changed.items():
+        english = [source.replace(old, new) for source in english]
+    assert spanish == english
+    assert [cell.cell_type for cell in books[0].cells] == [c.cell_type for c in books[1].cells]
+
+
+WHERE = [(name, kernel) for name in RUNS for kernel in KERNELS]
+WHERE.remove(("01_entrenar", "colab"))  # its code is that of 01_train
+
+
+@pytest.mark.parametrize(("name", "kernel"), WHERE)
 def test_run_all_in_an_empty_folder(tmp_path, name, kernel):
     python = python_of(kernel)
     shutil.copy(FOLDER / f"{name}.ipynb", tmp_path)
     if name != "bitllm_one_cell":
         put_package(tmp_path)
+    if name in ("01_entrenar", "02_use"):
+        shorten_companion(tmp_path)
     outcome = nbval(python, tmp_path, name)
     cells = nbformat.read(tmp_path / f"{name}.ipynb", 4).cells
     # nbval shows a cell after one that timed out as skipped (xfail), and is content
@@ -166,7 +194,7 @@ def test_the_check_sees_a_training_that_did_not_finish(tmp_path):
         )
     nbformat.write(book, tmp_path / "stopped.ipynb")
     put_package(tmp_path)
-    with pytest.raises(AssertionError, match="stopped at step 20 of 40"):
+    with pytest.raises(AssertionError, match="Stopped at step 20 of 40"):
         nbval(sys.executable, tmp_path, "stopped")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -40,7 +41,7 @@ def test_width_takes_heads_and_feed_forward_with_it():
     ("change", "message"),
     [
         ({"preset": "big"}, "preset='big': expected one of auto, ci"),
-        ({"hidden_size": 250}, "a divisor of hidden_size=250"),
+        ({"hidden_size": 250}, "hidden_size=250: expected a multiple of 64, such as 256"),
         ({"num_hidden_layers": -1}, "num_hidden_layers=-1: expected at least 1"),
         ({"batch_tokens": 1000}, "a multiple of max_position_embeddings=256, such as 768 or 1024"),
         ({"learning_rate": -0.1}, "learning_rate=-0.1: expected more than 0"),
@@ -100,6 +101,39 @@ def test_other_data_has_another_folder_and_a_mirror_is_passed_on():
     assert Settings("ci", mirror="m").options == {"resume": "auto", "mirror": "m"}
 
 
+def test_each_choice_has_a_run_folder_of_its_own():
+    assert Settings("demo", hidden_size=512).run_folder.name == "demo-w512"
+    several = Settings("demo", num_hidden_layers=2, batch_tokens=4096, learning_rate=0.01)
+    assert several.run_folder.name == "demo-l2-b4096-r0.01"
+    names = {
+        Settings("demo", persona=f"name=Luna{more}").run_folder.name for more in ("", "; home=x")
+    }
+    assert len(names) == 2
+    assert all(name.startswith("demo-Luna-") for name in names)
+    assert Settings("demo", minutes=5).run_folder.name == "demo"  # longer, but the same run
+
+
+def test_a_short_text_is_not_read_again_and_again(tmp_path):
+    (tmp_path / "page.txt").write_text("word " * 1000)
+    settings = Settings("demo", data="page.txt")
+    assert settings.configs()[2].max_steps == 60
+    text = settings.describe()
+    assert "SHORT: about 1,666 tokens, which will be read 74 times and learned by heart" in text
+    (tmp_path / "page.txt").write_text("word " * 100_000)
+    assert settings.configs()[2].max_steps == 640
+    assert "SHORT" not in settings.describe()
+    (tmp_path / "page.txt").write_text("word")
+    with pytest.raises(ValueError, match="expected a text of 1,024 characters or more; 100 kB"):
+        settings.describe()
+    with pytest.raises(ValueError, match=r"data='nofile.txt': expected a file or folder that is"):
+        Settings("demo", data="nofile.txt").describe()
+
+
+def test_hours_are_hours(monkeypatch):
+    monkeypatch.setattr("bitllm.notebook.settings.product_rate", lambda device: 3e11)
+    assert re.search(r"time: +about [\d.]+ (hours|days) on this cpu", Settings("t4-1h").describe())
+
+
 def test_a_run_keeps_its_character_and_a_file_is_needed_once(tmp_path):
     (tmp_path / "me.json").write_text('{"home": "a boat", "name": "Luna"}')
     settings = Settings("ci", data="companion", persona="me.json", mirror="drive")
@@ -115,7 +149,7 @@ def test_a_run_keeps_its_character_and_a_file_is_needed_once(tmp_path):
     (tmp_path / "drive" / "config.json").write_text(text)
     assert again.configs()[1] == data
     assert "companion:  name=Luna; home=a boat" in again.describe()
-    assert "resumes the run of 40 steps in drive" in again.describe()
+    assert "0 of 40 steps done; will resume, from drive" in again.describe()
     assert again.replace(resume="never").configs()[1].persona is None
     assert again.replace(data="companion:es").configs()[1].persona is None
     assert "OTHER SETTINGS" in again.replace(persona="name=Lena").describe()
@@ -129,6 +163,7 @@ def test_settings_are_described_with_what_the_folder_holds(tiny_corpus):
     assert "run: new" in text
     model, data, train = settings.configs()
     bit.train(model, data, dataclasses.replace(train, max_steps=2), "run", callbacks=[])
-    assert "a run at step 2 of 2, which is resumed" in settings.describe()
+    assert "run: complete (2 of 2 steps)" in settings.describe()
+    assert "about" in settings.describe()  # for the preset has more steps
     assert "OTHER SETTINGS" in settings.replace(hidden_size=128).describe()
     assert "moved aside" in settings.replace(resume="never").describe()
