@@ -235,7 +235,7 @@ def _headline(display: LiveDisplay, state: TrainState) -> str:
             f"Complete already: {state.step:,} steps, in {place}. {what} To train longer give "
             'more minutes; to start over choose "start over" under Advanced.'
         )
-    early = "" if state.complete else f" at {steps}: it got no better"
+    early = f" at {steps}: it got no better" if state.out_of_patience else ""
     took = duration(max(time.monotonic() - display.started, state.train_seconds))  # all sessions
     return f"Done in {took}{early}. {what} Saved in {place}. Try it below."
 
