@@ -35,10 +35,12 @@ from bitllm.clock import inner_parameters, useful_epochs
 from bitllm.compiling import why_not_compile
 from bitllm.files import files_on_disk
 from bitllm.machine import measure_products
+from bitllm.vocabulary import num_rows, open_tokenizer
 from bitllm_core import (
     KNOWN_DATA,
     MARKS,
     PRESETS,
+    TOKENIZERS,
     DataConfig,
     Device,
     ModelConfig,
@@ -275,7 +277,10 @@ def dial(minutes: float, data: DataConfig | None = None, **given: Any) -> tuple[
     Raises:
         ValueError: wrong values, or max_steps among `given`. FileNotFoundError: no such text.
     """
-    choice = _dialed(minutes, data or PRESETS["demo"][1], given)
+    data = data or PRESETS["demo"][1]
+    if data.tokenizer not in TOKENIZERS:
+        given = {**given, "vocab_size": num_rows(open_tokenizer(data.tokenizer), data)}
+    choice = _dialed(minutes, data, given)
     for line in choice.why:
         log.info(line)
     return choice.model, choice.data, choice.train

@@ -11,6 +11,7 @@ import torch
 import bitllm_core as bit
 from bitllm import cli, clock, dial
 from tests import tiny
+from tests import tokenizer_kinds as kinds
 
 CPU = dial.Machine(bit.Device(torch.device("cpu"), torch.bfloat16, ""), 1.8e12, True)
 OLD = dial.Machine(bit.Device(torch.device("cpu"), torch.float32, ""), 0.17e12, True)
@@ -197,3 +198,14 @@ def test_the_main_process_chooses_for_all(monkeypatch):
     model, _, _ = dial.dial(10, bit.DataConfig(data="wiki.txt"))
     assert model == choose(10).model
     assert asked == ["auto", "main"]
+
+
+def test_a_given_tokenizer_decides_the_vocabulary(tmp_path, tiny_corpus):
+    """However large: the choice is among shapes with as many rows of the embedding."""
+    kinds.llama_3().save(str(tmp_path / "t.json"))
+    data = bit.DataConfig(str(tiny_corpus), tokenizer=str(tmp_path / "t.json"))
+    model, chosen, _ = dial.dial(1, data, device="cpu")
+    assert model.vocab_size == 601
+    assert chosen.tokenizer == data.tokenizer
+    with pytest.raises(ValueError, match="expected bpe, wordpiece"):
+        dial.dial(1, dataclasses.replace(data, tokenizer=str(tmp_path / "none.json")))
