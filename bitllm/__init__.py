@@ -14,7 +14,7 @@ from typing import Any
 
 import bitllm_core
 
-__version__ = "1.0.0.dev0"
+__version__ = "1.0.0"
 
 _MODULES = {
     "chat": ("Chat", "chat", "respond"),
