@@ -245,7 +245,7 @@ def test_sliders_and_streaming_text_in_the_dark_theme(browser, jupyterlab, place
         _wait_for(lambda: "all of it in fp16" in lab.output(), 120)
         answer = lab.page.locator(".widget-vbox .widget-html div").first
         assert len(answer.inner_text()) > 20  # it has written once
-        lab.page.click("text=How it chooses its words >> visible=true")
+        lab.page.click(".jp-OutputArea-output >> text=How it chooses its words")
         temperature = lab.page.locator(".widget-slider", has_text="temperature")
         assert temperature.locator(".widget-readout").inner_text() == "0.80"
         temperature.locator(".noUi-handle").press("Home")
