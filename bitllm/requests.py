@@ -7,15 +7,18 @@ import signal
 import time
 from pathlib import Path
 
-from bitllm_core import Callback, TrainState
+from bitllm_core import Callback, TrainState, require
 
 WORDS = ("stop", "pause", "continue", "save")
 READ_EVERY_S = 0.3
 
 
 def ask(out: str | Path, word: str) -> None:
-    """Leave a request for whoever trains in `out`, in this process or another: one of WORDS."""
-    assert word in WORDS
+    """Leave a request for whoever trains in `out`, in this process or another.
+
+    ValueError: not one of WORDS. FileNotFoundError: there is no such folder.
+    """
+    require(word in WORDS, "word", word, ", ".join(WORDS))
     (Path(out) / f".request-{word}").touch()
 
 

@@ -58,6 +58,8 @@ def test_looking_costs_nothing_between_looks(tmp_path, monkeypatch):
     assert len(looks) <= 2
 
 
-def test_an_unknown_request_is_an_error(tmp_path):
-    with pytest.raises(AssertionError):
-        ask(tmp_path, "dance")
+def test_a_request_that_nobody_would_read_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"word='halt': expected stop, pause"):
+        ask(tmp_path, "halt")
+    with pytest.raises(FileNotFoundError):
+        ask(tmp_path / "none", "stop")
