@@ -27,6 +27,16 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in LONG)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """With BITLLM_NO_SKIPS, as in .ci/run, a test that is skipped has failed."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("BITLLM_NO_SKIPS"):
+        report.outcome = "failed"
+        report.longrepr = f"BITLLM_NO_SKIPS forbids to skip: {report.longrepr[-1]}"
+    return report
+
+
 @pytest.fixture(autouse=True)
 def _restore_global_state():
     seed, dtype = torch.get_rng_state(), torch.get_default_dtype()

@@ -215,7 +215,7 @@ def test_one_process_has_nobody_to_share_a_model_with(runs):
 def test_all_processes_end_by_the_clock_of_the_first(runs, name):
     folder, _ = runs
     found = bit.load_checkpoint(folder / name)
-    assert found["clock_seconds"] >= 3.599  # of 0.06 minutes
+    assert found["clock_seconds"] >= 60 * 0.06
     final = bit.MetricsLog.read(folder / name / "metrics.jsonl")[-1]
     assert (final["final"], final["step"]) == (True, found["step"])
 

@@ -77,7 +77,7 @@ def test_a_drive_that_breaks_in_the_run_and_a_new_machine_the_next_day(
     assert "Errno 107" in capsys.readouterr().err
     first = bit.MetricsLog.read(tmp_path / "runs" / "ci" / "metrics.jsonl")
     shutil.rmtree(tmp_path / "runs")  # the machine is gone, and with it all but the Drive
-    assert "will resume" in settings.describe()
+    assert "of 40 steps done; will resume, from" in settings.describe()
     state = bit.train(model, data, train, "runs/ci", callbacks=(), **settings.options)
     assert state.step == 40
     steps = [x["step"] for x in bit.MetricsLog.read(tmp_path / "runs" / "ci" / "metrics.jsonl")]
