@@ -2301,10 +2301,10 @@ def _open(stack: contextlib.ExitStack, configs: Any, out: Path, resume: str, mir
     check_same_settings(out, saved, settings)
     name, done = "max_steps", checkpoint["step"]
     if by_clock := config.minutes is not None:
-        name, done = "minutes", round(checkpoint.get("clock_seconds", 0.0) / 60, 6)
+        used = checkpoint.get("clock_seconds") or checkpoint["train_seconds"]
+        name, done = "minutes", round(used / 60, 6)
     before, now = saved["train"][name], getattr(config, name)
-    same = by_clock == (saved["train"]["minutes"] is not None)
-    require(same, "minutes", config.minutes, "as this run began")
+    require(by_clock or not saved["train"]["minutes"], "minutes", None, "as this run began")
     require(now >= done, name, now, f"at least {done:g}, which this run has done already")
     if before != now:
         log.info(f"{name}: {before} -> {now}; the schedule now ends there, and the rate with it")

@@ -2,7 +2,8 @@
 
 It counts all sessions of the run, each from the start of its command: imports, reading the text,
 compiling, evaluations and saving are in it, and what is lost to other programs too; only a pause
-is not. A checkpoint holds the seconds that were used. The schedule ends early enough for the last
+is not. A checkpoint holds the seconds that were used; of a run that had a number of steps before,
+those of its training count. The schedule ends early enough for the last
 checkpoint, the last evaluation and the text after it.
 """
 
@@ -57,6 +58,7 @@ class Clock:
         self.first: tuple[int, float] | None = None  # step and clock when this session's began
         self.token_s = 0.0  # seconds per token of an evaluation; 0: none was made yet
         self.evaluate, session.evaluate = session.evaluate, self.timed_evaluation
+        self.state.clock_seconds = self.state.clock_seconds or self.state.train_seconds
         self.state.time_share = min(self.state.clock_seconds / (60 * self.minutes), 1.0)
 
     def read(self) -> float:

@@ -99,13 +99,21 @@ def test_more_minutes_stretch_a_run_and_fewer_than_it_used_are_refused(train_for
         train_for()
 
 
-def test_a_run_keeps_counting_what_it_began_with(train_for):
+def test_a_run_of_the_clock_stays_one_and_one_of_steps_may_get_minutes(train_for, fake, tmp_path):
     steps = dataclasses.replace(tiny.TRAIN, max_steps=4)
     train_for()
-    train_for("steps", steps)
-    for out, config in (("run", steps), ("steps", MINUTE)):
-        with pytest.raises(ValueError, match=r"minutes=.*: expected as this run began"):
-            train_for(out, config)
+    with pytest.raises(ValueError, match=r"minutes=None: expected as this run began"):
+        train_for("run", steps)
+    before = train_for("steps", steps)
+    assert before.finished
+    assert before.train_seconds > 0
+    after = train_for("steps", MINUTE)
+    assert after.step > 4
+    assert after.clock_seconds == 60
+    clock = bit.load_checkpoint(tmp_path / "steps")["config"]["train"]["minutes"]
+    assert clock == 1
+    with pytest.raises(ValueError, match=r"minutes=None: expected as this run began"):
+        train_for("steps", steps)
 
 
 def test_it_resumes_with_the_time_that_it_has_used(train_for, fake, tmp_path):
@@ -215,6 +223,10 @@ def test_room_for_the_end_follows_the_speed(monkeypatch):
     assert found.seconds_of_end() == pytest.approx(clock.AFTERWARDS_S + 1.8 + 0.064, abs=0.1)
     found.token_s = 1e-9
     assert found._tokens_at_end() == len(validation)
+    session.state.clock_seconds, session.state.train_seconds = 0.0, 45.0  # of a run of steps
+    clock.Clock(session, time.monotonic())
+    assert session.state.clock_seconds == 45
+    assert session.state.time_share == 0.75
 
 
 def test_a_command_by_the_real_clock(run_cli, tmp_path):
