@@ -17,13 +17,13 @@ from bitllm.corpora import LANGUAGES, Persona
 from bitllm.notebook.card import CARD
 from bitllm.notebook.exports import uploaded
 from bitllm.notebook.launch import Launch
-from bitllm.notebook.settings import Settings
+from bitllm.notebook.settings import SHORT_MINUTES, Settings
 from bitllm_core import KNOWN_DATA, PRESETS, read_json, write_atomically
 
 FIELDS = {  # name: label, help
     "data": ("text to learn", "a file, a folder, a known data set, or hf:OWNER/NAME"),
     "preset": ("size", "how large a model, on how much text"),
-    "minutes": ("minutes", "how long it may train; empty: as many steps as the size has"),
+    "minutes": ("minutes", "how long it may train; without a size, they choose one"),
     "hidden_size": ("width", "numbers per token inside the model; larger is slower and better"),
     "num_hidden_layers": ("layers", "how many blocks follow one another"),
     "batch_tokens": ("tokens per step", "how much text the model reads before it changes"),
@@ -179,16 +179,21 @@ class SettingsPanel:
 
     def _show_presets_values(self, settings: Settings) -> None:
         """In grey, what an empty field means."""
-        bare = Settings(settings.preset, settings.data)
-        model, data, config = PRESETS[bare.preset_name]
-        steps = "3, without a GPU" if bare.is_fallback else f"{config.max_steps:,} steps"
+        bare = Settings(settings.preset, settings.data, minutes=settings.minutes)
+        model, data, config = bare.configs() if bare.is_dialed else PRESETS[bare.preset_name]
+        chosen = "chosen" if bare.is_dialed else bare.preset_name
+        steps = (
+            f"{SHORT_MINUTES:g}, without a GPU"
+            if bare.is_fallback
+            else f"{config.max_steps:,} steps"
+        )
         rate = config.learning_rate or 0.04
         known = {"data": data.data, "minutes": steps, "hidden_size": model.hidden_size}
         known |= {"num_hidden_layers": model.num_hidden_layers, "batch_tokens": config.batch_tokens}
         known |= {"learning_rate": rate, "mirror": "none"}
         known["out"] = settings.replace(out="").run_folder.as_posix()
         for name, value in known.items():
-            self._fields[name].placeholder = f"{value} ({bare.preset_name})"
+            self._fields[name].placeholder = f"{value} ({chosen})"
         self._fields["out"].placeholder = known["out"]
         self._fields["mirror"].placeholder = "none"
 

@@ -7,7 +7,9 @@ import itertools
 import os
 import re
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 
 from bitllm.companion import is_companion, language_of, recorded_persona
 from bitllm.corpora import Persona
+from bitllm.dial import Choice, Machine, choose, measure, size_of
 from bitllm.machine import estimate_seconds, product_rate
 from bitllm.notebook.card import duration
 from bitllm.notebook.runs import run_status
@@ -28,13 +31,16 @@ from bitllm_core import (
     TrainConfig,
     check_configs,
     choose_device,
+    config_from,
     is_local,
     peak_rates,
     read_json,
     require,
 )
 
-MOST_EPOCHS = 20  # of a text of the user's own
+SHORT_MINUTES = 3.0  # without a GPU, and where nothing else was chosen
+MOST_EPOCHS = 20  # of a text of the user's own, where its size has a number of steps
+SHORT_TEXT = 33_000  # tokens, of 100 kB
 FEW_STEPS = 60  # are allowed however short it is
 BYTES_PER_TOKEN = 3  # a guess before there is a tokenizer
 MOST_FILES = 100  # in a folder that is measured; one with more is not short
@@ -55,13 +61,22 @@ def text_tokens(source: str) -> int | None:
     return sum(sizes) // BYTES_PER_TOKEN if known else None
 
 
+this_machine: Callable[[], Machine] = lru_cache(maxsize=1)(measure)
+
+
+@lru_cache(maxsize=8)
+def _chosen(minutes: float, data: DataConfig, given: tuple[Any, ...], stamp: Any) -> Choice:
+    """The dial's choice, the same as long as the text (`stamp`) does not change."""
+    return choose(minutes, data, dict(given), this_machine(), size_of(data))
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What the notebooks' form asks for. Empty or 0: the preset's value."""
+    """What the notebooks' form asks for. Empty or 0: the preset's value, or the dial's choice."""
 
     preset: str = "auto"
-    """a preset's name; auto: $BITLLM_PRESET, or t4-1h with a CUDA GPU, or demo in 3 minutes; demo
-    for the companion"""
+    """a preset's name; auto: what the dial chooses for some minutes and a text, $BITLLM_PRESET, or
+    t4-1h with a CUDA GPU, or 3 minutes without one; demo for the companion"""
     data: str = ""
     """a file, a folder, a known data set or hf:OWNER/NAME, as DataConfig.data"""
     hidden_size: int = 0
@@ -69,7 +84,7 @@ class Settings:
     num_hidden_layers: int = 0
     """depth"""
     minutes: float = 0.0
-    """time budget: sets the number of steps"""
+    """the clock ends the run after so many, instead of a number of steps"""
     batch_tokens: int = 0
     """tokens per optimizer step"""
     learning_rate: float = 0.0
@@ -102,8 +117,21 @@ class Settings:
     @property
     def is_fallback(self) -> bool:
         """Whether there is no GPU and no preset was chosen: then the run is kept short."""
-        chosen = self.preset != "auto" or os.environ.get("BITLLM_PRESET")
-        return not chosen and not torch.cuda.is_available()
+        return not self._chosen_preset and not torch.cuda.is_available()
+
+    @property
+    def _chosen_preset(self) -> bool:
+        return self.preset != "auto" or bool(os.environ.get("BITLLM_PRESET"))
+
+    @property
+    def clock_minutes(self) -> float | None:
+        """The clock ends the run after so many; None: it has the preset's number of steps."""
+        return self.minutes or (SHORT_MINUTES if self.is_fallback else None)
+
+    @property
+    def is_dialed(self) -> bool:
+        """Whether the dial chooses: for some minutes and a text, where no preset was chosen."""
+        return bool(self.clock_minutes) and not self._chosen_preset and not self.language
 
     @property
     def language(self) -> str | None:
@@ -116,7 +144,10 @@ class Settings:
 
     @property
     def run_folder(self) -> Path:
-        own = re.sub(r"[^-.\w]+", "-", f"-{Path(self.data).stem}" if self.data else "")[:80]
+        kind, own = (
+            self.preset_name,
+            re.sub(r"[^-.\w]+", "-", f"-{Path(self.data).stem}" if self.data else "")[:80],
+        )
         letters = {"hidden_size": "w", "num_hidden_layers": "l", "batch_tokens": "b"}
         letters["learning_rate"] = "r"
         changed = [(letter, getattr(self, name)) for name, letter in letters.items()]
@@ -124,7 +155,9 @@ class Settings:
         if self.persona and (character := recorded_persona(self.persona)):
             name = re.sub(r"[^\w]+", "-", Persona.parse(character).name)[:20]
             own += f"-{name}-{zlib.crc32(character.encode()) & 0xFFFF:04x}"
-        return Path(self.out or f"runs/{self.preset_name}{own}")
+        if self.is_dialed:  # the minutes decide which model it is
+            kind, own = "auto", f"{own}-{self.clock_minutes:g}min"
+        return Path(self.out or f"runs/{kind}{own}")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -133,6 +166,8 @@ class Settings:
 
     def configs(self) -> tuple[ModelConfig, DataConfig, TrainConfig]:
         """The three configurations for `train`; ValueError names a wrong field and a remedy."""
+        if self.is_dialed:
+            return self._dialed()
         model, data, config = PRESETS[self.preset_name]
         expected = f"a multiple of {model.head_dim}, such as {model.hidden_size}"
         fits = self.hidden_size >= 0 and self.hidden_size % model.head_dim == 0
@@ -156,36 +191,39 @@ class Settings:
         if self.language or self.persona:
             data = dataclasses.replace(data, persona=self._persona(data.data))
         check_configs(model, config)
-        if self.minutes or self.is_fallback:
-            config = dataclasses.replace(config, max_steps=self._fitting_steps(model, config))
-        if tokens := text_tokens(data.data):  # more would only be learned by heart
-            saved = self._saved_run()[1].get("train", {}) if self.resume == "auto" else {}
+        saved = self._resumed_run()[1].get("train", {})
+        minutes = self.minutes or (saved.get("minutes") if saved else self.clock_minutes)
+        config = dataclasses.replace(config, minutes=minutes)
+        if not minutes and (tokens := text_tokens(data.data)):  # more would be learned by heart
             enough = max(FEW_STEPS, MOST_EPOCHS * tokens // config.batch_tokens)
             enough = max(enough, saved.get("max_steps", 0))  # what was begun can be finished
             config = dataclasses.replace(config, max_steps=min(config.max_steps, enough))
         return model, data, config
 
+    def _dialed(self) -> tuple[ModelConfig, DataConfig, TrainConfig]:
+        """As the dial chooses; a run that is resumed keeps what was chosen when it began."""
+        _, data, _ = PRESETS[self.preset_name]
+        data = dataclasses.replace(data, data=self.data or data.data)
+        place, saved = self._resumed_run()
+        if saved and saved["data"]["data"] == data.data:
+            kinds = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+            model, data, config = (config_from(kind, saved[k], place) for k, kind in kinds.items())
+            config = dataclasses.replace(config, minutes=self.minutes or config.minutes)
+            return model, data, config
+        _require_source(data.data)
+        names = ("hidden_size", "num_hidden_layers", "batch_tokens", "learning_rate")
+        given = tuple((name, getattr(self, name)) for name in names if getattr(self, name))
+        assert self.clock_minutes
+        found = _chosen(self.clock_minutes, data, given, text_tokens(data.data))
+        check_configs(found.model, found.train)
+        return found.model, found.data, found.train
+
     def _persona(self, source: str) -> str | None:
         """Who the companion is: as asked for, or as in the run that is resumed."""
         if self.persona:
             return recorded_persona(self.persona)
-        saved = self._saved_run()[1].get("data", {}) if self.resume == "auto" else {}
+        saved = self._resumed_run()[1].get("data", {})
         return saved.get("persona") if saved.get("data") == source else None
-
-    def _fitting_steps(self, model: ModelConfig, config: TrainConfig) -> int:
-        """The number of steps that fits the time budget; at most the preset's without a budget.
-
-        A run that is in the folder keeps its length if that is within a factor of 1.5: estimates
-        differ from day to day, and another length changes the schedule.
-        """
-        one = dataclasses.replace(config, max_steps=1)
-        rate = product_rate(choose_device(config.device, config.dtype))
-        steps = max(1, round(60 * (self.minutes or 3) / estimate_seconds(model, one, rate)))
-        saved = self._saved_run()[1].get("train", {})
-        before = saved.get("max_steps", 0) if self.resume == "auto" else 0
-        if not self.minutes:
-            return before or min(steps, config.max_steps)
-        return before if 2 / 3 < steps / max(before, 1) < 3 / 2 else steps
 
     def describe(self) -> str:
         """Parameters, data, steps, memory, time and run folder, one line each.
@@ -196,14 +234,17 @@ class Settings:
         model, data, config = self.configs()
         device = choose_device(config.device, config.dtype)
         memory = estimate_memory(model, config) / 2**20
-        small = " (small and short: there is no GPU here)" if self.is_fallback else ""
+        small = " (small and short: there is no GPU here)"
+        small = small if self.is_fallback and not self.minutes else ""
+        size = "chosen for this text, these minutes and this machine"
+        steps = f"{config.minutes:g} minutes" if config.minutes else f"{config.max_steps:,} steps"
         lines = {
-            "preset": self.preset_name + small,
+            "size": (size if self.is_dialed else self.preset_name) + small,
             "model": f"{model.num_parameters / 1e6:.2f}M parameters: {model.num_hidden_layers} "
             f"layers of width {model.hidden_size}, context {model.max_position_embeddings}",
             "data": data.data + _length_of_text(data, model, config),
             **({"companion": data.persona or "as its language has it"} if self.language else {}),
-            "training": f"{config.max_steps:,} steps of {config.batch_tokens:,} tokens, peak "
+            "training": f"{steps}, {config.batch_tokens:,} tokens per step, peak "
             f"learning rate {peak_rates(model, config)[0]:g}",
             "memory": f"{memory:,.0f} MB for weights, gradients and optimizer, plus activations",
             "time": self._time(model, config, device),
@@ -212,9 +253,13 @@ class Settings:
         return "\n".join(f"{name + ':':12}{value}" for name, value in lines.items())
 
     def _time(self, model: ModelConfig, config: TrainConfig, device: Device) -> str:
-        status = run_status(self._saved_run()[0]) if self.resume == "auto" else None
-        if status and status.finished and status.max_steps >= config.max_steps:
+        place, saved = self._resumed_run()
+        status, before = run_status(place) if saved else None, saved.get("train", {})
+        name = "minutes" if config.minutes else "max_steps"
+        if status and status.finished and before[name] >= getattr(config, name):
             return "none: this run is complete"
+        if config.minutes:
+            return f"{config.minutes:g} minutes in all, however often it is stopped and resumed"
         whole = estimate_seconds(model, config, product_rate(device))
         left = whole * (1 - min(1.0, (status.step if status else 0) / config.max_steps))
         return f"about {duration(left)} on this {device.device.type} (rough estimate)"
@@ -233,6 +278,10 @@ class Settings:
             return f"{status}, from {place}"
         return str(status)
 
+    def _resumed_run(self) -> tuple[Path, dict[str, Any]]:
+        """`_saved_run` where that is resumed; empty where a new one begins."""
+        return self._saved_run() if self.resume == "auto" else (self.run_folder, {})
+
     def _saved_run(self) -> tuple[Path, dict[str, Any]]:
         """Where the run to resume is, run folder or mirror, and its config.json."""
         for place in (self.run_folder, *([Path(self.mirror)] if self.mirror else [])):
@@ -242,11 +291,15 @@ class Settings:
         return self.run_folder, {}
 
 
+def _require_source(source: str) -> None:
+    known = ("hf", "pydocs", "companion", *KNOWN_DATA)
+    found = is_local(source) or source.partition(":")[0] in known
+    require(found, "data", source, "a file or folder that is there, or a known name")
+
+
 def _length_of_text(data: DataConfig, model: ModelConfig, config: TrainConfig) -> str:
     """How long a text of the user's own is, where that is short for its steps."""
-    known = ("hf", "pydocs", "companion", *KNOWN_DATA)
-    found = is_local(data.data) or data.data.partition(":")[0] in known
-    require(found, "data", data.data, "a file or folder that is there, or a known name")
+    _require_source(data.data)
     tokens = text_tokens(data.data)
     if tokens is None:
         return ""
@@ -254,9 +307,11 @@ def _length_of_text(data: DataConfig, model: ModelConfig, config: TrainConfig) -
     expected = f"a text of {4 * model.max_position_embeddings:,} characters or more"
     require(enough, "data", data.data, f"{expected}; 100 kB or more make sense")
     epochs = config.max_steps * config.batch_tokens / tokens
-    if epochs < MOST_EPOCHS / 2:
+    if config.minutes:
+        often = "" if tokens < SHORT_TEXT else None  # the clock ends it before it only overfits
+    else:
+        often = f", which will be read {epochs:,.0f} times and learned by heart"
+        often = often if epochs >= MOST_EPOCHS / 2 else None
+    if often is None:
         return ""
-    return (
-        f"\n{'':12}SHORT: about {tokens:,} tokens, which will be read {epochs:,.0f} times and "
-        f"learned by heart;\n{'':12}100 kB or more make sense"
-    )
+    return f"\n{'':12}SHORT: about {tokens:,} tokens{often};\n{'':12}100 kB or more make sense"

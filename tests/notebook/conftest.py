@@ -5,13 +5,18 @@ import types
 
 import pytest
 
+import bitllm_core as bit
+from bitllm.dial import Machine
+
 
 @pytest.fixture
 def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("BITLLM_PRESET", raising=False)
-    measured = "bitllm.notebook.settings.product_rate"  # which takes a second
+    measured = "bitllm.notebook.settings.product_rate"  # which takes a second, as the dial's does
     monkeypatch.setattr(measured, lambda device: 1e12)
+    machine = Machine(bit.choose_device("cpu"), 1e12, compiles=True)
+    monkeypatch.setattr("bitllm.notebook.settings.this_machine", lambda: machine)
 
 
 @pytest.fixture

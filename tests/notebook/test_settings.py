@@ -6,8 +6,9 @@ import re
 
 import pytest
 
+import bitllm.notebook.settings as settings_module
 import bitllm_core as bit
-from bitllm.machine import estimate_seconds
+from bitllm import dial
 from bitllm.notebook.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
@@ -60,34 +61,75 @@ def test_nonsense_is_rejected_at_once(change, message):
         Settings(**{"preset": "demo", **change})
 
 
-def test_a_time_budget_sets_the_steps_and_a_run_keeps_its_length(tmp_path, monkeypatch):
-    settings = Settings("demo", minutes=10)
-    model, _, train = settings.configs()
-    assert estimate_seconds(model, train, 1e12) == pytest.approx(600, rel=0.01)
-    run = tmp_path / "runs" / "demo"
-    run.mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps({"train": {"max_steps": train.max_steps}}))
-    monkeypatch.setattr(
-        "bitllm.notebook.settings.product_rate", lambda device: 1.2e12
-    )  # another day's measurement
-    assert settings.configs()[2].max_steps == train.max_steps
-    assert settings.replace(minutes=20).configs()[2].max_steps > 2 * train.max_steps
-    assert settings.replace(resume="never").configs()[2].max_steps > train.max_steps
-
-
-def test_without_gpu_and_choice_a_run_is_short_and_keeps_its_length(tmp_path, monkeypatch):
+@pytest.fixture
+def no_gpu(monkeypatch):
     monkeypatch.setattr(bit.torch.cuda, "is_available", lambda: False)
-    assert Settings().configs() == bit.PRESETS["demo"]
-    monkeypatch.setattr("bitllm.notebook.settings.product_rate", lambda device: 1e11)
-    steps = Settings().configs()[2].max_steps
-    assert 40 < steps < 200
-    assert "small and short" in Settings().describe()
-    assert Settings("demo").configs()[2].max_steps == 640
-    run = tmp_path / "runs" / "demo"
-    run.mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps({"train": {"max_steps": steps}}))
-    monkeypatch.setattr("bitllm.notebook.settings.product_rate", lambda device: 1e10)
-    assert Settings().configs()[2].max_steps == steps
+
+
+@pytest.fixture
+def book(tmp_path):
+    (tmp_path / "book.txt").write_text(" ".join(f"word{i % 4000}" for i in range(60_000)))
+
+
+def saved_run(folder, model, data, train):
+    """Settings of a run that has begun in `folder`."""
+    parts = {"model": model, "data": data, "train": train}
+    text = json.dumps({part: dataclasses.asdict(config) for part, config in parts.items()})
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(text)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_without_gpu_and_choice_the_clock_keeps_a_run_short():
+    model, data, train = bit.PRESETS["demo"]
+    assert Settings().configs() == (model, data, dataclasses.replace(train, minutes=3))
+    assert Settings(data="companion:es").configs()[2].minutes == 3
+    assert Settings("demo").configs()[2].minutes is None
+    assert Settings("demo", minutes=10).configs()[2].minutes == 10
+    text = Settings().describe()
+    assert "size:       demo (small and short: there is no GPU here)" in text
+    assert "training:   3 minutes, 2,048 tokens per step" in text
+    assert "time:       3 minutes in all, however often" in text
+    assert "640 steps" in Settings("demo").describe()
+
+
+@pytest.mark.usefixtures("no_gpu", "book")
+def test_for_a_text_and_minutes_the_dial_chooses():
+    machine = settings_module.this_machine()
+    text = dial.size_of(bit.DataConfig("book.txt"))
+    for minutes in (0, 10, 60):
+        choice = dial.choose(minutes or 3, bit.DataConfig("book.txt"), {}, machine, text)
+        settings = Settings(data="book.txt", minutes=minutes)
+        assert settings.configs() == (choice.model, choice.data, choice.train)
+        assert settings.run_folder.as_posix() == f"runs/auto-book-{minutes or 3}min"
+        assert "chosen for this text, these minutes and this machine" in settings.describe()
+    wide, _, train = Settings(data="book.txt", hidden_size=512, learning_rate=0.01).configs()
+    assert (wide.hidden_size, train.learning_rate, train.minutes) == (512, 0.01, 3)
+    assert Settings("demo", data="book.txt", minutes=10).configs()[0] == bit.PRESETS["demo"][0]
+
+
+@pytest.mark.usefixtures("no_gpu", "book")
+def test_a_run_keeps_what_the_dial_chose_on_another_day(tmp_path, monkeypatch):
+    settings = Settings(data="book.txt", minutes=10)
+    first = settings.configs()
+    saved_run(tmp_path / settings.run_folder, *first)
+    slow = dataclasses.replace(settings_module.this_machine(), rate=1e10)
+    monkeypatch.setattr(settings_module, "this_machine", lambda: slow)
+    settings_module._chosen.cache_clear()
+    assert settings.configs() == first
+    assert settings.replace(resume="never").configs() != first
+    longer = Settings(data="book.txt", minutes=20, out=str(settings.run_folder))
+    assert longer.configs()[0] == first[0]
+    assert longer.configs()[2] == dataclasses.replace(first[2], minutes=20)
+    assert Settings(data="book.txt", out=str(settings.run_folder)).configs() == first
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_run_of_steps_stays_one_until_it_is_given_minutes(tmp_path):
+    saved_run(tmp_path / "runs" / "demo", *bit.PRESETS["demo"])
+    assert Settings().configs()[2].minutes is None  # of the command line, say
+    assert Settings(minutes=10).configs()[2].minutes == 10
+    assert Settings(resume="never").configs()[2].minutes == 3
 
 
 def test_other_data_has_another_folder_and_a_mirror_is_passed_on():
@@ -159,7 +201,7 @@ def test_settings_are_described_with_what_the_folder_holds(tiny_corpus):
     settings = Settings("ci", data=str(tiny_corpus), out="run")
     text = settings.describe()
     assert "0.13M parameters: 2 layers of width 64" in text
-    assert "40 steps of 1,024 tokens, peak learning rate 0.04" in text
+    assert "40 steps, 1,024 tokens per step, peak learning rate 0.04" in text
     assert "run: new" in text
     model, data, train = settings.configs()
     bit.train(model, data, dataclasses.replace(train, max_steps=2), "run", callbacks=[])
