@@ -57,14 +57,13 @@ if not getattr(importlib.util.find_spec("bitllm"), "origin", None):  # elsewhere
     subprocess.run([*pip, archive], check=True)  # if this fails: open bitllm_one_cell.ipynb
 
 # %%
-import contextlib
 import dataclasses
 import shutil
+import threading
 import time
 from pathlib import Path
 
 import torch
-from IPython.display import display
 
 import bitllm as bit
 
@@ -118,14 +117,14 @@ if earlier and not run.exists():
 # %%
 model, source, train = settings.configs()
 if max_steps:
-    train = dataclasses.replace(train, max_steps=max_steps)
+    train = dataclasses.replace(train, max_steps=max_steps, minutes=None)
 print(settings.describe())
 
 # %% [markdown]
 # ## Train
 #
 # On several GPUs `torchrun` starts a process for each, with the command that is printed here. The
-# time above is that of one. Interrupting the cell below (■) stops and saves.
+# time above is that of one.
 
 # %%
 asked = zip((model, source, train), bit.PRESETS[settings.preset_name], strict=True)
@@ -134,6 +133,7 @@ flags = [
     for part, its_preset in asked
     for field in dataclasses.fields(part)
     if getattr(part, field.name) != getattr(its_preset, field.name)
+    and not (train.minutes and field.name == "max_steps")
 ]
 gpus = gpus or max(1, torch.cuda.device_count())
 torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
@@ -158,29 +158,17 @@ with log.open("w") as sink:
     )
 
 # %% [markdown]
-# Blue is the loss on the training text, orange on text the model has never seen. The text is the
-# log of the processes. `bit.watch(run)` in another notebook shows the same.
+# Stop, or interrupting the cell (■), stops and saves. The same cell in another notebook shows the
+# same: `bit.watch(run)`.
 
 # %%
-picture, draw_at, stopped = display("no curve yet", display_id=True), 0.0, False
-with log.open(errors="replace") as told:
-    while process.poll() is None:
-        try:
-            print(told.read(), end="")
-            age = time.monotonic() - began
-            if age > draw_at:
-                with contextlib.suppress(FileNotFoundError):  # nothing there yet
-                    bit.show_run(run, picture)
-                draw_at = time.monotonic() - began + max(5, age / 600)
-            if age > 3600 * max_hours:
-                raise KeyboardInterrupt
-            time.sleep(1)
-        except KeyboardInterrupt:
-            stopped = True
-            process.terminate()  # saves, then ends; torchrun gives it 30 seconds
-            process.wait()
-    print(told.read().partition("Traceback")[0] if stopped else told.read())
-bit.show_run(run, picture)
+limit = threading.Timer(3600 * max_hours - (time.monotonic() - began), process.terminate)
+limit.start()
+bit.watch(run, process=process)
+limit.cancel()
+told = log.read_text(errors="replace")
+stopped = "stopped at step" in told
+print(told.partition("Traceback")[0] if stopped else told)
 if process.returncode and not stopped:
     raise RuntimeError(f"training ended with exit code {process.returncode}; see {log}")
 

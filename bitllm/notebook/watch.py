@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -13,26 +14,47 @@ from bitllm.requests import ask
 LOOK_EVERY_S = 2.0
 
 
-def watch(out: str | Path, wait_s: float = 60.0) -> None:
+def watch(
+    out: str | Path, wait_s: float = 60.0, process: subprocess.Popen[Any] | None = None
+) -> None:
     """Draw the training in `out` until it ends, with buttons to stop, pause and save it.
 
     It may run in another notebook or process, on several GPUs, or not have begun yet: then this
     waits for it up to `wait_s`. Interrupting the cell ends the watching, not the training. Where
     clicks wait for the end of a cell, `bit.ask(out, "stop")` in yet another notebook asks it too.
 
+    Args:
+        process: what trains there, if this notebook has started it: then this waits for its end,
+            and interrupting the cell ends it too, saved.
+
     Raises:
         FileNotFoundError: no run has begun in `out` within `wait_s`.
     """
     out, end = Path(out), time.monotonic() + wait_s
-    while not (out / "config.json").exists():
-        if time.monotonic() > end:
-            raise FileNotFoundError(f"{out}: no training has begun there")
-        time.sleep(LOOK_EVERY_S / 4)
+    try:
+        while not (out / "config.json").exists():
+            if process and process.poll() is not None:
+                return
+            if not process and time.monotonic() > end:
+                raise FileNotFoundError(f"{out}: no training has begun there")
+            time.sleep(LOOK_EVERY_S / 4)
+        _follow(out, process)
+    except KeyboardInterrupt:
+        if process:
+            process.terminate()  # saves, then ends; torchrun gives it 30 seconds
+            process.wait()
+            _draw(out, _head(out, False), None)
+        else:
+            print("no longer watching; the training continues")
+
+
+def _follow(out: Path, process: subprocess.Popen[Any] | None) -> None:
+    """Draw until there is no more to come."""
     buttons, handle = _buttons(out), None
-    with kernel.clicks_between_steps() as poll:
-        try:
+    try:
+        with kernel.clicks_between_steps() as poll:
             while True:
-                running = is_training(out)
+                running = process.poll() is None if process else is_training(out)
                 handle = _draw(out, _head(out, running), handle)
                 if not running:
                     break
@@ -40,10 +62,9 @@ def watch(out: str | Path, wait_s: float = 60.0) -> None:
                 while time.monotonic() < look:
                     poll()
                     time.sleep(0.1)
-        except KeyboardInterrupt:
-            print("no longer watching; the training continues")
-    for button in buttons:
-        button.disabled = True
+    finally:
+        for button in buttons:
+            button.disabled = True
 
 
 def is_training(out: str | Path) -> bool:
