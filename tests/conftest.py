@@ -22,6 +22,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 LONG = ("test_gpu_check", "test_browser", "test_notebooks", "test_distributed", "test_reliability")
 
 
+def pytest_xdist_auto_num_workers(config):
+    """Two for each core: many tests wait for a browser, a process or a clock."""
+    return 2 * (os.cpu_count() or 1)
+
+
 def pytest_collection_modifyitems(items):
     """Files of long tests first, so that no process is alone with one at the end."""
     items.sort(key=lambda item: item.path.stem not in LONG)

@@ -199,7 +199,8 @@ print(state.step, state.last_saved_step, state.stop_signal)
 @pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")
 @pytest.mark.parametrize(("ignored", "says"), [(False, "5 5 1"), (True, "12 12 0")])
 def test_a_closed_terminal_saves_first_unless_nohup_is_there(tmp_path, tiny_corpus, ignored, says):
-    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" * ignored + CLOSED
+    how = "SIG_IGN" if ignored else "SIG_DFL"  # whatever these tests were started with
+    code = f"import signal; signal.signal(signal.SIGHUP, signal.{how})\n{CLOSED}"
     command = [sys.executable, "-c", code, str(tiny_corpus), str(tmp_path / "run")]
     done = warm.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == says

@@ -6,7 +6,9 @@ import queue
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 from jupyter_client import BlockingKernelClient
@@ -44,19 +46,23 @@ def shorten_companion(folder):
 @contextlib.contextmanager
 def kernel(python, folder):
     """A client connected to a new kernel in `folder`."""
-    path, _ = write_connection_file(str(folder / "kernel.json"))
-    command = [python, "-m", "ipykernel_launcher", "-f", path]
-    process = warm.start(command, cwd=folder, stderr=subprocess.DEVNULL)
-    client = BlockingKernelClient()
-    client.load_connection_file(path)
-    client.start_channels(hb=False)  # under load a late heartbeat would pass for a death
-    try:
-        client.wait_for_ready(timeout=60)
-        yield client
-    finally:
-        client.stop_channels()
-        process.kill()
-        process.wait(20)
+    with tempfile.TemporaryDirectory() as short:
+        sockets = {}  # a port that was free a moment ago may be taken by another kernel
+        if sys.platform != "win32":
+            sockets = {"transport": "ipc", "ip": str(Path(short, "k"))}
+        path, _ = write_connection_file(str(folder / "kernel.json"), **sockets)
+        command = [python, "-m", "ipykernel_launcher", "-f", path]
+        process = warm.start(command, cwd=folder, stderr=subprocess.DEVNULL)
+        client = BlockingKernelClient()
+        client.load_connection_file(path)
+        client.start_channels(hb=False)  # under load a late heartbeat would pass for a death
+        try:
+            client.wait_for_ready(timeout=60)
+            yield client
+        finally:
+            client.stop_channels()
+            process.kill()
+            process.wait(20)
 
 
 class Cell:

@@ -182,14 +182,14 @@ def watch_and_interrupt(other, lab):
 
 def test_run_all_stop_reload_watch_and_resume(browser, jupyterlab, place):
     text = (ROOT / "notebooks" / "01_train.ipynb").read_text(encoding="utf-8")
-    small = {"preset": "demo", "hidden_size": 128, "batch_tokens": 2048}  # seconds, not minutes
+    small = {"preset": "demo", "hidden_size": 128, "num_hidden_layers": 3}  # not compiled: seconds
     text = with_settings(text, **small)
     (place / "01_train.ipynb").write_text(text, encoding="utf-8")
-    cell = nbformat.v4.new_code_cell("import bitllm as bit\nbit.watch('runs/demo-w128-b2048')")
+    cell = nbformat.v4.new_code_cell("import bitllm as bit\nbit.watch('runs/demo-w128-l3')")
     kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     book = nbformat.v4.new_notebook(cells=[cell], metadata=kernel)
     nbformat.write(book, place / "watch.ipynb")
-    run, whole = place / "runs" / "demo-w128-b2048", bit.PRESETS["demo"][2].max_steps
+    run, whole = place / "runs" / "demo-w128-l3", bit.PRESETS["demo"][2].max_steps
     with Lab(browser, jupyterlab, place / "01_train.ipynb", "Light") as lab:
         lab.shot("01_first_screen_light")
         lab.menu("Run", "Run All Cells")
