@@ -191,7 +191,7 @@ class Settings:
         if self.language or self.persona:
             data = dataclasses.replace(data, persona=self._persona(data.data))
         check_configs(model, config)
-        saved = self._resumed_run()[1].get("train", {})
+        saved = self.resumed_run()[1].get("train", {})
         minutes = self.minutes or (saved.get("minutes") if saved else self.clock_minutes)
         config = dataclasses.replace(config, minutes=minutes)
         if not minutes and (tokens := text_tokens(data.data)):  # more would be learned by heart
@@ -204,7 +204,7 @@ class Settings:
         """As the dial chooses; a run that is resumed keeps what was chosen when it began."""
         _, data, _ = PRESETS[self.preset_name]
         data = dataclasses.replace(data, data=self.data or data.data)
-        place, saved = self._resumed_run()
+        place, saved = self.resumed_run()
         if saved and saved["data"]["data"] == data.data:
             kinds = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
             model, data, config = (config_from(kind, saved[k], place) for k, kind in kinds.items())
@@ -222,7 +222,7 @@ class Settings:
         """Who the companion is: as asked for, or as in the run that is resumed."""
         if self.persona:
             return recorded_persona(self.persona)
-        saved = self._resumed_run()[1].get("data", {})
+        saved = self.resumed_run()[1].get("data", {})
         return saved.get("persona") if saved.get("data") == source else None
 
     def describe(self) -> str:
@@ -247,48 +247,50 @@ class Settings:
             "training": f"{steps}, {config.batch_tokens:,} tokens per step, peak "
             f"learning rate {peak_rates(model, config)[0]:g}",
             "memory": f"{memory:,.0f} MB for weights, gradients and optimizer, plus activations",
-            "time": self._time(model, config, device),
-            "run folder": f"{self.run_folder.as_posix()}: {self._folder_status(model, data)}",
+            "time": _time(self, model, config, device),
+            "run folder": f"{self.run_folder.as_posix()}: {_folder_status(self, model, data)}",
         }
         return "\n".join(f"{name + ':':12}{value}" for name, value in lines.items())
 
-    def _time(self, model: ModelConfig, config: TrainConfig, device: Device) -> str:
-        place, saved = self._resumed_run()
-        status, before = run_status(place) if saved else None, saved.get("train", {})
-        name = "minutes" if config.minutes else "max_steps"
-        if status and status.finished and before[name] >= getattr(config, name):
-            return "none: this run is complete"
-        if config.minutes:
-            return f"{config.minutes:g} minutes in all, however often it is stopped and resumed"
-        whole = estimate_seconds(model, config, product_rate(device))
-        left = whole * (1 - min(1.0, (status.step if status else 0) / config.max_steps))
-        return f"about {duration(left)} on this {device.device.type} (rough estimate)"
+    def resumed_run(self) -> tuple[Path, dict[str, Any]]:
+        """`saved_run` where that is resumed; empty where a new one begins."""
+        return self.saved_run() if self.resume == "auto" else (self.run_folder, {})
 
-    def _folder_status(self, model: ModelConfig, data: DataConfig) -> str:
-        place, saved = self._saved_run()
-        if not saved:
-            return "new"
-        if self.resume == "never":
-            return "holds a run, which is moved aside"
-        before = {**asdict(DataConfig()), **saved.get("data", {})}  # of an earlier version
-        if (saved.get("model"), before) != (asdict(model), asdict(data)):
-            return "HOLDS A RUN WITH OTHER SETTINGS; choose another folder, or start over"
-        status = run_status(place)
-        if place != self.run_folder:
-            return f"{status}, from {place}"
-        return str(status)
-
-    def _resumed_run(self) -> tuple[Path, dict[str, Any]]:
-        """`_saved_run` where that is resumed; empty where a new one begins."""
-        return self._saved_run() if self.resume == "auto" else (self.run_folder, {})
-
-    def _saved_run(self) -> tuple[Path, dict[str, Any]]:
+    def saved_run(self) -> tuple[Path, dict[str, Any]]:
         """Where the run to resume is, run folder or mirror, and its config.json."""
         for place in (self.run_folder, *([Path(self.mirror)] if self.mirror else [])):
             saved = read_json(place / "config.json")
             if saved:
                 return place, saved
         return self.run_folder, {}
+
+
+def _time(settings: Settings, model: ModelConfig, config: TrainConfig, device: Device) -> str:
+    place, saved = settings.resumed_run()
+    status, before = run_status(place) if saved else None, saved.get("train", {})
+    name = "minutes" if config.minutes else "max_steps"
+    if status and status.finished and before[name] >= getattr(config, name):
+        return "none: this run is complete"
+    if config.minutes:
+        return f"{config.minutes:g} minutes in all, however often it is stopped and resumed"
+    whole = estimate_seconds(model, config, product_rate(device))
+    left = whole * (1 - min(1.0, (status.step if status else 0) / config.max_steps))
+    return f"about {duration(left)} on this {device.device.type} (rough estimate)"
+
+
+def _folder_status(settings: Settings, model: ModelConfig, data: DataConfig) -> str:
+    place, saved = settings.saved_run()
+    if not saved:
+        return "new"
+    if settings.resume == "never":
+        return "holds a run, which is moved aside"
+    before = {**asdict(DataConfig()), **saved.get("data", {})}  # of an earlier version
+    if (saved.get("model"), before) != (asdict(model), asdict(data)):
+        return "HOLDS A RUN WITH OTHER SETTINGS; choose another folder, or start over"
+    status = run_status(place)
+    if place != settings.run_folder:
+        return f"{status}, from {place}"
+    return str(status)
 
 
 def _require_source(source: str) -> None:
