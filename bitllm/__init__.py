@@ -61,6 +61,7 @@ _MODULES = {
     "planner": ("estimate_memory", "info", "memory_parts", "plan"),
     "requests": ("Requests", "ask"),
     "streaming": ("StreamedData",),
+    "tasks": ("evaluate_tasks",),
 }
 _PLACES = {name: f"bitllm.{module}" for module, names in _MODULES.items() for name in names}
 

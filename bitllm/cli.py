@@ -39,7 +39,7 @@ _HELP = {
     "model": "run folder, export or seed .pth (required)",
     "checkpoint": "last (default), best or a step",
     "prompt": "beginning of the text",
-    "data": "file, folder or name of a data set (required)",
+    "data": "file, folder or name of a data set",
     "text_column": "column of .jsonl, .parquet or hub rows",
     "encoding": "of local text, such as latin-1",
     "document_separator": "a line that ends a document of a .txt",
@@ -70,9 +70,15 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--wandb", nargs="?", const="bitllm", metavar="PROJECT", help=text)
     train.set_defaults(run=_train)
     generate.set_defaults(run=_generate)
-    commands.choices["evaluate"].set_defaults(run=_evaluate)
+    evaluate = commands.choices["evaluate"]
+    evaluate.set_defaults(run=_evaluate)
     text = 'who the companion is: a .json or "name=Luna; home=a boat"; default: as the run has it'
-    commands.choices["evaluate"].add_argument("--persona", help=text)
+    evaluate.add_argument("--persona", help=text)
+    text = (
+        "multiple choice, instead of --data: a .jsonl or .parquet file, blimp, hellaswag or hf:NAME"
+    )
+    evaluate.add_argument("--tasks", help=text)
+    evaluate._option_string_actions["--data"].required = False
     model = {"--model": {"required": True}, "--checkpoint": {"default": "last"}}
     core.add_command(commands, "chat", _chat, model, SamplingConfig)
     add_export_flags(core.add_command(commands, "export", _export, model))
@@ -213,7 +219,11 @@ def _generate(flags: argparse.Namespace) -> None:
 
 
 def _evaluate(flags: argparse.Namespace) -> None:
-    """print the loss on a text, or the companion's right answers, as one JSON object"""
+    """print the loss on a text, or shares of right answers, as one JSON object"""
+    if bool(flags.data) == bool(flags.tasks):
+        raise ValueError("evaluate needs either --data TEXT or --tasks FILE")
+    if flags.tasks:
+        return _evaluate_tasks(flags)
     if not is_companion(flags.data):
         return core.evaluate_command(flags)
     if flags.persona is None:
@@ -222,6 +232,15 @@ def _evaluate(flags: argparse.Namespace) -> None:
         persona = recorded_persona(flags.persona)
     model, tokenizer = core.load_model(flags.model, flags.checkpoint)
     print(json.dumps(right_answers(model, tokenizer, flags.data, persona)))
+
+
+def _evaluate_tasks(flags: argparse.Namespace) -> None:
+    from bitllm.tasks import evaluate_tasks
+
+    device = core.choose_device(dtype=TrainConfig(dtype=flags.dtype).dtype)
+    more = {"encoding": flags.encoding, "device": device}
+    model, tokenizer = core.load_model(flags.model, flags.checkpoint)
+    print(json.dumps(evaluate_tasks(model, tokenizer, flags.tasks, **more)))
 
 
 def _step(name: str) -> str | int:

@@ -41,7 +41,7 @@ _say_once = lru_cache(log.info)  # a source is read several times
 def parts(source: Path, split: str, config: DataConfig) -> Iterator[Part]:
     """What the files of a source hold, one after the other."""
     for path in local_files(source, split):
-        suffix = _unpacked(path).suffix.lower()
+        suffix = unpacked(path).suffix.lower()
         if suffix == ".txt":
             yield document_lines(path, partial(open_packed, path), config)
             continue
@@ -64,7 +64,7 @@ def local_files(source: str | Path, split: str = "train") -> list[Path]:
     many = files != [path]
     found: dict[str, list[Path]] = {"train": [], "validation": [], "test": [], "": []}
     for file in files:
-        is_text = _unpacked(file).suffix.lower() in SUFFIXES
+        is_text = unpacked(file).suffix.lower() in SUFFIXES
         found[_split_of(file, path) if many else "train" if is_text else ""].append(file)
     if many:
         held, left = found["validation"], [*found["test"], *found[""]]
@@ -86,7 +86,7 @@ def files_on_disk(source: Path) -> list[Path]:
 
 def _split_of(path: Path, folder: Path) -> str:
     """train, validation or test, as a file's name says; nothing where it is no text to read."""
-    parts, name = path.relative_to(folder).parts, _unpacked(path)
+    parts, name = path.relative_to(folder).parts, unpacked(path)
     hidden = any(part.startswith((".", "__MACOSX")) for part in parts)
     if hidden or name.suffix.lower() not in SUFFIXES or path.name == "metrics.jsonl":
         return ""
@@ -97,7 +97,7 @@ def _split_of(path: Path, folder: Path) -> str:
     return "train"
 
 
-def _unpacked(path: Path) -> Path:
+def unpacked(path: Path) -> Path:
     """The name of a file without its .gz or .zst."""
     return path.with_suffix("") if path.suffix.lower() in (".gz", ".zst") else path
 

@@ -10,7 +10,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "notebooks" / "bitllm_one_cell.ipynb"
-LEFT_OUT = ("__main__.py", "bench.py", "cli.py", "export", "loggers.py")
+LEFT_OUT = ("__main__.py", "bench.py", "cli.py", "export", "loggers.py", "tasks.py")
 """Of the package: what training and the prompt box never import"""
 
 INTRODUCTION = """\
