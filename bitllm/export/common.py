@@ -200,7 +200,8 @@ def export_limits(config: ModelConfig) -> list[str]:
         found.append(NO_COUNTERPART)
     for name in ("hidden_size", "intermediate_size"):
         if getattr(config, name) % 256:
-            found.append(f"llama.cpp's ternary blocks need {name} to be a multiple of 256")
+            more = "(of 64 with --gguf-type Q2_0)"
+            found.append(f"llama.cpp's ternary blocks need {name} to be a multiple of 256 {more}")
     if config.head_dim not in (64, 128):
         found.append(f"head width {config.head_dim} is neither 64 nor 128")
     return found

@@ -29,6 +29,7 @@ from bitllm.export.common import (
 from bitllm.export.llama_vocabulary import Vocabulary, llama_vocabulary
 from bitllm_core import (
     END_OF_TEXT,
+    BitLinear,
     BitLM,
     ModelConfig,
     SamplingConfig,
@@ -36,8 +37,9 @@ from bitllm_core import (
     require,
 )
 
-GGUF_KINDS = {"TQ2_0": 37, "TQ1_0": 36, "F16": 1}
+GGUF_KINDS = {"TQ2_0": 37, "TQ1_0": 36, "Q2_0": 41, "F16": 1}
 """type of the ternary matrices -> llama.cpp's number for general.file_type"""
+_Q2_0, _Q2_0_BLOCK = 42, 64  # llama.cpp's number and trits per block; gguf 0.19 does not know it
 _NAMES = [  # ours -> llama.cpp's, replaced in this order
     ("model.layers.", "blk."),
     ("self_attn.attn_sub_norm", "attn_sub_norm"),
@@ -87,7 +89,8 @@ def export_gguf(
     Args:
         source, checkpoint, overwrite: as `export_packed`.
         out: the file, *.gguf; it appears whole or not at all.
-        kind: type of the ternary matrices: TQ2_0 (2.06 bits per weight, fastest), TQ1_0 (1.69 bits)
+        kind: type of the ternary matrices: TQ2_0 (2.06 bits per weight, fastest on a CPU), TQ1_0
+            (1.69 bits), Q2_0 (2.25 bits; also for CUDA and Metal, widths that are multiples of 64)
             or F16 (any width, but activations are not rounded to 8 bits).
         credits: as `export_packed`.
 
@@ -110,13 +113,22 @@ def export_gguf(
     return result_of(out, ternary, opened.model, usage)
 
 
+def _limits(config: ModelConfig, kind: str) -> list[str]:
+    """Why the matrices of such a model could not have a type."""
+    limits = export_limits(config)
+    if kind.startswith("TQ"):
+        return limits
+    limits = [limit for limit in limits if limit == NO_COUNTERPART]
+    for name in ("hidden_size", "intermediate_size"):
+        if kind == "Q2_0" and getattr(config, name) % _Q2_0_BLOCK:
+            limits.append(f"Q2_0's blocks need {name} to be a multiple of {_Q2_0_BLOCK}")
+    return limits
+
+
 def write_gguf(path: Path, source: Source, kind: str) -> int:
     """Write the file; return the bytes of its ternary tensors."""
     gguf, config = library("gguf", "a GGUF export"), source.model.config
-    limits = export_limits(config)
-    if kind == "F16":  # without ternary blocks, any width will do
-        limits = [limit for limit in limits if limit == NO_COUNTERPART]
-    check_limits(config, kind, limits)
+    check_limits(config, kind, _limits(config, kind))
     vocabulary = llama_vocabulary(source.tokenizer, config.vocab_size)
     writer = gguf.GGUFWriter(path, "bitnet")
     try:
@@ -188,6 +200,19 @@ def _add_tokenizer(writer: Any, vocabulary: Vocabulary, end: int) -> None:
     writer.add_add_space_prefix(vocabulary.add_space_prefix)
 
 
+def pack_q2_0(trits: np.ndarray) -> np.ndarray:
+    """Trits, (O, I), in llama.cpp's blocks of scale 1, (O, I / 64 * 18), uint8.
+
+    A block is the scale in float16, then 64 trits plus 1 in two bits each, the first lowest.
+
+    Source: llama.cpp, `block_q2_0` in ggml-common.h and `dequantize_row_q2_0` in ggml-quants.c.
+    """
+    codes = (trits + 1).astype(np.uint8).reshape(-1, _Q2_0_BLOCK // 4, 4)
+    packed = (codes << np.arange(0, 8, 2, dtype=np.uint8)).sum(-1, dtype=np.uint8)
+    scales = np.ones((len(packed), 1), "<f2").view(np.uint8)
+    return np.concatenate([scales, packed], 1).reshape(len(trits), -1)
+
+
 def _add_tensors(writer: Any, model: BitLM, kind: str) -> int:
     """Announce all tensors, then write them one at a time; return the bytes of the ternary ones.
 
@@ -196,20 +221,26 @@ def _add_tensors(writer: Any, model: BitLM, kind: str) -> int:
     """
     gguf = library("gguf", "a GGUF export")
     types, ternary = gguf.GGMLQuantizationType, 0
+    matrix = _Q2_0 if kind == "Q2_0" else types[kind]
+    sizes = {**gguf.GGML_QUANT_SIZES, _Q2_0: (_Q2_0_BLOCK, _Q2_0_BLOCK // 4 + 2)}
+
+    def blocks(linear: BitLinear) -> np.ndarray:
+        trits = linear.trits.numpy()
+        return pack_q2_0(trits) if kind == "Q2_0" else gguf.quantize(trits.astype("f4"), matrix)
+
     arrays: list[Callable[[], np.ndarray]] = []
 
     def announce(name: str, shape: tuple[int, ...], dtype: Any, array: Any) -> int:
-        block, block_bytes = gguf.GGML_QUANT_SIZES[dtype]
+        block, block_bytes = sizes[dtype]
         size = math.prod(shape) // block * block_bytes
         writer.add_tensor_info(name, shape, np.dtype("f4"), size, raw_dtype=dtype)
         arrays.append(array)
         return size
 
     for name, linear in model.bit_linears().items():
-        trits = partial(lambda x: gguf.quantize(x.trits.numpy().astype("f4"), types[kind]), linear)
         scale = partial(lambda x: x.weight_scale.view(1).numpy(), linear)
         name = _gguf_name(name)
-        ternary += announce(f"{name}.weight", tuple(linear.shape), types[kind], trits)
+        ternary += announce(f"{name}.weight", tuple(linear.shape), matrix, partial(blocks, linear))
         ternary += announce(f"{name}.scale", (1,), types.F32, scale)
     for name, value in model.named_parameters():
         dtype, code = (types.F16, "f2") if "embed" in name else (types.F32, "f4")

@@ -122,7 +122,7 @@ def test_every_format_is_exported_and_read_by_the_command_line(
 
 
 def test_sizes(exports):
-    largest = {"packed": 1.65, "int8": 1.65, "hf": 2.01, "TQ2_0": 2.07, "TQ1_0": 1.7}
+    largest = {"packed": 1.65, "int8": 1.65, "hf": 2.01, "TQ2_0": 2.07, "TQ1_0": 1.7, "Q2_0": 2.26}
     for name, bits in largest.items():
         assert exports[name].bits_per_weight <= bits, name
         assert os.fspath(exports[name]) == str(exports[name].path)
@@ -186,7 +186,7 @@ def test_what_a_format_cannot_hold_is_explained(tmp_path, tiny_corpus, changes, 
 
 
 def test_options_are_checked_before_any_work(tiny_run, tmp_path):
-    with pytest.raises(ValueError, match=r"kind='Q4_0': expected one of TQ2_0, TQ1_0, F16"):
+    with pytest.raises(ValueError, match=r"kind='Q4_0': expected one of TQ2_0, TQ1_0, Q2_0, F16"):
         export_gguf(tiny_run, tmp_path / "m.gguf", kind="Q4_0")
     with pytest.raises(ValueError, match="embedding='float64'"):
         export_packed(tiny_run, tmp_path / "m.safetensors", embedding="float64")

@@ -1,10 +1,13 @@
 """The GGUF file: llama.cpp computes what we compute, and generates text through this program."""
 
+import struct
+
 import pytest
 import torch
 
 import bitllm_core as bit
 from bitllm.export import export_gguf, llama_cpp_stream
+from bitllm.export.gguf import pack_q2_0
 from tests.export.difficult import difficult_strings
 from tests.export.helpers import (
     CLIENT_WARNINGS,
@@ -21,10 +24,10 @@ pytestmark = CLIENT_WARNINGS
 
 @pytest.fixture(scope="module")
 def clients(exports):
-    return {name: LlamaCpp(exports[name].path) for name in ("TQ2_0", "TQ1_0")}
+    return {name: LlamaCpp(exports[name].path) for name in ("TQ2_0", "TQ1_0", "Q2_0")}
 
 
-@pytest.mark.parametrize("name", ["TQ2_0", "TQ1_0"])
+@pytest.mark.parametrize("name", ["TQ2_0", "TQ1_0", "Q2_0"])
 def test_llama_cpp_computes_what_we_compute(ours, clients, windows, prompts, record_property, name):
     figures = compare(ours, clients[name], windows, prompts, GREEDY_TOKENS)
     print(name, figures)
@@ -49,6 +52,31 @@ def test_other_widths_go_to_llama_cpp_in_16_bits(tiny_run, tmp_path):
     exported = export_gguf(tiny_run, tmp_path / "m.gguf", kind="F16")
     figures = compare(Ours(tiny_run), LlamaCpp(exported), torch.arange(60).view(4, 15), [])
     assert abs(figures["perplexity_ratio"] - 1) < PERPLEXITY_WITHIN[LlamaCpp]
+
+
+def test_narrow_models_have_blocks_of_64(tiny_run, tmp_path, tiny_corpus):
+    with pytest.raises(
+        ValueError, match="Q2_0's blocks need intermediate_size to be a multiple of 64"
+    ):
+        export_gguf(tiny_run, tmp_path / "m.gguf", kind="Q2_0")
+    source = train_tiny(tmp_path / "run", tiny_corpus, intermediate_size=192)
+    client = LlamaCpp(export_gguf(source, tmp_path / "m.gguf", kind="Q2_0"))
+    figures = compare(Ours(source), client, torch.arange(60).view(4, 15), [])
+    assert abs(figures["perplexity_ratio"] - 1) < PERPLEXITY_WITHIN[LlamaCpp]
+
+
+def dequantize_q2_0(block):
+    """As `dequantize_row_q2_0` of llama.cpp's ggml-quants.c, one block of 18 bytes."""
+    d, qs = struct.unpack("<e", block[:2])[0], block[2:]
+    return [((qs[j // 4] >> (2 * (j % 4)) & 3) - 1) * d for j in range(64)]
+
+
+def test_trits_are_exact_in_blocks_of_64():
+    """gguf 0.19 does not know the type, so that its reader cannot compare them."""
+    trits = torch.randint(-1, 2, (3, 128), dtype=torch.int8)
+    packed = pack_q2_0(trits.numpy())
+    found = [dequantize_q2_0(block.tobytes()) for block in packed.reshape(-1, 18)]
+    assert torch.equal(torch.tensor(found).view(3, 128), trits.float())
 
 
 def test_rows_without_a_token_load(tmp_path, tiny_corpus):
