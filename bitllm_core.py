@@ -114,26 +114,22 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "")[:140]
 
 
-def library(name: str, why: str) -> Any:
+def library(name: str, why: str, how: str = "the package {0}: pip install {0}") -> Any:
     """An optional library, imported; ImportError says how to install it."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        package = name.partition(".")[0]
-        raise ImportError(f"{why} needs the package {package}: pip install {package}") from error
+        if error.name not in (package := name.partition(".")[0], name):
+            raise
+        raise ImportError(f"{why} needs {how.format(package)}") from error
 
 
 def extension(module: str, why: str) -> Any:
     """The module `bitllm.<module>`, the core's one way to the package; ImportError without it."""
     sys.modules.setdefault("bitllm_core", sys.modules[__name__])  # run as a script: no second copy
-    try:
-        return importlib.import_module(f"bitllm.{module}".rstrip("."))
-    except ModuleNotFoundError as error:
-        if error.name not in ("bitllm", f"bitllm.{module}"):
-            raise
-        why += " needs the bitllm package, not bitllm_core.py alone: "
-        why += "pip install it from its repository, or run in a checkout"
-        raise ImportError(why) from error
+    how = "the {0} package, not bitllm_core.py alone: "
+    how += "pip install it from its repository, or run in a checkout"
+    return library(f"bitllm.{module}".rstrip("."), why, how)
 
 
 _COMPARE: dict[str, Any] = {"at_least": ge, "at_most": le, "more_than": gt, "less_than": lt}
