@@ -240,7 +240,7 @@ class DataConfig(_Checked):
     """Where the text comes from and how it becomes tokens."""
 
     data: str = "pydocs"
-    """a file or folder (.txt, .jsonl, .parquet), a known name, hf:OWNER/NAME[:CONFIG][#COLUMN]"""
+    """a file, folder, known name or hf:OWNER/NAME[:CONFIG][#COLUMN]; or shares: a.txt:0.7,b:0.3"""
     validation_data: str | None = None
     """a second source to validate on; default: the source's own split, or its held-out tail"""
     validation_fraction: float = _field(0.05, more_than=0, less_than=0.9)
@@ -261,7 +261,7 @@ class DataConfig(_Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.data), "data", "", "a file, a folder, a data set's name or pydocs")
-        fits = not self.persona or self.data.partition(":")[0] == "companion"
+        fits = not self.persona or re.search("(^|,) *companion(:|$)", self.data) is not None
         require(fits, "persona", self.persona, f"none with data={self.data!r}; companion has one")
 
 
@@ -704,10 +704,13 @@ class _ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softmax: Any) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softmax: Any, losses: Any
+    ) -> Tensor:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        nats, total_of = torch.zeros((), device=hidden.device), softmax[0] if softmax else log_total
+        total_of = softmax[0] if softmax else log_total
+        losses = hidden.new_zeros(len(hidden), 1).float() if losses is None else losses.zero_()
         with torch.autocast(kind, enabled=False):
             w = weight.to(dtype)
             d_hidden, d_weight = (torch.zeros_like(t) if softmax else t for t in (hidden, w))
@@ -724,18 +727,18 @@ class _ChunkedLoss(torch.autograd.Function):
                 target = targets[part, None].clamp(min=0)
                 for block, c, d_c in zip(logits, columns, d_columns, strict=True):
                     there = (0 <= target) & (target < len(c)) & ~ignored
-                    nats += ((total - block.gather(1, target.clamp(0, len(c) - 1))) * there).sum()
+                    losses[part] += (total - block.gather(1, target.clamp(0, len(c) - 1))) * there
                     if softmax:
                         d_block = softmax[1](block, total, target)
                         d_hidden[part] += (d_block @ c).masked_fill_(ignored, 0)
                         d_c.addmm_(d_block.T, x)
                     target = target - len(c)
-        return nats
+        return losses.sum()
 
     @staticmethod
     def backward(ctx: Any, *grad: Any) -> Any:
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * grad[0], d_weight.mul_(grad[0]), None, None
+        return d_hidden * grad[0], d_weight.mul_(grad[0]), None, None, None
 
 
 class BitLM(nn.Module):
@@ -754,6 +757,7 @@ class BitLM(nn.Module):
         trunk.norm = _norm(config, D)
         self.model = trunk
         self.lm_head = None if config.tie_word_embeddings else BitLinear(D, V, config.linear)
+        self.losses: Tensor | None = None  # takes that of each target, (B * T, 1), where wanted
         self.fill_rope()
         if seed is not None:
             initialize(self, torch.Generator().manual_seed(seed))
@@ -853,7 +857,7 @@ class BitLM(nn.Module):
             hidden = quantize_input(hidden, self.config.linear)
             weight = self.lm_head.effective_weight()
         softmax = softmax or (log_total, logits_gradient) if torch.is_grad_enabled() else None
-        return _ChunkedLoss.apply(hidden, weight, targets.flatten(), softmax)
+        return _ChunkedLoss.apply(hidden, weight, targets.flatten(), softmax, self.losses)
 
 
 @torch.no_grad()
@@ -990,6 +994,7 @@ KNOWN_DATA = {
     "wikipedia-es": "hf:wikimedia/wikipedia:20231101.es#text",
     "smol-smoltalk": "hf:HuggingFaceTB/smol-smoltalk#messages",
 }
+HUB_NAME = r"hf:([^/:#]+/[^/:#]+)(?::([^#]+))?(?:#(.+))?"
 _OF_LINES = ("wikitext-2", "wikitext-103")  # rows are lines of one long text, not documents
 _WITH_VALIDATION = (*_OF_LINES, "tinystories")  # have a validation split
 _PIECE_CHARS, _LONGEST_PIECE = 1 << 16, 1 << 18  # lines are joined, longer rows are cut
@@ -1071,8 +1076,7 @@ def text_parts(source: str, split: str, config: DataConfig) -> Iterator[Part]:
         yield from extension("companion", f"data={source!r}").parts(source, split, config)
     if name in ("pydocs", "companion") or not (split == "train" or source in _WITH_VALIDATION):
         return
-    pattern = r"hf:([^/:#]+/[^/:#]+)(?::([^#]+))?(?:#(.+))?"
-    found = re.fullmatch(pattern, KNOWN_DATA.get(source, source))
+    found = re.fullmatch(HUB_NAME, KNOWN_DATA.get(source, source))
     if not found:
         raise FileNotFoundError(
             f"data={source!r}: no such file or folder, and no known data set; expected a .txt, "
@@ -1266,7 +1270,7 @@ class TokenData:
         return starts
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=16)  # of some sources
 def _epoch_order(seed: int, epoch: int, windows: int, tokens: int) -> tuple[int, np.ndarray]:
     generator = np.random.default_rng([seed, epoch])
     return int(generator.integers(tokens)), generator.permutation(windows)
@@ -1284,23 +1288,22 @@ def _open_data(out: Path) -> tuple[TokenData, Any] | None:
     """What `prepare_data` wrote; None where a part is missing or differs from the manifest."""
     folder, arrays = out / "data", {}
     manifest = read_json(folder / "manifest.json") or {}
-    streamed = "stream_state" in manifest
+    kind = "streaming" * ("stream_state" in manifest) or "mixture" * ("mixture" in manifest)
     try:
         tokenizer = load_tokenizer(out / "tokenizer.json")
         spelled = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()  # of earlier versions
         same = manifest["tokenizer_sha256"] in (tokenizer_hash(tokenizer), spelled)
         require(manifest["dtype"] in ("uint16", "uint32", "int32"), "dtype", "", "integers")
-        for split in ("train", "validation")[streamed:]:
+        for split in ("train", "validation")[bool(kind) :]:
             path, expected = folder / f"{split}.bin", manifest[split]
             tokens = arrays[split] = np.memmap(path, dtype=manifest["dtype"], mode="r")
             same &= len(tokens) == expected["tokens"] and file_hash(path) == expected["sha256"]
             same &= bool(tokens.max() < manifest["asked"]["vocab_size"])
+        require(same, "data", out, "files as in its manifest")
     except (OSError, KeyError, TypeError, ValueError):
         return None
-    if not same:
-        return None
-    if streamed:
-        opened = extension("streaming", "a stream").open_stream
+    if kind:
+        opened = extension(kind, "this data").open_data
         data = opened(folder, arrays["validation"], manifest)
         return data and (data, tokenizer)
     return TokenData(arrays["train"], arrays["validation"], manifest), tokenizer
@@ -1361,8 +1364,9 @@ def prepare_data(
     """
     out, asked = Path(out), {"data": asdict(config), "vocab_size": vocab_size}
     manifest = {"format_version": 1, "asked": asked, "source_sha256": None}
-    path = Path(config.data).expanduser()
-    whole = config.data.partition(":")[0] in ("pydocs", "companion") or path.is_file()
+    path, mixed = Path(config.data).expanduser(), "," in config.data and not is_local(config.data)
+    write = extension("mixture", "a mixture of sources").write_data if mixed else _write_data
+    whole = config.data.partition(":")[0] in ("pydocs", "companion") or path.is_file() or mixed
     if config.max_train_tokens and not whole:
         manifest["stream_state"] = None
     elif is_local(config.data):
@@ -1375,7 +1379,7 @@ def prepare_data(
         expected = f"the text that {out} began with; it has changed. Choose another --out for it"
         require(same, "data", config.data, expected)
     if not found:
-        _write_data(config, context, out, manifest)
+        write(config, context, out, manifest)
         found = _open_data(out)
     if not found:
         raise OSError(errno.EIO, "not what was just written", str(out / "data"))

@@ -26,6 +26,7 @@ from bitllm.companion import is_companion, recorded_persona, right_answers, talk
 from bitllm.conversations import can_chat
 from bitllm.dial import BY_CLOCK, dial
 from bitllm.export import add_export_flags, export_limits, llama_cpp_stream, run_export
+from bitllm.mixture import describe, is_mixture
 from bitllm.progress import ProgressBar, Terminal
 from bitllm.requests import Requests
 from bitllm_core import PRESETS, DataConfig, ModelConfig, SamplingConfig, TrainConfig, require
@@ -275,7 +276,10 @@ def _plan(flags: argparse.Namespace) -> None:
     core.check_configs(model, config)
     require(flags.gpus >= 1, "gpus", flags.gpus, "at least 1")
     require(flags.gpus > 1 or not config.fsdp, "gpus", flags.gpus, "several with fsdp")
-    print(*plan(model, config, flags.gpus), sep="\n")
+    data = core.from_flags(configs[1], flags).data
+    tokens = config.max_steps * config.batch_tokens
+    mixed = [f"data: {data}", *describe(data, tokens)] if is_mixture(data) else []
+    print(*mixed, *plan(model, config, flags.gpus), sep="\n")
 
 
 def _info(flags: argparse.Namespace) -> None:

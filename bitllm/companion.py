@@ -54,8 +54,8 @@ def _texts(language: str, persona: str, split: str, count: int) -> list[str]:
 
 
 def is_companion(source: str) -> bool:
-    """Whether DataConfig.data names the companion."""
-    return source.partition(":")[0] == "companion"
+    """Whether DataConfig.data names the companion, and not a mixture with it."""
+    return source.partition(":")[0] == "companion" and "," not in source
 
 
 def talk(model: BitLM, tokenizer: Any, source: str = "companion") -> Iterator[str]:

@@ -35,6 +35,7 @@ from bitllm.clock import inner_parameters, useful_epochs
 from bitllm.compiling import why_not_compile
 from bitllm.files import files_on_disk
 from bitllm.machine import measure_products
+from bitllm.mixture import is_mixture, parts_of
 from bitllm.vocabulary import num_rows, open_tokenizer
 from bitllm_core import (
     KNOWN_DATA,
@@ -112,12 +113,16 @@ def measure(device: str = "auto", dtype: str = "auto", processes: int = 1) -> Ma
 
 
 def size_of(data: DataConfig) -> Text:
-    """The bytes of a source. Of the hub, of which a stream is read, there is enough.
+    """The bytes of a source or mixture. Of the hub, of which a stream is read, there is enough.
 
     Raises:
         FileNotFoundError: there is no such source. ValueError: it cannot be read.
     """
     name = data.data
+    if is_mixture(name):
+        texts = [size_of(part) for part in parts_of(data)]
+        size, words = sum(t.bytes for t in texts), max(t.words for t in texts)
+        return Text(size, name, words, any(t.conversations for t in texts))
     if is_local(name):
         path = Path(name).expanduser()
         files = [path] if path.is_file() else files_on_disk(path)

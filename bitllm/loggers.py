@@ -52,7 +52,9 @@ def curve_points(line: dict[str, Any]) -> dict[str, float]:
     kind = "final" if line.get("final") else "validation" if "val_loss" in line else "train"
     points = {}
     for name, value in line.items():
-        if isinstance(value, list):
+        if isinstance(value, dict):  # of a mixture's sources
+            points |= {f"{name}/{source}": x for source, x in value.items() if x is not None}
+        elif isinstance(value, list):
             points |= {f"{name}/layer_{layer:02}": x for layer, x in enumerate(value)}
         elif name not in ("step", "final"):
             points[f"{kind}/{name}"] = value

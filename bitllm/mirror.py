@@ -364,7 +364,8 @@ class Mirror:
     def _copy(self, kind: str, name: str) -> None:
         self.folder.mkdir(exist_ok=True)
         self.lease.acquire()
-        self._copy_token_files()
+        for source, target in token_folders(self.run, self.folder):
+            self._copy_token_files(source, target)
         copy_small_files(Folder(self.run), Folder(self.folder))
         source, target = Folder(self.run / "checkpoints"), Folder(self.folder / "checkpoints")
         core.remove_unfinished(target)
@@ -378,9 +379,8 @@ class Mirror:
     def _progress(self, size: int) -> None:
         self._bytes[0] += size
 
-    def _copy_token_files(self) -> None:
+    def _copy_token_files(self, source: Folder, target: Folder) -> None:
         """Once: tokenizing anew on another machine would take minutes, and might differ."""
-        source, target = Folder(self.run / "data"), Folder(self.folder / "data")
         text = b"".join(source.read("manifest.json"))
         if "manifest.json" in target.names() and b"".join(target.read("manifest.json")) == text:
             return
@@ -443,11 +443,19 @@ def fetch_files(out: Path, mirror: Path, settings: dict[str, Any]) -> None:
     config, size = core.DataConfig(**settings["data"]), settings["model"]["vocab_size"]
     if core.same_data(out, config, size) or not core.same_data(mirror, config, size):
         return
-    source, target = Folder(mirror / "data"), Folder(out / "data")
-    for name in ("train.bin", "validation.bin", "manifest.json"):
-        if name in source.names():  # of a stream, what trains comes from its source again
-            copy_file(source, name, target)
+    for source, target in token_folders(mirror, out):
+        for name in ("train.bin", "validation.bin", "manifest.json"):
+            if name in source.names():  # of a stream, what trains comes from its source again
+                copy_file(source, name, target)
     log.info(f"fetched {mirror / 'data'}")
+
+
+def token_folders(source: Path, target: Path) -> Iterator[tuple[Folder, Folder]]:
+    """Where a run has tokens, and where its copy has: those of a mixture's sources, then data/."""
+    sources = (core.read_json(source / "data" / "manifest.json") or {}).get("mixture", [])
+    for place in [*(f"data/{n}/data" for n in range(1, len(sources) + 1)), "data"]:
+        (target / place).parent.mkdir(parents=True, exist_ok=True)
+        yield Folder(source / place), Folder(target / place)
 
 
 def copy_checkpoint(

@@ -95,7 +95,7 @@ def tokenizer_texts(config: DataConfig) -> Iterator[str]:
             return
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)  # of some sources
 def _block_order(seed: int, epoch: int, first: int, size: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch, first]).permutation(size)
 
@@ -129,10 +129,17 @@ class StreamedData(TokenData):
             self.training = np.memmap(path, dtype=dtype, mode="r", shape=(count,))
         self.ended = progress["ended"]
 
+    @property
+    def tokens_there(self) -> int:
+        return len(self.training)
+
     def ready(self, config: TrainConfig, context: int, step: int) -> bool:
         """Whether the tokens of a step are there; `error` is set where they never will be."""
-        last = (step + 1) * (config.batch_tokens // context) - 1
-        needed = (last // self._block(context) + 1) * self._block(context) * context + 1
+        return self.has_windows((step + 1) * (config.batch_tokens // context), context)
+
+    def has_windows(self, count: int, context: int) -> bool:
+        """Whether the first `count` windows are there; `error` is set where they never will be."""
+        needed = ((count - 1) // self._block(context) + 1) * self._block(context) * context + 1
         for look in (lambda: None, self.refresh):
             look()
             if self.ended and len(self.training) <= context:
@@ -145,22 +152,7 @@ class StreamedData(TokenData):
         return False
 
     def wait(self, session: Session) -> bool:
-        """Wait for the tokens of the next step; False: stopped, or they will never be there."""
-        waiting = False
-        while True:
-            ready = self.ready(session.config, session.context, session.state.step)
-            failed = self.error is not None
-            missing, failed = session.processes.all_reduce_max([not ready, failed])
-            if not missing:
-                return True
-            if failed:
-                session.state.stop_signal = session.state.stop_signal or signal.SIGTERM
-            if session.stop_asked():
-                return False
-            if not waiting:
-                log.info(f"waiting for more text; {len(self.training):,} tokens are there")
-            waiting = True
-            time.sleep(0.1)
+        return wait_for(self, session)
 
     def _block(self, context: int) -> int:
         """Windows shuffled together: fewer where the budget is small, so that training starts."""
@@ -242,6 +234,29 @@ class StreamedData(TokenData):
             raise
         del parts.new[max(self.budget - parts.done, 0) :]
         parts.write(ended=True)
+
+
+def wait_for(data: Any, session: Session) -> bool:
+    """Wait for the tokens of the next step; False: stopped, or they will never be there.
+
+    Args:
+        data: has `ready`, `error` and `tokens_there`, as `StreamedData`.
+    """
+    waiting = False
+    while True:
+        ready = data.ready(session.config, session.context, session.state.step)
+        failed = data.error is not None
+        missing, failed = session.processes.all_reduce_max([not ready, failed])
+        if not missing:
+            return True
+        if failed:
+            session.state.stop_signal = session.state.stop_signal or signal.SIGTERM
+        if session.stop_asked():
+            return False
+        if not waiting:
+            log.info(f"waiting for more text; {data.tokens_there:,} tokens are there")
+        waiting = True
+        time.sleep(0.1)
 
 
 class _PartWriter:
@@ -328,7 +343,7 @@ def begin_stream(
     return {"train": train, "validation": validation, "stream_state": state or None}
 
 
-def open_stream(
+def open_data(
     folder: Path, validation: np.ndarray, manifest: dict[str, Any]
 ) -> StreamedData | None:
     """The stream that `begin_stream` started, as far as train.bin holds what was written.

@@ -17,7 +17,6 @@ from tokenizers.decoders import DecodeStream
 from bitllm.conversations import add_marks
 from bitllm_core import (
     END_OF_TEXT,
-    MARKS,
     MIN_VOCAB_SIZE,
     TOKENIZERS,
     DataConfig,
@@ -30,7 +29,6 @@ from bitllm_core import (
     newest_checkpoint,
     num_ids,
     read_json,
-    read_pieces,
     same_data,
     tokenizer_from,
     tokenizer_hash,
@@ -93,8 +91,9 @@ def num_rows(tokenizer: Any, data: DataConfig) -> int:
     """Rows of the embedding: the tokenizer's, and a conversation's marks where the data has any."""
     marked = with_marks(tokenizer)
     if num_ids(marked) > num_ids(tokenizer):
-        text, _ = next(read_pieces(data.data, "train", data), ("", True))
-        tokenizer = marked if MARKS[0] in text else tokenizer
+        from bitllm.mixture import has_conversations
+
+        tokenizer = marked if has_conversations(data) else tokenizer
     return max(num_ids(tokenizer), MIN_VOCAB_SIZE)
 
 

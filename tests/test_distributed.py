@@ -87,9 +87,12 @@ def runs(tiny_corpus, tmp_path_factory):
     tasks += [f"whole:{few}", f"again:{few}:stop=5", f"again:{few}"]
     still = "max_steps=1:learning_rate=1e-30:adamw_learning_rate=1e-30"
     tasks += [f"begun:fsdp=true:{still}"]
+    mixed = "mixed=true:max_steps=2:eval_every_steps=0"
+    tasks += [f"mixed:{mixed}", f"sharded-mixed:{mixed}:fsdp=true"]
     results = run_together(2, folder, *tasks)
     assert [code for code, *_ in results] == [0, 0], results
     train_alone(folder, "one")
+    train_alone(folder, f"one-mixed:{mixed}")
     return folder, results
 
 
@@ -115,6 +118,16 @@ def test_two_processes_train_as_one(runs, several):
     assert lines[0].keys() == lines[1].keys()
     for name in ("grad_norm", "zero_fraction"):
         assert lines[0][name] == pytest.approx(lines[1][name], rel=1e-3)
+
+
+@pytest.mark.parametrize("several", ["mixed", "sharded-mixed"])
+def test_several_processes_read_a_mixture_as_one(runs, several):
+    names = ("one-mixed", several)
+    one, found = ([x for x in without_times(runs[0] / n) if "loss" in x] for n in names)
+    assert [x["source_epochs"] for x in one] == [x["source_epochs"] for x in found]
+    assert one[0]["source_loss"] == pytest.approx(found[0]["source_loss"], rel=1e-5)
+    assert one[1]["source_loss"] == pytest.approx(found[1]["source_loss"], rel=1e-2)
+    assert len(one[0]["source_loss"]) == 2
 
 
 def test_a_sharded_model_trains_so_where_rows_do_not_share_out_evenly(runs, on_three):

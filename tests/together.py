@@ -1,7 +1,8 @@
 """What each process of a test does that trains with several: `python together.py FOLDER TASK ...`.
 
 A task is NAME or NAME:KEY=VALUE:...; its run goes to FOLDER/NAME. KEY is a field of TrainConfig,
-`linear`, or what shall go wrong in process 1: `kill`, `stop`, `hang`, `memory`, `nan`=STEP.
+`linear`, `mixed` (a mixture with pydocs), or what shall go wrong in process 1: `kill`, `stop`,
+`hang`, `memory`, `nan`=STEP.
 """
 
 import dataclasses
@@ -71,9 +72,11 @@ def train(folder: Path, task: str) -> bit.TrainState:
     bit.apply_gradients = trouble.apply
     bit.BitLM.loss = lambda *arguments: trouble.loss(*arguments)
     model = dataclasses.replace(tiny.MODEL, linear=asked.pop("linear", "ternary"))
+    mixed = asked.pop("mixed", "false") == "true"
     changes = {key: json.loads(value) for key, value in asked.items()}
     config = dataclasses.replace(TRAIN, **changes)
-    data = bit.DataConfig(data=str(folder / "text.txt"))
+    text = str(folder / "text.txt")
+    data = bit.DataConfig(data=f"{text}:0.7,pydocs:0.3" if mixed else text)
     return bit.train(model, data, config, folder / name, callbacks=())
 
 

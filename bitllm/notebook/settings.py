@@ -19,6 +19,7 @@ from bitllm.companion import is_companion, language_of, recorded_persona
 from bitllm.corpora import Persona
 from bitllm.dial import Choice, Machine, choose, measure, size_of
 from bitllm.machine import estimate_seconds, product_rate
+from bitllm.mixture import is_mixture, sources_of
 from bitllm.notebook.card import duration
 from bitllm.notebook.runs import run_status
 from bitllm.planner import estimate_memory
@@ -78,7 +79,7 @@ class Settings:
     """a preset's name; auto: what the dial chooses for some minutes and a text, $BITLLM_PRESET, or
     t4-1h with a CUDA GPU, or 3 minutes without one; demo for the companion"""
     data: str = ""
-    """a file, a folder, a known data set or hf:OWNER/NAME, as DataConfig.data"""
+    """a file, a folder, a known data set, hf:OWNER/NAME or a mixture, as DataConfig.data"""
     hidden_size: int = 0
     """width; the number of heads and the feed-forward width follow"""
     num_hidden_layers: int = 0
@@ -144,10 +145,8 @@ class Settings:
 
     @property
     def run_folder(self) -> Path:
-        kind, own = (
-            self.preset_name,
-            re.sub(r"[^-.\w]+", "-", f"-{Path(self.data).stem}" if self.data else "")[:80],
-        )
+        own = re.sub(r"[^-.\w]+", "-", f"-{_name_of(self.data)}" if self.data else "")[:80]
+        kind = self.preset_name
         letters = {"hidden_size": "w", "num_hidden_layers": "l", "batch_tokens": "b"}
         letters["learning_rate"] = "r"
         changed = [(letter, getattr(self, name)) for name, letter in letters.items()]
@@ -293,7 +292,20 @@ def _folder_status(settings: Settings, model: ModelConfig, data: DataConfig) -> 
     return str(status)
 
 
+def _name_of(data: str) -> str:
+    """What a run folder is called after: a source, or those of a mixture with their weights."""
+    if is_mixture(data):
+        return "-".join(Path(source).name for source in data.split(","))
+    return Path(data).stem
+
+
 def _require_source(source: str) -> None:
+    if is_mixture(source):
+        try:
+            sources_of(source)  # it checks them
+        except FileNotFoundError as error:
+            raise ValueError(error) from error
+        return
     known = ("hf", "pydocs", "companion", *KNOWN_DATA)
     found = is_local(source) or source.partition(":")[0] in known
     require(found, "data", source, "a file or folder that is there, or a known name")

@@ -48,10 +48,11 @@ except ValueError as error:
 """
 
 BUDGET = """
-try:
-    bit.prepare_data(bit.DataConfig(data=".", max_train_tokens=1000), 300, 16, "run")
-except ImportError as error:
-    print(error)
+for data in (".", "pydocs:0.7,text.txt:0.3"):
+    try:
+        bit.prepare_data(bit.DataConfig(data=data, max_train_tokens=1000), 300, 16, "run")
+    except ImportError as error:
+        print(error)
 """
 
 
@@ -79,7 +80,9 @@ def test_it_prepares_trains_generates_and_evaluates(run_alone):
 
 def test_what_needs_more_says_what_to_install(run_alone):
     assert "needs the package datasets: pip install datasets" in run_alone(HUB)
-    assert "needs the bitllm package" in run_alone(BUDGET)
+    stream, mixture = run_alone(BUDGET).splitlines()
+    assert "needs the bitllm package" in stream
+    assert "a mixture of sources needs the bitllm package" in mixture
 
 
 def test_of_a_hubs_rows_it_reads_the_column_text_or_the_one_asked_for(run_alone):
