@@ -55,7 +55,6 @@ import sys
 import threading
 import time
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
@@ -127,8 +126,7 @@ def library(name: str, why: str, how: str = "the package {0}: pip install {0}") 
 def extension(module: str, why: str) -> Any:
     """The module `bitllm.<module>`, the core's one way to the package; ImportError without it."""
     sys.modules.setdefault("bitllm_core", sys.modules[__name__])  # run as a script: no second copy
-    how = "the {0} package, not bitllm_core.py alone: "
-    how += "pip install it from its repository, or run in a checkout"
+    how = "the {0} package, not bitllm_core.py alone: pip install its repository"
     return library(f"bitllm.{module}".rstrip("."), why, how)
 
 
@@ -1042,7 +1040,7 @@ def file_lines(path: Path, opened: Any, encoding: str | None, longest: int = -1)
                 at = file.tell() - len(error.object) + error.start
                 why = f"not {error.encoding.upper()} text, at byte {at}; save it as UTF-8, "
                 why += "or say what it is (--encoding latin-1)"
-    except (OSError, ValueError, RuntimeError, EOFError, LookupError, zlib.error) as error:
+    except Exception as error:  # each kind of file has its own
         why = f"cannot be read as text ({first_line(error)})"
     if why:
         raise ValueError(f"{path}: {why}")
@@ -1316,8 +1314,7 @@ def _write_data(config: DataConfig, context: int, out: Path, manifest: dict[str,
     chars, other = sys.maxsize, config.validation_data
     read = partial(read_pieces, config.data, "train", config)
     held = read_pieces(other or config.data, "train" if other else "validation", config)
-    first = next(held, None)
-    held = itertools.chain([first], held) if first else None
+    held = itertools.chain([first], held) if (first := next(held, None)) else None
     streaming = extension("streaming", "a stream") if "stream_state" in manifest else None
     if not held and not streaming:
         chars = round(sum(len(text) for text, _ in read()) * (1 - config.validation_fraction))
@@ -1651,9 +1648,7 @@ class Folder:
         self.path = Path(path)
 
     def names(self) -> list[str]:
-        with contextlib.suppress(FileNotFoundError):
-            return sorted(path.name for path in self.path.iterdir())
-        return []
+        return sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
 
     def write(self, name: str, fill: Callable[[Path], Any]) -> None:
         """A new file that `fill` writes, safe on the disk; or none at all."""
@@ -1906,13 +1901,13 @@ def load_model(path: str | Path, checkpoint: str | int = "last") -> tuple[BitLM,
     """A model ready to generate, and its tokenizer; nothing in the files is executed.
 
     `path` is a run folder or a mirror of one (`checkpoint`: see `load_checkpoint`); a checkpoint; a
-    packed file or Hugging Face folder that bitllm exported; or a seed script's .pth file, its
-    tokenizer.json beside it.
+    packed file or Hugging Face folder that bitllm exported, or hf:OWNER/NAME on the hub; or a seed
+    script's .pth file, its tokenizer.json beside it.
     """
-    path = Path(path)
+    given, path = os.fspath(path), Path(path)
     packed = path.suffix in (".safetensors", ".gguf") and not _NAME.fullmatch(path.name)
-    if packed or "model_type" in (read_json(path / "config.json") or {}):
-        return extension("export", f"reading {path}").read_exported(path)[:2]
+    if packed or given[:3] == "hf:" or "model_type" in (read_json(path / "config.json") or {}):
+        return extension("export", f"reading {given}").read_exported(given)[:2]
     model, tokenizer, _ = load_masters(path, checkpoint)
     return model.freeze(), tokenizer
 
@@ -1932,10 +1927,6 @@ class Device:
     def autocast(self) -> Any:
         """Matrix products in `dtype`, all else in float32."""
         return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
-
-    def scaler(self) -> torch.amp.GradScaler:
-        """Loss scaling, which only float16's narrow range needs."""
-        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def __str__(self) -> str:
         return f"{self.device}, {str(self.dtype).removeprefix('torch.')} ({self.why})"
@@ -2208,7 +2199,20 @@ class MetricsLog:
 def log_to(stream: Any) -> None:
     """Show what "bitllm" logs on `stream`, a line per message, instead of where it went before."""
     log.handlers, log.propagate = [logging.StreamHandler(stream)], False
+    log.handlers[0].addFilter(lambda _: SPOKEN.set() or True)
     log.setLevel(logging.INFO)
+
+
+PULSE_S = 12.0  # silence is broken after this, twice at most: `colab run` gives up after 30
+SPOKEN = threading.Event()  # set by whatever is put out: what is logged, the package's terminal
+
+
+def break_silence(over: threading.Event) -> None:
+    """Log a line whenever nothing was put out for PULSE_S, until `over`."""
+    while not over.wait(PULSE_S):
+        if not SPOKEN.is_set():
+            log.info("still at work")
+        SPOKEN.clear()
 
 
 @contextlib.contextmanager
@@ -2233,7 +2237,6 @@ def _stop_on_signals(state: TrainState) -> Iterator[None]:
 SAVE_RETRY_S = 60.0  # until a checkpoint that could not be saved is tried again
 MAX_SKIPPED_STEPS = 25  # in a row end a run; float16's first loss scale takes some to settle
 METRICS: list[Any] = []  # functions of the TrainState, in all processes, that add to a logged line
-SET_ASIDE, FOREIGN = "set-aside-", {"desktop.ini", "Thumbs.db", "lost+found"}  # in any folder
 _MAY_CHANGE = "micro_batch_size device dtype compile deterministic max_steps minutes patience fsdp "
 _MAY_CHANGE += "sample_prompt keep_checkpoints log_every_steps eval_every_steps eval_tokens "
 _MAY_CHANGE += "save_every_steps save_every_minutes save_every_epoch"
@@ -2254,15 +2257,6 @@ def check_same_settings(where: Path, saved: dict[str, Any], now: dict[str, Any])
         )
 
 
-def check_run_folder(folder: Path) -> None:
-    """ValueError for a file, or a folder of something else. Nothing is written."""
-    ours = {"config.json", "checkpoints", "tokenizer.json", "metrics.jsonl", "data", "lock.json"}
-    names = sorted({path.name for path in folder.glob("[!.]*")} - FOREIGN)
-    if folder.is_file() or (names and not {*ours, f"{SET_ASIDE}1"} & {*names}):
-        what = "a file" if folder.is_file() else ", ".join(names[:3]) + " in it"
-        raise ValueError(f"{folder}: not a run folder ({what}); expected a folder, new or a run's")
-
-
 def _open(stack: contextlib.ExitStack, configs: Any, out: Path, resume: str, mirror: Any) -> Any:
     """Take the run folder for this process; its mirror and the checkpoint to resume from, if any.
 
@@ -2274,7 +2268,8 @@ def _open(stack: contextlib.ExitStack, configs: Any, out: Path, resume: str, mir
     settings = {part: asdict(config) for part, config in configs.items()}
     (model, data, config), place = configs.values(), Path(mirror or out).expanduser()
     folder, path = out / "checkpoints", out / "tokenizer.json"
-    check_run_folder(out)
+    with contextlib.suppress(ImportError):
+        extension("aside", "").check_run_folder(out)
     module = extension("mirror", "--mirror") if mirror else None
     if module:
         module.check_mirror(out, place)
@@ -2336,7 +2331,9 @@ class Session:
         torch.manual_seed(config.seed)  # nothing draws from it yet; a checkpoint holds it
         net = processes.build_model(model, config.seed, self.device.device)
         optimizers = processes.make_optimizers(net, config)
-        self.state = TrainState(net, optimizers, self.device.scaler(), config, processes)
+        narrow = self.device.dtype == torch.float16  # its range needs the loss scaled
+        scaler = torch.amp.GradScaler(self.device.device.type, enabled=narrow)
+        self.state = TrainState(net, optimizers, scaler, config, processes)
         self.loss: Any = net.loss  # the package replaces these two, gradients and micro_step
         self.hold: Any = net.hold_weights
         self.clock: Any = None  # a bitllm.clock.Clock
@@ -2613,8 +2610,7 @@ def _join(configs: dict[str, Any], out: Path, resume: str, mirror: Any) -> Proce
         distributed = extension("distributed", "training with several processes")
         processes = distributed.join(model, config)
     with contextlib.suppress(ImportError):
-        check = extension("planner", "a check of memory").check_memory
-        check(model, config, processes.world_size)
+        extension("planner", "").check_memory(model, config, processes.world_size)
     return processes
 
 
@@ -2784,6 +2780,9 @@ def main(arguments: Sequence[str] | None = None, parser: Any = None) -> int:
     flags = (parser or command_parser()[0]).parse_args(arguments)
     flags.started = STARTED if arguments is None else time.monotonic()
     log_to(sys.stderr)
+    over = threading.Event()
+    if "resume" in flags and not sys.stderr.isatty():  # a training that nobody may be watching
+        threading.Thread(target=break_silence, args=(over,), daemon=True).start()
     try:
         return flags.run(flags) or 0
     except KeyboardInterrupt:
@@ -2792,6 +2791,8 @@ def main(arguments: Sequence[str] | None = None, parser: Any = None) -> int:
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         log.error(f"error: {error}")
         return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
+    finally:
+        over.set()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Beginning anew in the folder of a run (`--resume never`): what is there is kept."""
+"""What a run's folder has besides a run: something else, or an earlier run (`--resume never`)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,18 @@ import itertools
 import logging
 from pathlib import Path
 
-from bitllm_core import FOREIGN, SET_ASIDE
-
 log = logging.getLogger("bitllm")
+
+SET_ASIDE, FOREIGN = "set-aside-", {"desktop.ini", "Thumbs.db", "lost+found"}  # in any folder
+
+
+def check_run_folder(folder: Path) -> None:
+    """ValueError for a file, or a folder of something else. Nothing is written."""
+    ours = {"config.json", "checkpoints", "tokenizer.json", "metrics.jsonl", "data", "lock.json"}
+    names = sorted({path.name for path in folder.glob("[!.]*")} - FOREIGN)
+    if folder.is_file() or (names and not {*ours, f"{SET_ASIDE}1"} & {*names}):
+        what = "a file" if folder.is_file() else ", ".join(names[:3]) + " in it"
+        raise ValueError(f"{folder}: not a run folder ({what}); expected a folder, new or a run's")
 
 
 def set_aside(folder: Path, keep_data: bool) -> None:

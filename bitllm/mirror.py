@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import bitllm_core as core
+from bitllm.aside import check_run_folder
 from bitllm_core import checkpoint_step, list_checkpoints, load_checkpoint, log, read_json
 
 RETRY_S = (2.0, 300.0)
@@ -75,7 +76,7 @@ def check_mirror(out: Path, mirror: Path) -> None:
     if one == other or one in other.parents or other in one.parents:
         raise ValueError(f"mirror={str(mirror)!r}: expected a folder apart from {out}")
     with contextlib.suppress(OSError):  # not readable now; it is tried again
-        core.check_run_folder(mirror)
+        check_run_folder(mirror)
 
 
 class Lease:

@@ -7,7 +7,7 @@ import sys
 from functools import partial
 from typing import Any
 
-from bitllm_core import Callback, Session, TrainState, log, warmup_that_fits
+from bitllm_core import SPOKEN, Callback, Session, TrainState, log, warmup_that_fits
 
 
 def describe(session: Session) -> None:
@@ -50,6 +50,7 @@ class Terminal:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
+        SPOKEN.set()
         with contextlib.suppress(OSError, ValueError):
             return self.stream.write(text)
         return len(text)

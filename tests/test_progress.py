@@ -1,17 +1,59 @@
 """The terminal: its end or its code page ends no training."""
 
+import itertools
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
 import bitllm_core as bit
+from bitllm import compiling
+from bitllm.cli import main
+from bitllm.progress import Terminal
 from tests import warm
 from tests.conftest import ROOT
 
 TRAIN = [sys.executable, str(ROOT / "bitllm_core.py"), "train", "--preset", "ci"]
 TRAIN += ["--max-steps", "30", "--eval-every-steps", "10", "--compile", "off", "--out"]
+
+
+def test_silence_is_broken_where_nobody_may_be_watching(monkeypatch, tiny_corpus, tmp_path, capsys):
+    """`colab run` takes a command for dead after 30 seconds of silence; compiling takes longer."""
+
+    def slow(session):
+        time.sleep(0.3)
+        raise ValueError("compiled")
+
+    monkeypatch.setattr(compiling, "prepare", slow)
+    command = ["train", "--preset", "ci", "--data", str(tiny_corpus), "--vocab-size", "300"]
+    command += ["--out", str(tmp_path / "r")]
+    for pulse, terminal, broken in ((0.05, False, True), (0.05, True, False), (12, False, False)):
+        monkeypatch.setattr(bit, "PULSE_S", pulse)
+        monkeypatch.setattr(sys.stderr, "isatty", lambda answer=terminal: answer)
+        assert main(command) == 2
+        _, said = capsys.readouterr().err.split("training tokens")
+        assert said.endswith("error: compiled\n")
+        assert (said.count("still at work") > 1) == broken
+
+
+def test_only_silence_is_broken(capsys):
+    """A line that was logged, and the progress bar, are no silence."""
+
+    class Over:
+        """What happens in each wait for the end of the command."""
+
+        waits = iter([lambda: bit.log.info("a"), lambda: bar.write("b"), lambda: None])
+
+        def wait(self, seconds):
+            return not [happens() for happens in itertools.islice(self.waits, 1)]
+
+    bar = Terminal(sys.stderr)
+    bit.log_to(sys.stderr)
+    bit.SPOKEN.clear()
+    bit.break_silence(Over())
+    assert capsys.readouterr().err == "a\nbstill at work\n"
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

@@ -78,6 +78,23 @@ def test_it_prepares_trains_generates_and_evaluates(run_alone):
     run_alone(TRAIN)
 
 
+CELL = """
+from pathlib import Path
+from IPython.core.interactiveshell import InteractiveShell
+words = ["bitllm_core.py", "train", "--preset", "ci", "--data", "text.txt", "--max-steps", "1"]
+words += ["--vocab-size", "300", "--out", "cell"]
+lines = f"import sys, warnings\\nsys.argv = {words}\\n__name__ = '__main__'\\n"
+sys.modules.pop("bitllm_core")
+cell = InteractiveShell.instance().run_cell(lines + Path("bitllm_core.py").read_text("utf-8"))
+assert cell.error_in_exec.code == 0, cell.error_in_exec
+"""
+
+
+def test_it_runs_as_a_cell_as_colab_run_sends_it(run_alone):
+    """The file after other statements, its arguments set before."""
+    assert "complete: 1 steps" in run_alone(CELL)
+
+
 def test_what_needs_more_says_what_to_install(run_alone):
     assert "needs the package datasets: pip install datasets" in run_alone(HUB)
     stream, mixture = run_alone(BUDGET).splitlines()

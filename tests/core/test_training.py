@@ -18,6 +18,7 @@ import torch
 
 import bitllm_core as bit
 from bitllm import machine
+from bitllm.aside import check_run_folder
 from tests.conftest import ROOT, assert_same_bits, state_of, weights_of, without_times
 from tests.tiny import StopAt
 
@@ -477,10 +478,10 @@ def test_files_that_systems_leave_do_not_make_a_folder_full(tmp_path):
     for name in (".DS_Store", "desktop.ini", "Thumbs.db"):
         (tmp_path / name).touch()
     (tmp_path / "lost+found").mkdir()
-    bit.check_run_folder(tmp_path)
+    check_run_folder(tmp_path)
     (tmp_path / "thesis.doc").touch()
     with pytest.raises(ValueError, match="not a run folder"):
-        bit.check_run_folder(tmp_path)
+        check_run_folder(tmp_path)
 
 
 def test_another_number_of_threads_is_noted(run, tmp_path, capsys):
