@@ -28,6 +28,7 @@ _MODULES = {
         "export_limits",
         "export_packed",
         "llama_cpp_stream",
+        "publish",
         "push_to_hub",
     ),
     "loggers": ("TensorBoard", "WandB"),

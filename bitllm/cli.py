@@ -26,6 +26,8 @@ from bitllm.companion import is_companion, recorded_persona, right_answers, talk
 from bitllm.conversations import can_chat
 from bitllm.dial import BY_CLOCK, dial
 from bitllm.export import add_export_flags, export_limits, llama_cpp_stream, run_export
+from bitllm.export.card import card_rows
+from bitllm.export.common import open_source
 from bitllm.mixture import describe, is_mixture
 from bitllm.progress import ProgressBar, Terminal
 from bitllm.requests import Requests
@@ -37,7 +39,7 @@ _HELP = {
     "preset": "settings to begin from; default: those of the run, or demo's for a new one",
     "resume": "auto (default), never or must",
     "mirror": "second folder for the checkpoints",
-    "model": "run folder, export or seed .pth (required)",
+    "model": "run folder, export, hf:OWNER/NAME or seed .pth (required)",
     "checkpoint": "last (default), best or a step",
     "prompt": "beginning of the text",
     "data": "file, folder or name of a data set",
@@ -90,8 +92,9 @@ def parser() -> argparse.ArgumentParser:
     }
     gpus = {"type": int, "default": 1, "metavar": "N", "help": "plan for so many GPUs"}
     flags["--gpus"] = gpus
-    for name, run in {"plan": _plan, "info": _info}.items():
-        core.add_command(commands, name, run, flags, ModelConfig, DataConfig, TrainConfig)
+    about = {"--model": {"help": "print what is known about this model"}, **flags}
+    for name, run, more in (("plan", _plan, flags), ("info", _info, about)):
+        core.add_command(commands, name, run, more, ModelConfig, DataConfig, TrainConfig)
     return whole
 
 
@@ -283,9 +286,12 @@ def _plan(flags: argparse.Namespace) -> None:
 
 
 def _info(flags: argparse.Namespace) -> None:
-    """device, versions and presets; or, with flags, a plan"""
+    """device, versions and presets; or, with flags, a model's facts or a plan"""
     from bitllm.planner import info
 
+    if flags.model:
+        rows = card_rows(open_source(flags.model, "last", {}))
+        return print(*(f"{name}: {value}" for name, value in rows.items()), sep="\n")
     names = {item.name for kind in (ModelConfig, TrainConfig) for item in fields(kind)}
     names |= {"data"}
     if flags.preset or flags.gpus != 1 or names & vars(flags).keys():

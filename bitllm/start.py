@@ -21,7 +21,6 @@ from torch import Tensor
 
 from bitllm.conversations import SPECIAL, can_chat
 from bitllm.export.common import Source, open_source
-from bitllm.export.hub import fetch_from_hub
 from bitllm.vocabulary import num_rows, same_tokenizer, saved_settings
 from bitllm_core import (
     PRESETS,
@@ -52,8 +51,8 @@ def open_base(init_from: str) -> Source:
         ConnectionError: the hub cannot be reached, or has no such model.
     """
     if init_from.startswith("hf:"):
+        found = open_source(init_from, "last", {}, frozen=False)
         name = init_from.removeprefix("hf:")
-        found = open_source(fetch_from_hub(name), "last", {}, frozen=False)
         return dataclasses.replace(found, facts={**found.facts, "name": name})
     path = Path(init_from).expanduser()
     if not path.exists():

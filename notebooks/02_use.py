@@ -191,11 +191,11 @@ if use_llama_cpp and "GGUF" in exports:
         print(piece, end="")
 
 # %% [markdown]
-# Publish to the Hugging Face Hub: store a write token as `HF_TOKEN` in Colab's secrets (the key at
-# the left) or in the environment, and give the name here.
+# Publish all of these in one repository of the Hugging Face Hub: store a write token as `HF_TOKEN`
+# in Colab's secrets (the key at the left) or in the environment, and give OWNER/NAME here.
 
 # %% cellView="form" jupyter={"source_hidden": true}
 # @title Hugging Face Hub
 repo_id = ""  # @param {type: "string"}
 if repo_id:
-    print(bit.push_to_hub(exports["transformers"], repo_id))
+    print(bit.publish(run, repo_id))

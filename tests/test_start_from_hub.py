@@ -1,9 +1,7 @@
 """Starting from weights of the hub, of the seed guide's script, and with the preset t4-chat."""
 
 import dataclasses
-import os
 import shutil
-import sys
 
 import numpy as np
 import pyarrow
@@ -15,8 +13,7 @@ import bitllm_core as bit
 from bitllm import conversations as talk
 from bitllm.cli import main
 from bitllm.planner import plan
-from tests import tiny, warm
-from tests.conftest import ROOT
+from tests import tiny
 from tests.hub import Hub
 from tests.test_start import ANIMALS, first_loss, make_base
 
@@ -39,26 +36,18 @@ sys.exit(main(sys.argv[1:]))
 def with_hub(folder, home, *arguments):
     """The command line in a process of its own, whose hub serves `folder` as me/stories."""
     with Hub(folder).running() as hub:
-        variables = {"HF_ENDPOINT": hub.address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
-        variables |= {"HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", HUB_SCRIPT, *map(str, arguments)]
-        options = {"capture_output": True, "text": True, "timeout": 300, "check": False}
-        done = warm.run(command, env={**os.environ, **variables}, **options)
-    return done, hub.requests
+        return hub.python(home, HUB_SCRIPT, *arguments), hub.requests
 
 
 QUICK = ["--batch-tokens", 128, "--max-steps", 2, "--compile", "off", "--dtype", "float32"]
 
 
-@pytest.mark.parametrize("name", ["hf", "exact.safetensors"])
-def test_a_model_of_the_hub_is_a_source(base, tiny_corpus, tmp_path, name):
+def test_a_packed_file_of_the_hub_is_a_source(base, tiny_corpus, tmp_path):
+    """A transformers folder is one too: tests/export/test_hub.py."""
     folder, state = base
     served = tmp_path / "hub"
-    if name == "hf":
-        shutil.copytree(folder / name, served)
-    else:
-        served.mkdir()
-        shutil.copy(folder / name, served)
+    served.mkdir()
+    shutil.copy(folder / "exact.safetensors", served)
     (served / "other.gguf").write_text("not asked for")
     flags = ["--init-from", "hf:me/stories", "--data", tiny_corpus, "--eval-tokens", 100_000]
     done, requests = with_hub(
@@ -68,15 +57,6 @@ def test_a_model_of_the_hub_is_a_source(base, tiny_corpus, tmp_path, name):
     assert first_loss(tmp_path / "run") == state.val_loss
     assert bit.read_json(tmp_path / "run" / "config.json")["start"]["name"] == "me/stories"
     assert not [request for request in requests if "gguf" in request]
-
-
-def test_a_model_that_the_hub_does_not_have_is_one_line(tmp_path):
-    (tmp_path / "hub").mkdir()
-    flags = ["--init-from", "hf:me/none", "--out", tmp_path / "run"]
-    done, _ = with_hub(tmp_path / "hub", tmp_path / "home", "train", *flags)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: the model me/none could not be loaded from the hub (")
-    assert done.stderr.count("\n") == 1
 
 
 def test_a_seed_scripts_checkpoint_is_a_source(seed_script, tiny_corpus, tmp_path):

@@ -20,6 +20,7 @@ from bitllm.export.hub import push_to_hub as push_to_hub
 from bitllm.export.huggingface import export_hf as export_hf
 from bitllm.export.llama_cpp import llama_cpp_stream as llama_cpp_stream
 from bitllm.export.packed import export_packed as export_packed
+from bitllm.export.repository import publish as publish
 from bitllm.export.webpage import export_html as export_html
 
 EXPORT_FORMATS = tuple(FORMATS)

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from bitllm.export.hub import on_this_disk
 from bitllm_core import (
     END_OF_TEXT,
     BitLM,
@@ -133,7 +134,7 @@ def read_exported(path: str | Path) -> tuple[BitLM, Any, dict[str, Any]]:
     """Read an export back.
 
     Args:
-        path: a packed file or a Hugging Face folder that this program wrote.
+        path: a packed file or a Hugging Face folder that this program wrote, or hf:OWNER/NAME.
 
     Returns:
         the frozen model, its tokenizer, and what is known about it (data, steps, losses, ...).
@@ -141,8 +142,9 @@ def read_exported(path: str | Path) -> tuple[BitLM, Any, dict[str, Any]]:
     Raises:
         ValueError, FileNotFoundError: anything else. Files are only data: nothing in them is
             executed, and their sizes are checked before memory is taken.
+        ConnectionError: the hub cannot be reached, or has no such model.
     """
-    source = _read(Path(path))
+    source = _read(on_this_disk(path))
     if source is None:
         raise ValueError(f"{path}: expected a packed file or a folder that this program exported")
     return source.model, source.tokenizer, source.facts
@@ -162,7 +164,7 @@ def open_source(
     """
     for key in credits:
         require(key in CREDITS, "credits", key, f"one of {', '.join(CREDITS)}")
-    path = Path(path)
+    path = on_this_disk(path)
     source = _read(path)
     if source is None:
         model, tokenizer, told = load_masters(path, checkpoint)

@@ -255,40 +255,50 @@ def _add_tensors(writer: Any, model: BitLM, kind: str) -> int:
 
 
 _OLLAMA_CHAT = """\
-TEMPLATE \"""{{ range .Messages }}<|im_start|>{{ .Role }}
+{{ range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}<|im_end|>
 {{ end }}<|im_start|>assistant
-\"""
-PARAMETER stop <|im_end|>"""
+"""
+
+
+def ollama_settings(config: ModelConfig, chats: bool) -> tuple[str, dict[str, Any]]:
+    """How ollama makes a prompt, a Go template, and its parameters: our sampling."""
+    s = SAMPLING if chats else SamplingConfig()
+    return _OLLAMA_CHAT if chats else "{{ .Prompt }}", {
+        "stop": [IM_END, END_OF_TEXT] if chats else [END_OF_TEXT],
+        "num_ctx": config.max_position_embeddings,
+        "num_predict": s.max_new_tokens,
+        "temperature": s.temperature,
+        "top_k": s.top_k,
+        "top_p": s.top_p,
+        "min_p": 0.0,
+        "repeat_penalty": s.repetition_penalty,
+    }
 
 
 def _modelfile(name: str, config: ModelConfig, chats: bool) -> str:
-    """What `ollama create` reads: how a prompt is made, and our sampling."""
-    s = SAMPLING if chats else SamplingConfig()
-    return f"""\
-FROM ./{name}
-{_OLLAMA_CHAT if chats else "TEMPLATE {{ .Prompt }}"}
-PARAMETER stop {END_OF_TEXT}
-PARAMETER num_ctx {config.max_position_embeddings}
-PARAMETER num_predict {s.max_new_tokens}
-PARAMETER temperature {s.temperature}
-PARAMETER top_k {s.top_k}
-PARAMETER top_p {s.top_p}
-PARAMETER min_p 0.0
-PARAMETER repeat_penalty {s.repetition_penalty}
-"""
+    """What `ollama create` reads."""
+    template, parameters = ollama_settings(config, chats)
+    lines = [f"FROM ./{name}", f'TEMPLATE """{template}"""' if chats else f"TEMPLATE {template}"]
+    lines += [f"PARAMETER stop {stop}" for stop in parameters.pop("stop")]
+    lines += [f"PARAMETER {key} {value}" for key, value in parameters.items()]
+    return "\n".join(lines) + "\n"
+
+
+def llama_command(config: ModelConfig, chats: bool, source: str) -> str:
+    """A command of llama.cpp with our sampling, for `source`: -m and a path, or a repository."""
+    s, context = SAMPLING if chats else SamplingConfig(), config.max_position_embeddings
+    program = f"llama-cli {source} -cnv" if chats else f'llama-completion {source} -no-cnv -p "..."'
+    return (
+        f"{program} -n {s.max_new_tokens} -c {context} --temp {s.temperature} --top-k {s.top_k} "
+        f"--top-p {s.top_p} --min-p 0 --repeat-penalty {s.repetition_penalty}"
+    )
 
 
 def _usage(path: str, config: ModelConfig, chats: bool) -> str:
     """Commands with our sampling. The file itself names the token that ends a text or an answer."""
-    s, context = SAMPLING if chats else SamplingConfig(), config.max_position_embeddings
-    how = (
-        f'llama-cli -m "{path}" -cnv' if chats else f'llama-completion -m "{path}" -no-cnv -p "..."'
-    )
     return f"""\
-  llama.cpp      {how} -n {s.max_new_tokens} \
--c {context} --temp {s.temperature} --top-k {s.top_k} --top-p {s.top_p} --min-p 0 \
---repeat-penalty {s.repetition_penalty}
+  llama.cpp      {llama_command(config, chats, f'-m "{path}"')}
                  (builds before December 2025: llama-cli, with the same arguments)
 {generate_usage(path)}
   ollama         ollama create NAME -f "{Path(path).with_suffix(".Modelfile").as_posix()}\""""

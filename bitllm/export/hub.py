@@ -5,14 +5,23 @@ from __future__ import annotations
 import importlib
 import os
 from pathlib import Path
+from typing import Any
 
-from bitllm_core import first_line, library, require
+from tqdm.auto import tqdm
+
+from bitllm_core import first_line, library, read_json, require
+
+HF_FILES = ["config.json", "tokenizer.json", "model.safetensors"]
+"""of a repository's transformers folder, what reading it back needs"""
+READABLE = "Readable here: what bitllm exported, a transformers folder or one packed .safetensors"
 
 
 def push_to_hub(
     path: str | Path, repo_id: str, token: str | None = None, private: bool = True
 ) -> str:
-    """Upload an exported folder or file to the Hugging Face hub; returns the address.
+    """Upload a folder or a file to the Hugging Face hub, in one commit; returns the address.
+
+    Other files that are in the repository already stay there. `publish` makes the folder as well.
 
     Args:
         path: what an export wrote.
@@ -26,7 +35,7 @@ def push_to_hub(
         OSError: the hub cannot be reached or refuses.
     """
     path = Path(path)
-    require(repo_id.count("/") == 1, "repo_id", repo_id, "OWNER/NAME")
+    require_name(repo_id)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; export first")
     hub = library("huggingface_hub", "an upload to the hub")
@@ -44,41 +53,123 @@ def push_to_hub(
     return f"{api.endpoint}/{repo_id}"
 
 
+def require_name(repo_id: str) -> None:
+    """ValueError unless `repo_id` is OWNER/NAME."""
+    owner, _, name = repo_id.partition("/")
+    require(bool(owner and name) and "/" not in name, "repo_id", repo_id, "OWNER/NAME")
+
+
+def on_this_disk(path: str | Path) -> Path:
+    """hf:OWNER/NAME as `fetch_from_hub` brings it, anything else as it is; raises as that does."""
+    name = os.fspath(path)
+    return fetch_from_hub(name.removeprefix("hf:")) if name.startswith("hf:") else Path(path)
+
+
 def fetch_from_hub(repo_id: str) -> Path:
-    """The folder or packed file of OWNER/NAME as `push_to_hub` left it there, on this disk.
+    """The transformers folder or packed file of OWNER/NAME, on this disk.
+
+    What is there is looked at before weights are fetched, and no other files are. Fetched once, it
+    is read without a network too.
 
     Raises:
         ValueError: no OWNER/NAME, or nothing in it that this program exported.
         ImportError: the package huggingface_hub is not installed.
         ConnectionError: the hub cannot be reached, or has no such model.
     """
-    require(repo_id.count("/") == 1, "repo_id", repo_id, "OWNER/NAME")
-    hub = library("huggingface_hub", f"the model {repo_id} of the hub")
-    wanted = ["*.json", "*.safetensors"]
-    try:
-        folder = Path(hub.snapshot_download(repo_id, allow_patterns=wanted, token=_hub_token()))
-    except Exception as error:  # each layer of the hub's clients has kinds of its own
-        raise ConnectionError(
-            f"the model {repo_id} could not be loaded from the hub ({first_line(error)})"
-        ) from error
-    files = sorted(folder.glob("*.safetensors"))
-    if (folder / "config.json").is_file():
-        return folder
-    if len(files) != 1:
-        raise ValueError(f"{repo_id}: expected one packed file or a folder that bitllm exported")
-    return files[0]
+    require_name(repo_id)
+    names, config = _names(repo_id), None
+    if "config.json" in names:
+        config = read_json(_fetched(repo_id, ["config.json"]) / "config.json") or {}
+        if "bitllm" in config:
+            return _fetched(repo_id, HF_FILES)
+    packed = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+    if config is None and len(packed) == 1 and "adapter_config.json" not in names:
+        return _fetched(repo_id, packed) / packed[0]
+    raise ValueError(f"hf:{repo_id}: {what_is_there(repo_id, config, names)}")
+
+
+def what_is_there(repo_id: str, config: dict[str, Any] | None, names: list[str]) -> str:
+    """What a repository without a model of ours has, what is read here, and what to do."""
+    if config is not None:
+        made = (config.get("architectures") or ["no class named"])[0]
+        found = f"a model of another program (model_type {config.get('model_type')}, {made})"
+        remedy = "Use this one with transformers"
+    elif any(name.endswith(".gguf") for name in names):
+        found, remedy = "only GGUF files", f"Run it with llama.cpp: llama-cli -hf {repo_id}"
+    else:
+        found = f"no model, only {', '.join(names[:3])}" if names else "no files"
+        remedy = "Check the name"
+    if "tokenizer.json" in names:
+        remedy += f", or train one with its tokenizer: --tokenizer hf:{repo_id}"
+    return f"found {found}. {READABLE}. {remedy}"
 
 
 def fetch_tokenizer(repo_id: str) -> Path:
     """The tokenizer.json of OWNER/NAME, on this disk; raises as `fetch_from_hub`."""
-    require(repo_id.count("/") == 1, "repo_id", repo_id, "OWNER/NAME")
+    require_name(repo_id)
     hub = library("huggingface_hub", f"the tokenizer of {repo_id}")
     try:
         return Path(hub.hf_hub_download(repo_id, "tokenizer.json", token=_hub_token()))
     except Exception as error:  # each layer of the hub's clients has kinds of its own
         raise ConnectionError(
-            f"no tokenizer.json of {repo_id} could be loaded from the hub ({first_line(error)})"
+            f"no tokenizer.json of {repo_id} could be loaded from the hub ({why(error, repo_id)})"
         ) from error
+
+
+def why(error: Exception, repo_id: str) -> str:
+    """What an error of the hub's client means here, in one line."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "GatedRepoError" in kinds:
+        return f"gated: ask for access at https://huggingface.co/{repo_id}, then set HF_TOKEN"
+    if "RepositoryNotFoundError" in kinds:
+        return "not found: check the name, and set HF_TOKEN if it is private"
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        return "not in the cache, and HF_HUB_OFFLINE is set: unset it once, with a network"
+    if kinds & {"LocalEntryNotFoundError", "TransportError", "ConnectionError", "Timeout"}:
+        return "no answer from the hub, and not in the cache: check the network"
+    return first_line(error)
+
+
+class _Bar(tqdm):
+    """Only in a terminal, and only until its download is over."""
+
+    def __init__(self, *values: Any, **options: Any) -> None:
+        super().__init__(*values, **{**options, "disable": None, "leave": False})
+
+
+def _snapshot(repo_id: str, wanted: list[str], **options: Any) -> Path:
+    hub = library("huggingface_hub", f"the model {repo_id} of the hub")
+    options |= {"allow_patterns": wanted, "token": _hub_token(), "tqdm_class": _Bar}
+    return Path(hub.snapshot_download(repo_id, **options))
+
+
+def _fetched(repo_id: str, wanted: list[str]) -> Path:
+    """The folder of the cache with these files."""
+    try:
+        return _snapshot(repo_id, wanted)
+    except ImportError:
+        raise
+    except Exception as error:  # each layer of the hub's clients has kinds of its own
+        raise _not_loaded(repo_id, error) from error
+
+
+def _names(repo_id: str) -> list[str]:
+    """The files of a repository; where the hub does not answer, those that the cache has."""
+    hub = library("huggingface_hub", f"the model {repo_id} of the hub")
+    try:
+        there = hub.HfApi(token=_hub_token()).model_info(repo_id).siblings or []
+        return sorted(file.rfilename for file in there)
+    except Exception as error:
+        try:
+            folder = _snapshot(repo_id, ["config.json"], local_files_only=True)
+        except Exception:
+            raise _not_loaded(repo_id, error) from error
+        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def _not_loaded(repo_id: str, error: Exception) -> ConnectionError:
+    reason = why(error, repo_id)
+    return ConnectionError(f"the model {repo_id} could not be loaded from the hub ({reason})")
 
 
 def _hub_token() -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bitllm.conversations import IM_END, TEMPLATE, can_chat
+from bitllm.export.card import model_card
 from bitllm.export.common import (
     EXPORT_VERSION,
     NO_COUNTERPART,
@@ -23,7 +23,6 @@ from bitllm.export.common import (
     export_format,
     export_limits,
     generate_usage,
-    num_ternary_weights,
     open_source,
     replacing,
     result_of,
@@ -38,7 +37,6 @@ from bitllm.export.tensors import (
 )
 from bitllm_core import (
     END_OF_TEXT,
-    KNOWN_DATA,
     BitLinear,
     BitLM,
     ModelConfig,
@@ -81,7 +79,7 @@ def hf_tensors(model: BitLM, dense: bool) -> dict[str, Tensor]:
     return tensors
 
 
-def _limits(config: ModelConfig) -> list[str]:
+def hf_limits(config: ModelConfig) -> list[str]:
     """Why transformers could not hold the model; llama.cpp's widths do not matter here."""
     limits = [limit for limit in export_limits(config) if limit == NO_COUNTERPART]
     kv = config.num_kv_heads * config.head_dim
@@ -102,7 +100,7 @@ def _read(path: Path) -> Source | None:
         raise FileNotFoundError(f"{weights}: no such file; expected the weights of the export")
     with open_tensors(weights) as file:
         skeleton = meta_model(settings, len(file.keys()), path / "config.json")
-        if limits := _limits(skeleton.config):
+        if limits := hf_limits(skeleton.config):
             raise ValueError(f"{path / 'config.json'}: {'; '.join(limits)}")
         tokenizer = load_tokenizer(path / "tokenizer.json")
         check_tokenizer(tokenizer, skeleton.config.vocab_size, path)
@@ -171,7 +169,7 @@ def export_hf(
     with replacing(out, overwrite, folder=True) as beside:
         opened = open_source(source, checkpoint, credits)
         model = opened.model
-        check_limits(model.config, "hf", _limits(model.config))
+        check_limits(model.config, "hf", hf_limits(model.config))
         texts = _json_files(opened, dense)
         tensors = hf_tensors(model, dense)
         write_tensors(beside / "model.safetensors", tensors, {"format": "pt"})
@@ -179,7 +177,8 @@ def export_hf(
         for name, text in texts.items():
             (beside / name).write_text(text, encoding="utf-8")
         size = sum(file.stat().st_size for file in beside.iterdir())
-        (beside / "README.md").write_text(_model_card(opened, size, dense), encoding="utf-8")
+        loading = _LOADING.format(usage=_usage(".", dense), note="" if dense else COMPILER_NOTE)
+        (beside / "README.md").write_text(model_card(opened, size, loading), encoding="utf-8")
     usage = _usage(out.as_posix(), dense)
     return result_of(out, ternary_bytes(model, tensors), model, usage)
 
@@ -241,21 +240,10 @@ def _usage(folder: str, dense: bool) -> str:
 {generate_usage(folder)}"""
 
 
-_COMPILER_NOTE = """
+COMPILER_NOTE = """
 On a CPU, loading compiles code: it needs a C++ compiler, or TORCHDYNAMO_DISABLE=1 in the
 environment."""
-_CARD = """\
----
-{front}
----
-# {title}
-
-A ternary (BitNet b1.58) language model, {made} with bitllm. It {does}.
-
-| | |
-| --- | --- |
-{table}
-
+_LOADING = """\
 ## Loading it
 
 ```
@@ -268,56 +256,3 @@ llama.cpp, ollama and LM Studio read a GGUF file, which bitllm makes from this f
 `bitllm export --model . --to gguf --out ../model.gguf`. llama.cpp's own converter does not work:
 it computes the scale from the weights again.
 """
-
-
-def _model_card(source: Source, size: int, dense: bool) -> str:
-    config, facts = source.model.config, source.facts
-    known = re.match("hf:([^:#]+)", KNOWN_DATA.get(str(facts.get("data")), ""))
-    base = str(facts.get("base_name") or "")
-    tuned = {
-        "tuned from": base,
-        "sha256 of its weights": facts.get("base_sha256"),
-        "which was trained on": facts.get("base_data"),
-        "licence of that": facts.get("base_data_licence"),
-    }
-    tuned = tuned if base else {}
-    rows = {
-        "author": facts.get("author"),
-        "licence": facts.get("licence"),
-        **tuned,
-        "trained on": facts.get("data"),
-        "licence of that text": facts.get("data_licence"),
-        "optimizer steps": facts.get("steps"),
-        "training tokens": facts.get("tokens"),
-        "loss of the last logged batch, nats per token": facts.get("loss"),
-        "validation loss, nats per token": facts.get("val_loss"),
-        "validation perplexity": facts.get("val_perplexity"),
-        "parameters": config.num_parameters,
-        "of which ternary": num_ternary_weights(source.model),
-        "context, tokens": config.max_position_embeddings,
-        "size of the files, bytes": size,
-    }
-    front = ["library_name: transformers", "pipeline_tag: text-generation"]
-    front += [f"license: {json.dumps(facts['licence'])}"] if facts.get("licence") else []
-    front += ["datasets:", f"- {known[1]}"] if known else []
-    front += [f"base_model: {json.dumps(base)}"] if "/" in base else []
-    does = "continues text; it\nwas not trained to follow instructions or to be right"
-    if can_chat(source.tokenizer):
-        does = "answers in conversations\nlike those it was trained on; what it says may be wrong"
-    return _CARD.format(
-        does=does,
-        made=f"tuned from {base}" if base else "trained from scratch",
-        front="\n".join(front),
-        title=facts.get("name") or "A ternary language model",
-        table="\n".join(f"| {key} | {_shown(value)} |" for key, value in rows.items()),
-        usage=_usage(".", dense),
-        note="" if dense else _COMPILER_NOTE,
-    )
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "not stated"
-    if isinstance(value, float):
-        return f"{value:.4f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)

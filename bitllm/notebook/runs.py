@@ -148,9 +148,9 @@ def find_model(where: str = "", drive: Path | None = None) -> Path | None:
         ConnectionError: the hub cannot be reached, or has no such model.
     """
     if where.startswith("hf:"):
-        from bitllm.export.hub import fetch_from_hub  # the one-cell notebook has no exports
+        from bitllm.export.hub import on_this_disk  # the one-cell notebook has no exports
 
-        return Path(fetch_from_hub(where.removeprefix("hf:")))
+        return on_this_disk(where)
     if where:
         if not Path(where).expanduser().exists():
             raise FileNotFoundError(f"{where}: nothing there; give a run folder, a file or hf:NAME")
