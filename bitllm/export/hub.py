@@ -32,7 +32,7 @@ def push_to_hub(
     Raises:
         FileNotFoundError, ValueError: nothing at `path`, or no OWNER/NAME.
         ImportError: the package huggingface_hub is not installed.
-        OSError: the hub cannot be reached or refuses.
+        ConnectionError: the hub cannot be reached or refuses.
     """
     path = Path(path)
     require_name(repo_id)
@@ -40,16 +40,16 @@ def push_to_hub(
         raise FileNotFoundError(f"{path}: no such file or folder; export first")
     hub = library("huggingface_hub", "an upload to the hub")
     api = hub.HfApi(token=token or _hub_token())
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    if path.is_dir():
-        api.upload_folder(repo_id=repo_id, folder_path=path, commit_message="Add the model")
-    else:
-        api.upload_file(
-            repo_id=repo_id,
-            path_or_fileobj=path,
-            path_in_repo=path.name,
-            commit_message=f"Add {path.name}",
-        )
+    commit: dict[str, Any] = {"repo_id": repo_id, "commit_message": f"Add {path.name}"}
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if path.is_dir():
+            api.upload_folder(folder_path=path, **commit)
+        else:
+            api.upload_file(path_or_fileobj=path, path_in_repo=path.name, **commit)
+    except Exception as error:  # each layer of the hub's clients has kinds of its own
+        reason = why(error, repo_id)
+        raise ConnectionError(f"{path.name} was not uploaded to {repo_id} ({reason})") from error
     return f"{api.endpoint}/{repo_id}"
 
 
@@ -123,8 +123,10 @@ def why(error: Exception, repo_id: str) -> str:
         return f"gated: ask for access at https://huggingface.co/{repo_id}, then set HF_TOKEN"
     if "RepositoryNotFoundError" in kinds:
         return "not found: check the name, and set HF_TOKEN if it is private"
+    if getattr(getattr(error, "response", None), "status_code", 0) in (401, 403):
+        return "refused: HF_TOKEN is missing or wrong, or may not do this"
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-        return "not in the cache, and HF_HUB_OFFLINE is set: unset it once, with a network"
+        return "HF_HUB_OFFLINE is set, and it is not in the cache: unset it, with a network"
     if kinds & {"LocalEntryNotFoundError", "TransportError", "ConnectionError", "Timeout"}:
         return "no answer from the hub, and not in the cache: check the network"
     return first_line(error)

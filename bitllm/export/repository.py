@@ -46,7 +46,7 @@ def publish(
     require_name(repo_id)
     library("huggingface_hub", "an upload to the hub")
     with tempfile.TemporaryDirectory() as scratch:
-        folder, more = Path(scratch) / "repository", {"options": options, **credits}
+        folder, more = Path(scratch) / repo_id.partition("/")[2], {"options": options, **credits}
         export_repository(source, folder, repo_id, checkpoint=checkpoint, **more)
         return push_to_hub(folder, repo_id, token, private)
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+from unittest import mock
 
+import huggingface_hub
 import pytest
 
 import bitllm
@@ -131,7 +133,7 @@ def test_an_empty_machine_chats_exports_and_trains_on(hub, talker, tiny_corpus, 
     )
     lines = commands(["info", "--model", name], ["info", "--model", "hf:me/other"])
     for variable, value, why in (
-        ("HF_HUB_OFFLINE", "1", "not in the cache, and HF_HUB_OFFLINE is set"),
+        ("HF_HUB_OFFLINE", "1", "HF_HUB_OFFLINE is set, and it is not in the cache"),
         ("HF_ENDPOINT", "http://127.0.0.1:9", "no answer from the hub, and not in the cache"),
     ):
         done = hub.python(home, MAIN, lines, variables={variable: value})
@@ -207,10 +209,21 @@ def test_a_repository_has_what_the_model_allows(tiny_run, tiny_corpus, tmp_path,
     assert "transformers" not in card
 
 
-def test_a_wrong_upload_is_explained(tmp_path, capsys):
+def test_a_wrong_upload_is_explained(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="repo_id='model': expected OWNER/NAME"):
         push_to_hub(tmp_path, "model")
     with pytest.raises(ValueError, match="repo_id='me/': expected OWNER/NAME"):
         publish(tmp_path, "me/")
     with pytest.raises(FileNotFoundError, match="export first"):
         push_to_hub(tmp_path / "none", "me/model")
+    refusal = RuntimeError("403")
+    refusal.response = mock.Mock(status_code=403)
+    for error, said in (
+        (refusal, "refused: HF_TOKEN is missing or wrong"),
+        (ConnectionError("[Errno 111]"), "no answer from the hub"),
+        (RuntimeError("other\nlines"), r"other\)$"),
+    ):
+        monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", mock.Mock(side_effect=error))
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        with pytest.raises(ConnectionError, match=rf"was not uploaded to me/model \({said}"):
+            push_to_hub(tmp_path, "me/model")
