@@ -374,7 +374,7 @@ def check_configs(model: ModelConfig, training: TrainConfig) -> None:
 _CI_TRAINING = TrainConfig(
     40, 1024, warmup_steps=4, eval_every_steps=20, eval_tokens=4096, log_every_steps=5
 )
-_DEMO: dict[str, Any] = {"learning_rate": 0.02, "cooldown_fraction": 0.7, "save_every_steps": 100}
+_DEMO: dict[str, Any] = {"learning_rate": 0.03, "cooldown_fraction": 0.7, "save_every_steps": 100}
 _DEMO_TRAINING = TrainConfig(640, 2048, eval_every_steps=200, eval_tokens=8192, patience=3, **_DEMO)
 _SEED_MODEL = ModelConfig(
     30000, 512, 2048, 6, 8, None, 512, tie_word_embeddings=False, linear="weight_only", block="seed"
@@ -384,7 +384,7 @@ _ADAMW |= {"adam_beta2": 0.999, "max_grad_norm": 0.0, "warmup_steps": 0}
 _SEED_TRAINING = TrainConfig(3000, 8192, cooldown_fraction=0.0, save_every_epoch=True, **_ADAMW)
 PRESETS: dict[str, tuple[ModelConfig, DataConfig, TrainConfig]] = {
     "ci": (ModelConfig(512, 64, 192, 2, 2, 1, 64), DataConfig(), _CI_TRAINING),
-    "demo": (ModelConfig(1024, 256, 512, 4, 4, None, 256), DataConfig("companion"), _DEMO_TRAINING),
+    "demo": (ModelConfig(1024, 256, 512, 3, 4, None, 256), DataConfig("companion"), _DEMO_TRAINING),
     "laptop": (
         ModelConfig(8192, 512, 1024, 6, 8, 4, 256),
         DataConfig("wikitext-2"),

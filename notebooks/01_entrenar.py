@@ -21,7 +21,7 @@
 # [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/bitllm/blob/main/notebooks/01_entrenar.ipynb)
 #
 # Al final tendrás tu propio modelo de lenguaje, entrenado desde cero: un compañero que habla
-# español, con 2,9 millones de parámetros, para conversar con él, descargarlo y enviarlo a un amigo
+# español, con 2,2 millones de parámetros, para conversar con él, descargarlo y enviarlo a un amigo
 # como página web. Sus pesos son solo -1, 0 y 1 ([BitNet b1.58](https://arxiv.org/abs/2402.17764)).
 #
 # ![Lo que verás: el progreso, lo que dice el modelo y su curva](attachment:live_display.png)

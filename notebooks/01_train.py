@@ -32,7 +32,7 @@
 #
 # | machine | what is trained | time |
 # | --- | --- | --- |
-# | without a GPU | a companion that answers, 2.9M parameters | about three minutes |
+# | without a GPU | a companion that answers, 2.2M parameters | three minutes |
 # | free Colab T4 | a writer of small stories, 29M parameters | about an hour (an estimate) |
 #
 # Stop whenever you like: running everything again resumes from there.

@@ -21,7 +21,7 @@ def form(monkeypatch):
 
 
 def test_the_form_answers_changes_and_rejects_nonsense(form):
-    assert "2.89M parameters" in form._summary.value
+    assert "2.23M parameters" in form._summary.value
     assert form._fields["hidden_size"].placeholder == "256 (demo)"
     form._fields["num_hidden_layers"].value = "2"
     assert "2 layers" in form._summary.value
