@@ -109,6 +109,18 @@ for temperature in (0.0, 0.7, 1.5):
     print(*bit.respond(net, tokenizer, prompt, sampling), sep="")
 
 # %% [markdown]
+# ## Side by side
+#
+# Two models and the same words: a run that trained longer, a dense twin, a companion and the model
+# it began with. Give another run, an export or `hf:OWNER/NAME`, or a step of this run, such as
+# `500`. Empty: the earliest step that was kept.
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Side by side
+beside = ""  # @param {type: "string"}
+bit.compare(run, beside)
+
+# %% [markdown]
 # ## How big is it?
 #
 # A ternary weight needs log2(3) = 1.58 bits. Five of them fit into a byte (3^5 = 243), which is

@@ -4,6 +4,7 @@ ipywidgets, matplotlib and IPython are imported where they are used; where there
 everything has a form in plain text.
 """
 
+from bitllm.notebook.beside import compare
 from bitllm.notebook.boxes import chat_box, first_words, prompt_box, try_out
 from bitllm.notebook.display import LiveDisplay
 from bitllm.notebook.drive import mount_drive
@@ -28,6 +29,7 @@ __all__ = [
     "SettingsPanel",
     "brief_errors",
     "chat_box",
+    "compare",
     "download_button",
     "environment_report",
     "export_box",

@@ -91,7 +91,7 @@ def first_words(run: str | Path, tokenizer: Any, count: int = 3) -> str:
     return " ".join((words[0] if words else "The").split()[:count])
 
 
-class _Sampling:
+class Sampling:
     """Sliders for how the next token is chosen, folded away."""
 
     def __init__(self, w: Any, sampling: SamplingConfig) -> None:
@@ -134,7 +134,7 @@ class _PromptBox:
         self.model, self.tokenizer = model, tokenizer
         self.text = w.Textarea(value=prompt, layout=w.Layout(**WIDTH))
         self.text.description, self.text.style.description_width = "beginning", "100px"
-        self.sampling, self.answer = _Sampling(w, SamplingConfig()), w.HTML()
+        self.sampling, self.answer = Sampling(w, SamplingConfig()), w.HTML()
         write, stop = w.Button(description="Write"), w.Button(description="Stop")
         write.button_style = "primary"
         self.job = kernel.InThread(write, stop, self._write)
@@ -172,7 +172,7 @@ class _ChatBox:
         say.button_style = "primary"
         say.layout.width = stop.layout.width = "70px"
         new.layout.width = "150px"
-        self.sampling = _Sampling(w, dataclasses.replace(talk.sampling, temperature=0))
+        self.sampling = Sampling(w, dataclasses.replace(talk.sampling, temperature=0))
         self.job = kernel.InThread(say, stop, self._answer)
         with warnings.catch_warnings():  # Enter: later versions prefer an event that blur sends too
             warnings.simplefilter("ignore", DeprecationWarning)
