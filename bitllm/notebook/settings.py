@@ -17,8 +17,16 @@ import torch
 
 from bitllm.companion import is_companion, language_of, recorded_persona
 from bitllm.corpora import Persona
-from bitllm.dial import Choice, Machine, choose, measure, size_of
-from bitllm.machine import estimate_seconds, product_rate
+from bitllm.dial import (
+    COMPILING_S,
+    START_S,
+    Choice,
+    Machine,
+    choose,
+    measure,
+    size_of,
+    token_seconds,
+)
 from bitllm.mixture import is_mixture, sources_of
 from bitllm.notebook.card import duration
 from bitllm.notebook.runs import run_status
@@ -272,7 +280,10 @@ def _time(settings: Settings, model: ModelConfig, config: TrainConfig, device: D
         return "none: this run is complete"
     if config.minutes:
         return f"{config.minutes:g} minutes in all, however often it is stopped and resumed"
-    whole = estimate_seconds(model, config, product_rate(device))
+    machine = this_machine()
+    compiled = machine.compiles and config.compile != "off"
+    whole = START_S + COMPILING_S * compiled
+    whole += config.max_steps * config.batch_tokens * token_seconds(model, machine, compiled)
     left = whole * (1 - min(1.0, (status.step if status else 0) / config.max_steps))
     return f"about {duration(left)} on this {device.device.type} (rough estimate)"
 

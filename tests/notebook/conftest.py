@@ -13,8 +13,7 @@ from bitllm.dial import Machine
 def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("BITLLM_PRESET", raising=False)
-    measured = "bitllm.notebook.settings.product_rate"  # which takes a second, as the dial's does
-    monkeypatch.setattr(measured, lambda device: 1e12)
+    # measuring takes a second
     machine = Machine(bit.choose_device("cpu"), 1e12, compiles=True)
     monkeypatch.setattr("bitllm.notebook.settings.this_machine", lambda: machine)
 

@@ -9,6 +9,7 @@ import pytest
 import bitllm.notebook.settings as settings_module
 import bitllm_core as bit
 from bitllm import dial
+from bitllm.notebook.card import duration
 from bitllm.notebook.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
@@ -93,6 +94,14 @@ def test_without_gpu_and_choice_the_clock_keeps_a_run_short():
     assert "640 steps" in Settings("demo").describe()
 
 
+def test_times_are_those_of_the_dial():
+    model, _, train = bit.PRESETS["demo"]
+    token = dial.token_seconds(model, settings_module.this_machine(), True)
+    seconds = dial.START_S + dial.COMPILING_S + 640 * 2048 * token
+    assert train.max_steps * train.batch_tokens == 640 * 2048
+    assert f"time:       about {duration(seconds)} on this cpu" in Settings("demo").describe()
+
+
 @pytest.mark.usefixtures("no_gpu", "book")
 def test_for_a_text_and_minutes_the_dial_chooses():
     machine = settings_module.this_machine()
@@ -172,7 +181,8 @@ def test_a_short_text_is_not_read_again_and_again(tmp_path):
 
 
 def test_hours_are_hours(monkeypatch):
-    monkeypatch.setattr("bitllm.notebook.settings.product_rate", lambda device: 3e11)
+    slow = dataclasses.replace(settings_module.this_machine(), rate=3e11)
+    monkeypatch.setattr(settings_module, "this_machine", lambda: slow)
     assert re.search(r"time: +about [\d.]+ (hours|days) on this cpu", Settings("t4-1h").describe())
 
 
