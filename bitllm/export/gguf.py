@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -91,7 +92,7 @@ def export_gguf(
         out: the file, *.gguf; it appears whole or not at all.
         kind: type of the ternary matrices: TQ2_0 (2.06 bits per weight, fastest on a CPU), TQ1_0
             (1.69 bits), Q2_0 (2.25 bits; also for CUDA and Metal, widths that are multiples of 64)
-            or F16 (any width, but activations are not rounded to 8 bits).
+            or F16 (any width, but activations are not rounded to 8 bits; also for dense models).
         credits: as `export_packed`.
 
     Raises:
@@ -115,6 +116,8 @@ def export_gguf(
 
 def _limits(config: ModelConfig, kind: str) -> list[str]:
     """Why the matrices of such a model could not have a type."""
+    if kind == "F16" and config.linear == "dense":  # the same network without scales
+        config = dataclasses.replace(config, linear="ternary")
     limits = export_limits(config)
     if kind.startswith("TQ"):
         return limits
@@ -126,7 +129,7 @@ def _limits(config: ModelConfig, kind: str) -> list[str]:
 
 
 def write_gguf(path: Path, source: Source, kind: str) -> int:
-    """Write the file; return the bytes of its ternary tensors."""
+    """Write the file; return the bytes of its ternary tensors, or of a dense model's matrices."""
     gguf, config = library("gguf", "a GGUF export"), source.model.config
     check_limits(config, kind, _limits(config, kind))
     vocabulary = llama_vocabulary(source.tokenizer, config.vocab_size)
@@ -225,6 +228,8 @@ def _add_tensors(writer: Any, model: BitLM, kind: str) -> int:
     sizes = {**gguf.GGML_QUANT_SIZES, _Q2_0: (_Q2_0_BLOCK, _Q2_0_BLOCK // 4 + 2)}
 
     def blocks(linear: BitLinear) -> np.ndarray:
+        if linear.linear == "dense":
+            return linear.weight.detach().numpy().astype("f2")
         trits = linear.trits.numpy()
         return pack_q2_0(trits) if kind == "Q2_0" else gguf.quantize(trits.astype("f4"), matrix)
 
@@ -237,12 +242,16 @@ def _add_tensors(writer: Any, model: BitLM, kind: str) -> int:
         arrays.append(array)
         return size
 
-    for name, linear in model.bit_linears().items():
+    matrices = model.bit_linears()
+    for name, linear in matrices.items():
         scale = partial(lambda x: x.weight_scale.view(1).numpy(), linear)
         name = _gguf_name(name)
         ternary += announce(f"{name}.weight", tuple(linear.shape), matrix, partial(blocks, linear))
-        ternary += announce(f"{name}.scale", (1,), types.F32, scale)
+        if linear.linear != "dense":
+            ternary += announce(f"{name}.scale", (1,), types.F32, scale)
     for name, value in model.named_parameters():
+        if name.removesuffix(".weight") in matrices:
+            continue
         dtype, code = (types.F16, "f2") if "embed" in name else (types.F32, "f4")
         array = partial(lambda x, code: x.detach().numpy().astype(code), value, code)
         announce(_gguf_name(name), tuple(value.shape), dtype, array)

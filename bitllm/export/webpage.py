@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import gzip
 import hashlib
 import html
@@ -32,7 +33,7 @@ from bitllm.export.common import (
     result_of,
 )
 from bitllm.export.gguf import write_gguf
-from bitllm_core import END_OF_TEXT, MARKS, SamplingConfig, library
+from bitllm_core import END_OF_TEXT, MARKS, SamplingConfig, library, require
 
 log = logging.getLogger("bitllm")
 
@@ -49,16 +50,37 @@ KNOWN = {  # data: what the model has read, and what it can be asked or begin wi
 }
 
 FOLDER_FILES = {"README.md", "index.html", "model.gguf", "runtime.bin"}
-"""what a page exported as a folder consists of"""
+"""what a page exported as a folder consists of; a second model is beside.gguf"""
+PAIRS = "a pair needs two models, ternary or dense, with block=bitnet and a tied embedding"
+
+
+INTRO = {
+    "chat": """\
+A small language model with weights of −1, 0 and 1, trained from scratch. It runs
+  inside this page: nothing is fetched from or sent to anywhere else. It answers about what it was \
+trained on, and gets the rest wrong.""",
+    "text": """\
+A small language model with weights of −1, 0 and 1, trained from scratch. It runs
+  inside this page: nothing is fetched from or sent to anywhere else. It continues your text and \
+answers no questions. It knows only what it has read.""",
+    "beside": """\
+Two small language models get the same words, the same settings and the same seed. They run
+  inside this page: nothing is fetched from or sent to anywhere else. One that was trained on \
+conversations answers; any other continues your words.""",
+}
+"""what the page says about itself"""
 
 
 def _is_export(folder: Path) -> bool:
-    return {path.name for path in folder.iterdir()} == FOLDER_FILES
+    return {path.name for path in folder.iterdir()} - {"beside.gguf"} == FOLDER_FILES
 
 
 @export_format(
     "html",
-    flags={"runtime": Flag("--runtime", "folder with llama.cpp for browsers", metavar="DIR")},
+    flags={
+        "runtime": Flag("--runtime", "folder with llama.cpp for browsers", metavar="DIR"),
+        "beside": Flag("--beside", "a second model, or a step of the first", metavar="MODEL"),
+    },
     is_export=_is_export,
 )
 def export_html(
@@ -67,6 +89,7 @@ def export_html(
     *,
     checkpoint: str | int = "last",
     runtime: str | Path | None = None,
+    beside: str | Path | None = None,
     overwrite: bool = False,
     **credits: str | None,
 ) -> Exported:
@@ -78,7 +101,9 @@ def export_html(
             folder with the parts side by side, for GitHub Pages or a static Hugging Face Space.
         runtime: folder with llama.cpp for browsers, as npm lays it out (node_modules/@wllama);
             default: downloaded once from npm, or from a CDN where there is no npm, and kept.
-        credits: as `export_packed`; they appear on the page.
+        beside: a second model, as `source`, or a step of the run `source`, such as "500": the page
+            asks both and shows their answers side by side. Either of a pair may be dense.
+        credits: as `export_packed`; they appear on the page. A pair's `name` is its title.
 
     Raises:
         ValueError, FileNotFoundError: no such model, one that llama.cpp has no counterpart of
@@ -89,36 +114,77 @@ def export_html(
     out = Path(out)
     folder = out.suffix != ".html"
     library("gguf", "an html export")
-    with replacing(out, overwrite, folder) as beside, tempfile.TemporaryDirectory() as scratch:
-        opened = open_source(source, checkpoint, credits)
-        gguf = Path(scratch) / "model.gguf"
-        ternary = write_gguf(gguf, opened, "TQ2_0")
-        parts = {**wllama.load_runtime(runtime), "model": gguf.read_bytes()}
-        template = page_template(can_chat(opened.tokenizer))
-        values = page_values(opened, ternary)
-        if not credits.get("name"):
-            values["facts"]["name"] = _title(opened)
+    with replacing(out, overwrite, folder) as target:
+        opened = _opened(source, checkpoint, beside, credits)
+        written = [_gguf_of(one, len(opened) > 1) for one in opened]
+        models = dict(zip(("model", "beside"), (data for data, _ in written), strict=False))
+        parts = {**wllama.load_runtime(runtime), **models}
+        template = page_template(can_chat(opened[0].tokenizer), len(opened) > 1)
+        each = [page_values(one, size) for one, (_, size) in zip(opened, written, strict=True)]
+        values = each[0]
+        if len(opened) > 1:
+            values = pair_values(each[0], each[1], credits.get("name"))
+        elif not credits.get("name"):
+            values["facts"]["name"] = _title(opened[0])
         files = page_files(template, parts, values, folder)
         log.info(f"{out}: a page of {sum(map(len, files.values())) / 1e6:.1f} MB")
         for name, data in files.items():
-            (beside / name if folder else beside).write_bytes(data)
-    return result_of(out, ternary, opened.model, _usage(out.as_posix(), folder))
+            (target / name if folder else target).write_bytes(data)
+    return result_of(out, written[0][1], opened[0].model, _usage(out.as_posix(), folder))
 
 
-def page_template(chats: bool = False) -> str:
-    """The page for a model that was trained on conversations, or else the one for texts."""
+def _opened(
+    source: str | Path, checkpoint: str | int, beside: str | Path | None, credits: dict[str, Any]
+) -> list[Source]:
+    """The model, or both, by names that differ."""
+    if beside is None:
+        return [open_source(source, checkpoint, credits)]
+    credits = {**credits, "name": None}
+    step = int(str(beside)) if str(beside).isdecimal() else None
+    pair = [open_source(source, checkpoint, credits)]
+    pair.append(open_source(source if step else beside, step or "last", credits))
+    kept = step is None or pair[1].facts.get("steps") == step
+    require(kept, "beside", beside, f"a step of the run {source}, or a second model")
+    names = [str(one.facts.get("name")) for one in pair]
+    if step:
+        names = [f"{names[0]}, step {one.facts.get('steps'):,}" for one in pair]
+    elif names[0] == names[1]:  # a/run and b/run
+        names = ["/".join(Path(path).parts[-2:]) for path in (source, beside)]
+    return [
+        dataclasses.replace(one, facts={**one.facts, "name": name})
+        for one, name in zip(pair, names, strict=True)
+    ]
+
+
+def _gguf_of(source: Source, paired: bool) -> tuple[bytes, int]:
+    """A model's GGUF file, and the bytes of its matrices. Only in a pair may it be dense."""
+    kind = "F16" if paired and source.model.config.linear == "dense" else "TQ2_0"
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "model.gguf"
+        try:
+            size = write_gguf(path, source, kind)
+        except ValueError as error:
+            if not paired:
+                raise
+            raise ValueError(f"{source.facts['name']}: {error}. {PAIRS}") from error
+        return path.read_bytes(), size
+
+
+def page_template(chats: bool = False, paired: bool = False) -> str:
+    """The page for a model that was trained on conversations, for texts, or for two models."""
 
     def read(*names: str) -> str:
         folder = resources.files("bitllm.export")
         return "".join(folder.joinpath(name).read_text(encoding="utf-8") for name in names)
 
-    form = read("page/chat.html" if chats else "page/text.html")
-    script = read("page/tokens.js", "page/chat.js") if chats else read("page/text.js")
-    expect = "It answers about what it was trained on, and gets the rest wrong."
-    if not chats:
-        expect = "It continues your text and answers no questions. It knows only what it has read."
-    page = read("page.html").replace("{{form}}", form).replace("{{script}}", script)
-    page = page.replace("{{expect}}", expect)
+    kind = "beside" if paired else "chat" if chats else "text"
+    script = read("page/text.js")
+    if kind != "text":
+        script = read("page/tokens.js", "page/talk.js", f"page/{kind}.js")
+    page = read("page.html").replace("{{form}}", read(f"page/{kind}.html"))
+    page = page.replace("{{script}}", script).replace("{{intro}}", INTRO[kind])
+    second = '<script id="beside" type="text/plain" {{beside_source}}>{{beside}}</script>\n'
+    page = page.replace("{{second}}", second if paired else "")
     return page.replace("{{settings}}", read("page/settings.html"))
 
 
@@ -152,6 +218,8 @@ def page_values(source: Source, ternary_bytes: int) -> dict[str, Any]:
         "bits_per_weight": 8 * ternary_bytes / num_ternary_weights(source.model),
         "exported": time.strftime("%Y-%m-%d"),
     }
+    if config.linear == "dense":
+        facts["bits_per_weight"] = "full precision, not ternary"
     data = str(facts.get("data"))
     if data in KNOWN:
         facts["data"] = KNOWN[data][0]
@@ -165,6 +233,7 @@ def page_values(source: Source, ternary_bytes: int) -> dict[str, Any]:
         "end": END_OF_TEXT,
         "chips": _chips(data),
         "chat": _chat_values(source) if chats else None,
+        "marks": MARKS,
         "sampling": {
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,
@@ -183,7 +252,20 @@ def _chat_values(source: Source) -> dict[str, Any]:
         "end": end,
         "special": [i for i, x in added.items() if len(x.content.encode()) >= len(mark)],
         "room": room_of(source.model.config.max_position_embeddings),
-        "marks": MARKS,
+    }
+
+
+def pair_values(first: dict[str, Any], second: dict[str, Any], name: str | None) -> dict[str, Any]:
+    """What the script of a page for two models reads, from the `page_values` of each."""
+    leads = first if first["chat"] or not second["chat"] else second
+    names = [values["facts"]["name"] for values in (first, second)]
+    return {
+        **first,
+        "title": name or " and ".join(names),
+        "prompt": "",
+        "chips": leads["chips"] or [leads["prompt"] or "hello"],
+        "sampling": leads["sampling"],
+        "beside": second,
     }
 
 
@@ -193,10 +275,11 @@ def page_files(
     """File name -> contents; one file unless `folder`.
 
     Args:
-        parts: "library", "licence", "glue", "engine" (see wllama.py) and "model", a GGUF file.
+        parts: "library", "licence", "glue", "engine" (see wllama.py) and "model", a GGUF file; for
+            two models also "beside".
         values: see `page_values`.
     """
-    name, files = str(values["facts"]["name"]), {}
+    name, files = str(values.get("title") or values["facts"]["name"]), {}
     holes = {
         "policy": "{{policy}}",
         "title": html.escape(name),
@@ -206,9 +289,11 @@ def page_files(
         # "<" alone could end the script element that the JSON stands in
         "facts": json.dumps(values).replace("<", "\\u003c"),
     }
-    beside = {"engine": "runtime.bin", "model": "model.gguf"} if folder else {}
-    for part in ("glue", "engine", "model"):
-        data, packed = parts[part], part not in beside or part != "model"
+    beside = {}
+    if folder:
+        beside = {"engine": "runtime.bin", "model": "model.gguf", "beside": "beside.gguf"}
+    for part in ("glue", "engine", *(x for x in ("model", "beside") if x in parts)):
+        data, packed = parts[part], part not in beside or part == "engine"
         if packed:
             data = gzip.compress(data, 9, mtime=0)
         holes[f"{part}_source"] = f'data-bytes="{len(data)}"'

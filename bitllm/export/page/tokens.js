@@ -11,7 +11,7 @@ const WORDS = new RegExp( // GPT-2's
 
 /** A message as the model is given it. */
 const cleaned = (text) => text.replace(ENDS, "").replace(/\p{Surrogate}/gu, "\ufffd")
-  .replace(new RegExp(`[${told.chat.marks}]`, "g"), "\ufffd");
+  .replace(new RegExp(`[${told.marks}]`, "g"), "\ufffd");
 
 /** What a GGUF file says before its tensors: values but for numbers, and where strings begin. */
 async function headOf(file) {
@@ -48,7 +48,9 @@ function alphabet() {
 }
 
 class Tokenizer {
-  constructor(head) {
+  /** chat: the ids that a conversation is made of. */
+  constructor(head, chat) {
+    this.chat = chat;
     this.tokens = head.values["tokenizer.ggml.tokens"];
     this.ids = new Map(this.tokens.map((token, id) => [token, id]));
     const merges = head.values["tokenizer.ggml.merges"];
@@ -78,38 +80,35 @@ class Tokenizer {
     return tokens.map((token) => this.ids.get(token));
   }
   turn({ role, content }) {
-    return [told.chat.start, ...this.encode(`${role}\n`), ...this.encode(cleaned(content)),
-      told.chat.end, ...this.encode("\n")];
+    return [this.chat.start, ...this.encode(`${role}\n`), ...this.encode(cleaned(content)),
+      this.chat.end, ...this.encode("\n")];
   }
   /** The tokens to answer to. */
   conversation(messages) {
-    const answer = [told.chat.start, ...this.encode("assistant\n")];
+    const answer = [this.chat.start, ...this.encode("assistant\n")];
     return [...messages.flatMap((message) => this.turn(message)), ...answer];
   }
   /** The same as a text for llama.cpp, whose vocabulary has the names that `renamed` gave. */
   text(messages) {
-    const [start, end] = [told.chat.start, told.chat.end].map((id) => newName(this.tokens[id]));
+    const [start, end] = [this.chat.start, this.chat.end].map((id) => newName(this.tokens[id]));
     const turns = messages.map(({ role, content }) =>
       `${start}${role}\n${cleaned(content)}${end}\n`);
     return `${turns.join("")}${start}assistant\n`;
   }
 }
 
-const newName = (token) => told.chat.marks[0] + token.slice(3);
+const newName = (token) => told.marks[0] + token.slice(3);
 
 /** The file with names of the special tokens that nobody can type; nothing moves in it. */
-function renamed(file, { bytes, places }) {
-  const mark = new TextEncoder().encode(told.chat.marks[0]); // three bytes
-  for (const id of told.chat.special) bytes.set(mark, places["tokenizer.ggml.tokens"][id]);
+function renamed(file, { bytes, places }, special) {
+  const mark = new TextEncoder().encode(told.marks[0]); // three bytes
+  for (const id of special) bytes.set(mark, places["tokenizer.ggml.tokens"][id]);
   return new Blob([bytes, file.slice(bytes.length)]);
 }
 
-let tokenizer = null;
-
-/** The model's file as llama.cpp is given it. */
-async function prepared(file) {
+/** The model's tokenizer, and its file as llama.cpp is given it. */
+async function tokenized(file, chat) {
   const head = await headOf(file);
-  tokenizer = new Tokenizer(head);
-  return renamed(file, head);
+  return [new Tokenizer(head, chat), renamed(file, head, chat.special)];
 }
 
