@@ -2267,8 +2267,9 @@ def _open(stack: contextlib.ExitStack, configs: Any, out: Path, resume: str, mir
     settings = {part: asdict(config) for part, config in configs.items()}
     (model, data, config), place = configs.values(), Path(mirror or out).expanduser()
     folder, path = out / "checkpoints", out / "tokenizer.json"
-    with contextlib.suppress(ImportError):
-        extension("aside", "").check_run_folder(out)
+    for where in {out, place}:
+        fits = "train" in (read_json(where / "config.json") or "train")
+        require(fits, "config.json of", str(where), "a run's; take another folder, to keep it")
     module = extension("mirror", "--mirror") if mirror else None
     if module:
         module.check_mirror(out, place)
@@ -2606,9 +2607,9 @@ def _join(configs: dict[str, Any], out: Path, resume: str, mirror: Any) -> Proce
     check_configs(model, config)
     processes = Processes()
     if config.fsdp or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        distributed = extension("distributed", "training with several processes")
-        processes = distributed.join(model, config)
+        processes = extension("distributed", "training with several processes").join(model, config)
     with contextlib.suppress(ImportError):
+        extension("aside", "").check_run_folder(out)
         extension("planner", "").check_memory(model, config, processes.world_size)
     return processes
 
@@ -2767,9 +2768,8 @@ def command_parser(kind: Any = argparse.ArgumentParser) -> tuple[Any, Any]:
     model = {"--model": {"required": True}, "--checkpoint": step}
     flags = {**model, "--prompt": {"default": ""}}
     add_command(commands, "generate", generate_command, flags, SamplingConfig)
-    flags = {**model, "--data": {"required": True}, "--stride": {"type": int}}
-    flags |= {"--text-column": {}, "--encoding": {}, "--document-separator": {}}
-    flags |= {"--dtype": {"default": "auto"}}
+    flags = {**model, "--data": {"required": True}, "--stride": {"type": int}, "--encoding": {}}
+    flags |= {"--text-column": {}, "--document-separator": {}, "--dtype": {"default": "auto"}}
     add_command(commands, "evaluate", evaluate_command, flags)
     return parser, commands
 

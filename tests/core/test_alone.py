@@ -164,9 +164,15 @@ def test_its_command_line_resumes_a_killed_run_to_the_same_bits(command, tmp_pat
         (["train", "--out", "x", "--max-steps", "many"], "invalid int value: 'many'"),
         (["train", "--out", "x", "--mirror", "y"], "--mirror needs the bitllm package"),
         (["generate", "--model", "nowhere"], "not a run folder"),
+        (
+            ["train", "--preset", "ci", "--out", "export"],
+            "config.json of='export': expected a run's",
+        ),
     ],
 )
-def test_its_command_line_says_what_is_wrong(command, arguments, says):
+def test_its_command_line_says_what_is_wrong(command, arguments, says, tmp_path):
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "config.json").write_text('{"model_type": "bitnet"}')
     status = 1 if "--mirror" in arguments else 2
     errors = output_of(command(*arguments), status)
     assert says in errors

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import bitllm_core as bit
-from tests import warm
+from tests import tiny, warm
 from tests.conftest import ROOT, assert_same_bits, state_of, without_times
 from tests.faults import Fault, inject
 from tests.tiny import StopAt
@@ -204,6 +204,20 @@ def test_a_closed_terminal_saves_first_unless_nohup_is_there(tmp_path, tiny_corp
     command = [sys.executable, "-c", code, str(tiny_corpus), str(tmp_path / "run")]
     done = warm.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == says
+
+
+def test_a_folder_whose_settings_are_not_a_runs_is_left_as_it_is(tmp_path, tiny_corpus):
+    export = tmp_path / "export" / "config.json"
+    export.parent.mkdir()
+    export.write_text('{"model_type": "bitnet"}')
+    mirrors = ("export", {"mirror": tmp_path / "copy"}), ("new", {"mirror": export.parent})
+    for out, more in (("export", {}), *mirrors):
+        with pytest.raises(ValueError, match=r"config\.json of='.*export': expected a run's"):
+            bit.train(
+                tiny.MODEL, bit.DataConfig(str(tiny_corpus)), tiny.TRAIN, tmp_path / out, **more
+            )
+    assert export.read_text() == '{"model_type": "bitnet"}'
+    assert [*tmp_path.rglob("*")] == [export.parent, export]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")
