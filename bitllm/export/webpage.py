@@ -69,6 +69,9 @@ Two small language models get the same words, the same settings and the same see
 conversations answers; any other continues your words.""",
 }
 """what the page says about itself"""
+ONE_TALK = """\
+    <div id="talk" class="talk" role="log" tabindex="0" aria-label="Conversation"></div>
+"""
 
 
 def _is_export(folder: Path) -> bool:
@@ -181,7 +184,9 @@ def page_template(chats: bool = False, paired: bool = False) -> str:
     script = read("page/text.js")
     if kind != "text":
         script = read("page/tokens.js", "page/talk.js", f"page/{kind}.js")
-    page = read("page.html").replace("{{form}}", read(f"page/{kind}.html"))
+    talk = read("page/beside.html") if paired else ONE_TALK
+    form = read("page/text.html" if kind == "text" else "page/chat.html").replace("{{talk}}", talk)
+    page = read("page.html").replace("{{form}}", form)
     page = page.replace("{{script}}", script).replace("{{intro}}", INTRO[kind])
     second = '<script id="beside" type="text/plain" {{beside_source}}>{{beside}}</script>\n'
     page = page.replace("{{second}}", second if paired else "")

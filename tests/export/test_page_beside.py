@@ -102,7 +102,7 @@ def test_stop_ends_both_and_nothing_is_lost(tab, page):
     drive.wait_for(lambda: drive.status_of(tab) == "Stopped.")
     assert columns(tab) == [[], []]
     assert tab.ask("sides.map((side) => side.turns)") == [[], []]
-    assert tab.page.get_by_label("Your message to both").input_value() == "hello?"
+    assert tab.page.get_by_label("Your message").input_value() == "hello?"
 
 
 def test_two_steps_of_a_run_are_named_and_a_folder_holds_both(
