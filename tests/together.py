@@ -22,10 +22,10 @@ from tests import tiny
 
 TRAIN = dataclasses.replace(
     tiny.TRAIN,
-    max_steps=50,
+    max_steps=20,
     batch_tokens=160,  # 10 windows: no whole share for three
     log_every_steps=1,
-    eval_every_steps=10,
+    eval_every_steps=5,
     eval_tokens=250,
     learning_rate=0.005,  # slow enough for a curve that rounding does not change much
     adamw_learning_rate=0.002,

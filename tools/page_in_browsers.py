@@ -30,13 +30,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import bitllm_core as bit
 from bitllm.export import llama_cpp_stream
 
+CHROMIUM = ("chromium-headless-shell", "chromium", "chromium-browser")  # the first opens quickest
 QUIET = ("background-networking", "component-update", "sync", "quic", "gpu")
 
 
 class Chromium:
     """Through playwright."""
 
-    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    path = next(filter(None, map(shutil.which, CHROMIUM)), None)
 
     def __init__(self):
         from playwright.sync_api import sync_playwright

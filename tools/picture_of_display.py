@@ -3,11 +3,10 @@
 python tools/picture_of_display.py        # needs chromium
 """
 
-import shutil
 from pathlib import Path
 
 import nbformat
-from playwright.sync_api import sync_playwright
+from page_in_browsers import Chromium
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,11 +20,8 @@ def card() -> str:
 
 
 if __name__ == "__main__":
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
-        )
-        page = browser.new_page(viewport={"width": 932, "height": 900})
-        page.set_content(f'<body style="font: 14px sans-serif; background: white">{card()}</body>')
-        page.locator("body > div").screenshot(path=ROOT / "docs" / "live_display.png")
-        browser.close()
+    browser = Chromium()
+    page = browser.new_page(viewport={"width": 932, "height": 900})
+    page.set_content(f'<body style="font: 14px sans-serif; background: white">{card()}</body>')
+    page.locator("body > div").screenshot(path=ROOT / "docs" / "live_display.png")
+    browser.close()

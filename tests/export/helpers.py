@@ -58,7 +58,7 @@ def train_chat(folder):
     path = folder / "a.jsonl"
     path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows * 2))
     model = bit.ModelConfig(320, 256, 256, 2, 4, 2, 128)
-    config = bit.TrainConfig(60, 2048, eval_every_steps=0, compile="off", warmup_steps=4)
+    config = bit.TrainConfig(60, 1024, eval_every_steps=0, compile="off", warmup_steps=4)
     bit.train(model, bit.DataConfig(str(path)), config, folder / "run", callbacks=())
 
 

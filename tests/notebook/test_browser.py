@@ -18,21 +18,20 @@ import bitllm_core as bit
 from tests import warm
 from tests.conftest import ROOT
 from tests.notebook.kernels import put_package, shorten_companion
+from tools.page_in_browsers import QUIET, Chromium
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SHOTS = ROOT / "artefacts"
-QUIET = ("background-networking", "component-update", "sync", "quic", "gpu")
 
 
 @pytest.fixture(scope="module")
 def browser():
-    if CHROMIUM is None:
+    if Chromium.path is None:
         pytest.skip("no chromium on the path")
     from playwright.sync_api import sync_playwright
 
     arguments = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in QUIET)]
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        chromium = playwright.chromium.launch(executable_path=Chromium.path, args=arguments)
         yield chromium
         chromium.close()
 
@@ -159,6 +158,21 @@ def with_settings(text, **changes):
     return text.replace("SettingsPanel.kept()", f"SettingsPanel.kept(bit.Settings({changes}))")
 
 
+SLOW = """
+class Slow(bit.Callback):
+    def on_step(self, state, metrics):
+        time.sleep(0.2)
+"""
+
+
+def slowed_down(text):
+    """The training notebook with long steps, which leave the processor to the other tests."""
+    book = nbformat.reads(text, 4)
+    [cell] = [cell for cell in book.cells if "callbacks=[display]" in cell.source]
+    cell.source = f"import time\n{SLOW}" + cell.source.replace("[display]", "[display, Slow()]")
+    return nbformat.writes(book)
+
+
 def same_twice(step):
     """The step, if it is the same four seconds later."""
     before = step()
@@ -182,14 +196,14 @@ def watch_and_interrupt(other, lab):
 
 def test_run_all_stop_reload_watch_and_resume(browser, jupyterlab, place):
     text = (ROOT / "notebooks" / "01_train.ipynb").read_text(encoding="utf-8")
-    small = {"preset": "demo", "hidden_size": 128, "num_hidden_layers": 3}  # not compiled: seconds
-    text = with_settings(text, **small)
+    small = {"preset": "demo", "hidden_size": 64, "num_hidden_layers": 1, "batch_tokens": 256}
+    text = slowed_down(with_settings(text, **small))
     (place / "01_train.ipynb").write_text(text, encoding="utf-8")
-    cell = nbformat.v4.new_code_cell("import bitllm as bit\nbit.watch('runs/demo-w128-l3')")
+    cell = nbformat.v4.new_code_cell("import bitllm as bit\nbit.watch('runs/demo-w64-l1-b256')")
     kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     book = nbformat.v4.new_notebook(cells=[cell], metadata=kernel)
     nbformat.write(book, place / "watch.ipynb")
-    run, whole = place / "runs" / "demo-w128-l3", bit.PRESETS["demo"][2].max_steps
+    run, whole = place / "runs" / "demo-w64-l1-b256", bit.PRESETS["demo"][2].max_steps
     with Lab(browser, jupyterlab, place / "01_train.ipynb", "Light") as lab:
         lab.shot("01_first_screen_light")
         lab.menu("Run", "Run All Cells")

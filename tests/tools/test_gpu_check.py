@@ -24,7 +24,7 @@ def run(*arguments):
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpu")
     text = folder / "text.txt"
-    lines = [f"{i} cats sat on {i % 50} mats, and {i * 7 % 31} dogs.\n" for i in range(30_000)]
+    lines = [f"{i} cats sat on {i % 50} mats, and {i * 7 % 31} dogs.\n" for i in range(6_000)]
     text.write_text("".join(lines), encoding="utf-8")
     result = run("prepare", folder / "data", "--data", text)
     assert result.returncode == 0, result.stderr
