@@ -119,6 +119,15 @@ def test_the_workflow_has_colabs_set(jobs):
     assert {"ipykernel==6.17.1", "ipywidgets==7.7.1"} < {*PINS}
 
 
+def test_the_workflow_keeps_the_pictures_of_each_job(jobs):
+    for job in jobs.values():
+        last = job["steps"][-1]
+        assert last["uses"].startswith("actions/upload-artifact@")
+        assert last["if"] == "always()"  # a failed test's picture above all
+        assert last["with"]["path"] == "artefacts"
+    assert "artefacts/" in (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+
+
 def test_a_linter_finds_nothing_in_the_workflows():
     linter = [sys.executable, "-m", "check_jsonschema", "--builtin-schema"]
     command = [*linter, "vendor.github-workflows", *WORKFLOW.parent.glob("*.yml")]
