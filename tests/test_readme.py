@@ -130,6 +130,13 @@ def test_the_documents_keep_their_budgets():
     assert sum(docs.values()) <= 1500, f"{docs}: shorten or delete"
 
 
+@pytest.mark.parametrize("name", ["README.md", "README.es.md"])
+def test_a_readme_is_read_without_scrolling_to_the_right(name):
+    for block in re.findall(r"^```.*?^```$", TEXTS[name], re.MULTILINE | re.DOTALL):
+        for line in block.splitlines():  # GitHub shows 98 characters
+            assert len(line) <= 98 or line.startswith("python3 -m venv "), line
+
+
 def test_one_version_everywhere():
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert re.search(r"^version: (.+)$", citation, re.MULTILINE)[1] == bitllm.__version__
