@@ -281,7 +281,7 @@ def as_prompt(values, text):
 def take_picture(page, prompts, path):
     """What a visitor sees once the model has generated a text, or answered to each prompt."""
     browser = Chromium()
-    browser.page.set_viewport_size({"width": 420, "height": 600})
+    browser.page.set_viewport_size({"width": 420, "height": 638})
     browser.open(f"{page.resolve().as_uri()}#quiet")  # it answers nothing by itself
     browser.page.get_by_text("Ready.").wait_for()
     chats = browser.ask("Boolean(told.chat)")
