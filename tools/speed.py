@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 import bitllm_core as bit  # noqa: E402
 from bitllm import bench as steps  # noqa: E402
+from bitllm import dial as choosing  # noqa: E402
 from bitllm import estimate_memory, export_hf  # noqa: E402
 from bitllm.machine import memory_in_use  # noqa: E402
 from bitllm.planner import machine  # noqa: E402
@@ -45,6 +46,8 @@ SHAPE = {  # for the comparison with the seed script, whose feed-forward is 2048
     "num_attention_heads": 8,
     "max_position_embeddings": 512,
 }
+DIAL = ((16_384, 2, 256), (16_384, 4, 256), (16_384, 8, 256), (8192, 4, 256), (16_384, 3, 512))
+"""vocabulary, layers, width"""
 
 
 def median_ratio(rounds, slow, fast):
@@ -94,6 +97,23 @@ def first_step():
     step = steps.bench_step(bit.PRESETS["demo"][0], bit.choose_device(), 32)
     first, others = step(), [step() for _ in range(4)]
     return {"seconds": first - min(others), "tokens_per_s": 4096 / min(others)}
+
+
+def dial(rounds=12, windows=32):
+    """Microseconds per token of shapes that the dial chooses, in turns, and what it expects."""
+    here, found, turns = choosing.measure(), {}, {}
+    for vocabulary, layers, width in DIAL:
+        given = {"vocab_size": vocabulary, "num_hidden_layers": layers, "hidden_size": width}
+        given["max_position_embeddings"] = 128
+        [model] = choosing.shapes(choosing.Text(1e9, "any"), given)
+        seconds = choosing.token_seconds(model, here, here.compiles) / choosing.SLOWER
+        name = f"{vocabulary:,}, {layers} x {width}"
+        found[name] = {"expected": 1e6 * seconds}
+        turns[name] = steps.bench_step(model, here.device, windows)
+    times = [[step() for step in turns.values()] for _ in range(rounds)]
+    for name, column in zip(found, zip(*times, strict=True), strict=True):
+        found[name]["measured"] = 1e6 * min(column) / (windows * 128)
+    return {"flop_per_s": here.rate, **found}
 
 
 def importing(rounds=5):
@@ -296,7 +316,7 @@ def draw(found, path):
 PARTS = {
     part.__name__: part
     for part in (
-        *(seed, bench, start, importing, tokenising),
+        *(seed, bench, start, dial, importing, tokenising),
         *(waiting, memory, generation, growth),
     )
 }
