@@ -153,6 +153,12 @@ def check_memory(model: ModelConfig, train: TrainConfig, world_size: int = 1) ->
         )
 
 
+def _time_of(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
+
+
 def plan(model: ModelConfig, config: TrainConfig, gpus: int) -> Iterator[str]:
     """Size, memory by part and time of a training on several GPUs of a kind, line by line."""
     dtype = torch.float32 if config.dtype == "float32" else torch.float16
@@ -188,11 +194,10 @@ def plan(model: ModelConfig, config: TrainConfig, gpus: int) -> Iterator[str]:
         sent = 12 * P * times * (gpus - 1) / gpus
         seconds = per_token * tokens / (gpus * peak * used) + config.max_steps * sent / between
         yield (
-            f"{gpus} x {name} ({gib} GiB): {fit} of {share} windows at once, "
-            f"{seconds / 3600:,.1f} hours"
+            f"{gpus} x {name} ({gib} GiB): {fit} of {share} windows at once, {_time_of(seconds)}"
         )
     used = ", ".join(f"{n} {share:.0%} of {peak:.3g}" for n, (_, peak, share, _) in GPUS.items())
-    yield f"hours: a guess, nothing measured; assumed FLOP a second: {used}"
+    yield f"time: a guess, nothing measured; assumed FLOP a second: {used}"
 
 
 def info() -> Iterator[str]:

@@ -1,6 +1,7 @@
 """What is planned is what training takes."""
 
 import dataclasses
+import re
 import sys
 
 import pytest
@@ -78,3 +79,11 @@ def test_a_training_is_planned_for_several_gpus(capsys, command):
     assert "gpus=1: expected several with fsdp" in capsys.readouterr().err
     assert main([command, "--gpus", "0"]) == 2
     assert "gpus=0: expected at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("steps", "time"), [(1, "s"), (2500, "minutes"), (25_000, "hours")])
+def test_a_short_training_is_planned_in_minutes(capsys, steps, time):
+    assert main(["plan", "--preset", "t4-1h", "--max-steps", str(steps)]) == 0
+    line = re.search(r"1 x T4 .*, ([\d.]+) (\w+)$", capsys.readouterr().out, re.MULTILINE)
+    assert line[2] == time
+    assert 1 <= float(line[1]) < 120
