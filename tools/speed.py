@@ -194,6 +194,17 @@ def waiting():
     }
 
 
+def saving():
+    """Bytes of a checkpoint of the `seed` preset, and seconds that training waits for it."""
+    model, _, train = bit.PRESETS["seed"]
+    small = {"max_steps": 3, "batch_tokens": 512, "eval_every_steps": 0, "compile": "off"}
+    train = replace(train, save_every_steps=1, **small)
+    with tempfile.TemporaryDirectory() as folder:
+        state = bit.train(model, bit.DataConfig("pydocs"), train, Path(folder, "run"))
+        newest = max(Path(folder, "run", "checkpoints").glob("*.safetensors"))
+        return {"bytes": newest.stat().st_size, "seconds": state.save_seconds / 3}
+
+
 def memory():
     """Peak memory of training the `seed` preset / its weights, gradients and optimizer."""
     device = bit.choose_device()
@@ -317,7 +328,7 @@ PARTS = {
     part.__name__: part
     for part in (
         *(seed, bench, start, dial, importing, tokenising),
-        *(waiting, memory, generation, growth),
+        *(waiting, saving, memory, generation, growth),
     )
 }
 
