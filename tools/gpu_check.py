@@ -183,6 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(flags.folder, flags.out, flags.minutes, flags.rehearse, flags.broken, wanted)
     elif flags.command == "stage":
         return stage(Job(flags.folder, flags.out, flags.name, flags.rehearse), flags.broken)
+    elif not (flags.out / "results.jsonl").exists():
+        parser.error(f"{flags.out}: no results.jsonl there; `run FOLDER --out {flags.out}` first")
     else:
         print("\n".join(report(flags.out)))
     return 0

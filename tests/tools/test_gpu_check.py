@@ -59,6 +59,12 @@ def test_every_stage_passes_with_tiny_shapes(prepared, tmp_path):
     assert all(f"| {name} |" in tables for name in last)
 
 
+def test_a_report_of_nothing_says_what_to_run(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        gpu_check.main(["report", str(tmp_path)])
+    assert "`run FOLDER --out " in capsys.readouterr().err
+
+
 def test_a_stage_that_is_broken_stops_no_other(prepared, tmp_path):
     together, alone = list(gpu_check.TOGETHER)[:2], list(gpu_check.ALONE)[:1]
     wanted, broken = [*together, *alone], together[0]
