@@ -73,7 +73,7 @@ SLOWER = 1.5
 """A usual step to the fastest one. Too few steps that are too large cost more than the opposite."""
 COMPILING_S = 35.0
 """what torch.compile takes where its cache is empty"""
-BY_CLOCK = "none with minutes, which end the run"
+BY_CLOCK = "none with minutes, which end the run; more minutes make it longer"
 READ_PER_S = 3e6
 """bytes of text a second, for training a tokenizer and tokenizing"""
 START_S = 8.0

@@ -156,7 +156,7 @@ def test_a_command_with_the_dial_ends_in_time_and_resumes(
     assert bit.load_checkpoint(out)["step"] == step
     assert cli.main([*command, "--max-steps", "9"]) == 2
     assert cli.main(["train", "--out", str(out), "--max-steps", "9"]) == 2
-    assert "expected none with minutes, which end the run" in capsys.readouterr().err
+    assert "more minutes make it longer" in capsys.readouterr().err
     longer = ["train", "--out", str(out), "--minutes", "0.2"]
     assert cli.main(longer) == 0
     assert "minutes: 0.15 -> 0.2" in capsys.readouterr().err

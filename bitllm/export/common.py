@@ -243,7 +243,7 @@ def replacing(out: Path, overwrite: bool, folder: bool) -> Iterator[Path]:
     """
     if out.exists() or out.is_symlink():
         if not overwrite:
-            raise ValueError(f"{out}: exists already; choose another path, or ask to overwrite it")
+            raise ValueError(f"{out}: exists already; choose another path, or give --overwrite")
         if folder != out.is_dir() or (folder and not _may_replace(out)):
             kind = "an exported folder" if folder else "a file"
             raise ValueError(f"{out}: not {kind}, so it is not overwritten; choose another path")

@@ -306,8 +306,8 @@ def llama_command(config: ModelConfig, chats: bool, source: str) -> str:
 
 def _usage(path: str, config: ModelConfig, chats: bool) -> str:
     """Commands with our sampling. The file itself names the token that ends a text or an answer."""
+    older = f"\n{' ' * 17}(builds before December 2025: llama-cli, with the same arguments)"
     return f"""\
-  llama.cpp      {llama_command(config, chats, f'-m "{path}"')}
-                 (builds before December 2025: llama-cli, with the same arguments)
+  llama.cpp      {llama_command(config, chats, f'-m "{path}"')}{"" if chats else older}
 {generate_usage(path)}
   ollama         ollama create NAME -f "{Path(path).with_suffix(".Modelfile").as_posix()}\""""

@@ -8,7 +8,6 @@ import gzip
 import hashlib
 import html
 import json
-import logging
 import math
 import re
 import tempfile
@@ -34,8 +33,6 @@ from bitllm.export.common import (
 )
 from bitllm.export.gguf import write_gguf
 from bitllm_core import END_OF_TEXT, MARKS, SamplingConfig, library, require
-
-log = logging.getLogger("bitllm")
 
 HOME = "https://github.com/OWNER/bitllm/tree/main"
 """where one makes a model and a page of one's own; tools/set_repository.py writes it"""
@@ -130,7 +127,6 @@ def export_html(
         elif not credits.get("name"):
             values["facts"]["name"] = _title(opened[0])
         files = page_files(template, parts, values, folder)
-        log.info(f"{out}: a page of {sum(map(len, files.values())) / 1e6:.1f} MB")
         for name, data in files.items():
             (target / name if folder else target).write_bytes(data)
     return result_of(out, written[0][1], opened[0].model, _usage(out.as_posix(), folder))

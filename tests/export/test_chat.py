@@ -49,7 +49,9 @@ def test_the_chat_endpoint_of_llama_cpp_gives_our_answers(chat_run, conversation
 
 
 def test_a_modelfile_lies_beside_the_gguf(chat_run, tmp_path):
-    export_gguf(chat_run, tmp_path / "chat.gguf", kind="TQ2_0")
+    usage = export_gguf(chat_run, tmp_path / "chat.gguf", kind="TQ2_0").usage
+    assert "llama-cli" in usage
+    assert "builds before" not in usage  # which wrote texts with llama-cli, too
     text = (tmp_path / "chat.Modelfile").read_text()
     assert text.startswith("FROM ./chat.gguf\nTEMPLATE ")
     assert "<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n" in text

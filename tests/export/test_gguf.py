@@ -132,13 +132,13 @@ def test_the_command_line_exports_and_generates(run, run_cli, tmp_path):
     out = tmp_path / "a model.gguf"
     made = run_cli("export", "--model", run, "--to", "gguf", "--out", out)
     assert made.returncode == 0, made.stderr
-    for text in ("2.06", "llama-completion", "--temp 0.8", "a model.Modelfile"):
+    for text in ("2.06", "llama-completion", "builds before", "--temp 0.8", "a model.Modelfile"):
         assert text in made.stdout
     modelfile = out.with_suffix(".Modelfile").read_text()
     assert f"PARAMETER stop {bit.END_OF_TEXT}" in modelfile
     again = run_cli("export", "--model", run, "--to", "gguf", "--out", out)
     assert again.returncode == 2
-    assert "exists already" in again.stderr
+    assert "exists already; choose another path, or give --overwrite" in again.stderr
     flags = ("--prompt", "The ", "--temperature", 0, "--max-new-tokens", 20)
     text = run_cli("generate", "--model", out, *flags)
     assert text.returncode == 0, text.stderr

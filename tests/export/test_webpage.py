@@ -26,8 +26,6 @@ def test_an_exported_page_holds_the_gguf_and_what_is_known(wide_run, runtime, tm
     words = ("--name", HOSTILE[1], "--licence", "mit", "--runtime", runtime)
     result = run_cli("export", "--model", wide_run, "--to", "html", "--out", out, *words)
     assert result.returncode == 0, result.stderr
-    size = re.search(r"a page of ([\d.]+) MB", result.stderr)
-    assert abs(float(size[1]) - out.stat().st_size / 1e6) < 0.06
     assert f"{out.stat().st_size:,} bytes, 2.0" in result.stdout
     parts, values = drive.parts_of(out)
     gguf = export_gguf(wide_run, tmp_path / "m.gguf", name=HOSTILE[1], licence="mit")
