@@ -55,6 +55,7 @@ _MODULES = {
         "show_environment",
         "show_page",
         "show_run",
+        "speak",
         "try_out",
         "upload_box",
         "watch",

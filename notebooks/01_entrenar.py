@@ -30,11 +30,11 @@
 # *Run > Run All Cells*. No hace falta pulsar nada más. Sin GPU tarda unos tres minutos. JupyterLab
 # salta al final de la página: sube hasta **Entrenar** para mirar.
 #
-# Puedes pararlo cuando quieras: si lo ejecutas todo de nuevo, continúa donde lo dejaste. El
-# formulario y los mensajes están en inglés.
+# Puedes pararlo cuando quieras: si lo ejecutas todo de nuevo, continúa donde lo dejaste. Solo los
+# mensajes del registro están en inglés.
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Set up
+# @title Preparar
 import importlib.util
 import os
 import re
@@ -51,9 +51,10 @@ if not getattr(importlib.util.find_spec("bitllm"), "origin", None):  # elsewhere
     subprocess.run([*pip, archive], check=True)  # if this fails: open bitllm_one_cell.ipynb
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Start
+# @title Empezar
 import bitllm as bit
 
+bit.speak("es")
 bit.log_to(sys.stdout)
 bit.brief_errors()
 bit.show_environment()
@@ -62,11 +63,11 @@ bit.show_environment()
 # ## Elegir
 #
 # Para un primer modelo, déjalo todo como está. O inventa tu compañero (nombre, casa, gustos), o
-# pega un texto tuyo (*your own text*), y pulsa **Train**; o ejecútalo todo de nuevo: lo que has
-# escrito se conserva. Con `wikipedia-es` en *text to learn* aprende de la Wikipedia.
+# pega un texto tuyo en *tu propio texto*, y pulsa **Entrenar**; o ejecútalo todo de nuevo: lo que
+# has escrito se conserva. Con `wikipedia-es` en *texto que aprende*, aprende de la Wikipedia.
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Settings
+# @title Ajustes
 panel = bit.SettingsPanel.kept(bit.Settings(data="companion:es"))
 panel.show()
 
@@ -75,15 +76,15 @@ panel.show()
 # copiar cada punto de control a tu Google Drive; mañana este cuaderno continúa desde ahí.
 
 # %% cellView="form" jupyter={"source_hidden": true}
-# @title Google Drive (optional)
+# @title Google Drive (opcional)
 use_drive = False  # @param {type: "boolean"}
 drive = bit.mount_drive() if use_drive else None
 
 # %% [markdown]
 # ## Entrenar
 #
-# La pérdida (*loss*) es cuánto sorprende al modelo cada trozo de texto: cuanto más baja, mejor. Lo
-# que dice pasa del ruido a las frases.
+# La pérdida (*loss* en el registro) es cuánto sorprende al modelo cada trozo de texto: cuanto más
+# baja, mejor. Lo que dice pasa del ruido a las frases.
 
 # %%
 settings = panel.settings
@@ -97,19 +98,19 @@ display.show_end(state)
 # %% [markdown]
 # ## Hablar con él
 #
-# Ya ha respondido una vez. Ahora tú: escribe y pulsa **Say**. Un modelo que no ha aprendido de
+# Ya ha respondido una vez. Ahora tú: escribe y pulsa **Enviar**. Un modelo que no ha aprendido de
 # conversaciones continúa, en cambio, el comienzo de un texto. Uno tan pequeño ha aprendido cómo es
 # su texto, no lo que significa: ayudan más pasos, más texto y más anchura, en este orden.
 
 # %%
-bit.try_out(run, "¡Hola!")
+bit.try_out(run)
 
 # %% [markdown]
 # ## Guardarlo
 #
-# Para conservar el modelo, guarda su carpeta. O expórtalo: la página web (*Web page*) se abre en
-# cualquier navegador, también en el móvil, y no necesita conexión. La primera página descarga
-# llama.cpp para navegadores (17 MB).
+# Para conservar el modelo, guarda su carpeta. O expórtalo: la página web se abre en cualquier
+# navegador, también en el móvil, y no necesita conexión. La primera página descarga llama.cpp para
+# navegadores (17 MB).
 
 # %%
 bit.export_box(run)

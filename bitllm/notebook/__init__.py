@@ -11,6 +11,7 @@ from bitllm.notebook.drive import mount_drive
 from bitllm.notebook.exports import download_button, export_box, show_page, upload_box, write_export
 from bitllm.notebook.form import SettingsPanel
 from bitllm.notebook.kernel import brief_errors
+from bitllm.notebook.language import speak
 from bitllm.notebook.runs import (
     find_model,
     furthest_run,
@@ -45,6 +46,7 @@ __all__ = [
     "show_environment",
     "show_page",
     "show_run",
+    "speak",
     "try_out",
     "upload_box",
     "watch",

@@ -14,6 +14,7 @@ from bitllm.chat import SAMPLING, Chat
 from bitllm.conversations import can_chat
 from bitllm.notebook.boxes import WIDTH, Sampling, first_words
 from bitllm.notebook.card import CARD, bubbles, continued
+from bitllm.notebook.language import say
 from bitllm_core import (
     BitLM,
     SamplingConfig,
@@ -39,20 +40,21 @@ def compare(first: str | Path, second: str = "", prompt: str = "") -> None:
     try:
         models = _models(Path(first), second)
     except (ValueError, OSError, ImportError) as error:
-        print(f"nothing to compare: {error}")
+        print(say("nothing to compare: {error}", error=error))
         return
     sides = [_Side(name, *opened) for name, opened in models.items()]
     if any(side.talk for side in sides):
-        prompt = prompt or "hello"
+        prompt = prompt or say("hello")
     prompt = prompt or first_words(first, sides[0].tokenizer)
     if kernel.widgets() is None:
         for side in sides:
             print(f"{side.name}: {side.whole_answer(prompt)}")
         return
     box = _Beside(sides, prompt)
-    text = "\n".join(side.name for side in sides)
+    text = say("two models: run this cell to ask them")
+    names = "\n".join(side.name for side in sides)
     page = "".join(side.html.value for side in sides)
-    kernel.show(box.whole, f"two models: run this cell to ask them\n\n{text}", page)
+    kernel.show(box.whole, f"{text}\n\n{names}", page)
 
 
 def _models(first: Path, second: str) -> dict[str, tuple[BitLM, Any]]:
@@ -67,8 +69,8 @@ def _models(first: Path, second: str) -> dict[str, tuple[BitLM, Any]]:
     if len(steps) < 2 and not second:
         raise ValueError(f"{first.as_posix()} has kept one step; give another run or an export")
     step = int(second or steps[0])
-    pair = {f"{first.name}, step {step:,}": step, f"{first.name}, the newest step": "last"}
-    return {name: load_model(first, what) for name, what in pair.items()}
+    pair = {say("step {step:,}", step=step): step, say("the newest step"): "last"}
+    return {f"{first.name}, {name}": load_model(first, what) for name, what in pair.items()}
 
 
 class _Side:
@@ -124,8 +126,8 @@ class _Beside:
             side.html = w.HTML(layout=w.Layout(flex="1 1 280px", margin="4px 12px 4px 0"))
             side.show()
         self.text = w.Textarea(value=prompt, rows=2, layout=w.Layout(**WIDTH))
-        ask, stop = w.Button(description="Ask both"), w.Button(description="Stop")
-        new = w.Button(description="New")
+        ask, stop = w.Button(description=say("Ask both")), w.Button(description=say("Stop"))
+        new = w.Button(description=say("New"))
         ask.button_style = "primary"
         new.on_click(self._begin)
         self.sampling = Sampling(w, dataclasses.replace(SAMPLING, temperature=0, seed=0))

@@ -15,15 +15,19 @@ import bitllm.notebook.kernel as kernel
 from bitllm.chat import SAMPLING, Chat
 from bitllm.conversations import can_chat
 from bitllm.notebook.card import CARD, bubbles, continued
+from bitllm.notebook.language import say
 from bitllm_core import BitLM, SamplingConfig, generate, load_model, read_json, stream
 
 WIDTH = {"width": "620px", "max_width": "100%"}
-HELP = {
-    "temperature": "0: always the likeliest word; higher: more varied, less sensible",
-    "top_k": "choose among this many likeliest tokens; 0: among all",
-    "top_p": "choose among the likeliest tokens that reach this probability together",
-    "max_new_tokens": "how long an answer may become, in tokens (pieces of words)",
-    "seed": "a number: the same answer each time; empty: a new one",
+HELP = {  # name: label, help
+    "temperature": (
+        "temperature",
+        "0: always the likeliest word; higher: more varied, less sensible",
+    ),
+    "top_k": ("top-k", "choose among this many likeliest tokens; 0: among all"),
+    "top_p": ("top-p", "choose among the likeliest tokens that reach this probability together"),
+    "max_new_tokens": ("length", "how long an answer may become, in tokens (pieces of words)"),
+    "seed": ("seed", "a number: the same answer each time; empty: a new one"),
 }
 
 
@@ -39,7 +43,7 @@ def prompt_box(model: BitLM, tokenizer: Any, prompt: str = "") -> None:
         print(prompt + generate(model, tokenizer, prompt, SamplingConfig(seed=0)))
         return
     box = _PromptBox(model, tokenizer, prompt or "The")
-    box.show("a prompt box: run this cell to use it")
+    box.show(say("a prompt box: run this cell to use it"))
 
 
 def chat_box(
@@ -50,22 +54,26 @@ def chat_box(
     It has answered once when it appears.
 
     Args:
-        prompt: what the user says first; default: hello.
+        prompt: what the user says first; default: hello, in the language of `speak`.
 
     Raises:
         ValueError: the model was not trained on conversations.
     """
-    prompt = prompt or "hello"
+    prompt = prompt or say("hello")
     talk = Chat(model, tokenizer, sampling)
     if kernel.widgets() is None:
         print(f"> {prompt}\n{talk.answer(prompt)}")
         return
     box = _ChatBox(talk, prompt)
-    box.show("a chat: run this cell to talk")
+    box.show(say("a chat: run this cell to talk"))
 
 
-def try_out(run: str | Path, said: str = "hello") -> None:
-    """A chat that begins with `said`, or a box with first words of the run's validation text."""
+def try_out(run: str | Path, said: str = "") -> None:
+    """A chat that begins with `said`, or a box with first words of the run's validation text.
+
+    Args:
+        said: what the user says first; default: hello, in the language of `speak`.
+    """
     model, tokenizer = load_model(run)
     prompt_box(model, tokenizer, said if can_chat(tokenizer) else first_words(run, tokenizer))
 
@@ -74,7 +82,7 @@ def answer_box(run: str | Path) -> Any:
     """The widget that `try_out` shows."""
     model, tokenizer = load_model(run)
     if can_chat(tokenizer):
-        return _ChatBox(Chat(model, tokenizer), "hello").whole
+        return _ChatBox(Chat(model, tokenizer), say("hello")).whole
     return _PromptBox(model, tokenizer, first_words(run, tokenizer)).whole
 
 
@@ -105,20 +113,18 @@ class Sampling:
             "max_new_tokens": w.IntSlider(min=1, max=500, **wide),
         }
         for name, slider in self.sliders.items():
-            slider.value, slider.description = known[name], name.replace("_", "-")
-        self.sliders["max_new_tokens"].description = "length"
-        self.seed = w.Text(description="seed", placeholder="a new one each time", **wide)
+            slider.value = known[name]
+        self.seed = w.Text(placeholder=say("a new one each time"), **wide)
         for name, field in (*self.sliders.items(), ("seed", self.seed)):
             trait = "tooltip" if field.has_trait("tooltip") else "description_tooltip"
-            field.set_trait(trait, HELP[name])
-        notes = [f"<b>{self._label(name)}</b>: {text}" for name, text in HELP.items()]
+            label, tip = HELP[name]
+            field.description = say(label)
+            field.set_trait(trait, say(tip))
+        notes = [f"<b>{say(label)}</b>: {say(tip)}" for label, tip in HELP.values()]
         note = w.HTML(f'<div style="{CARD};font-size:12px">{"<br>".join(notes)}</div>')
         self.whole = w.Accordion(children=[w.VBox([*self.sliders.values(), self.seed, note])])
         self.whole.selected_index, self.whole.layout = None, w.Layout(**WIDTH)
-        self.whole.set_title(0, "How it chooses its words")
-
-    def _label(self, name: str) -> str:
-        return self.sliders[name].description if name in self.sliders else name
+        self.whole.set_title(0, say("How it chooses its words"))
 
     def config(self) -> SamplingConfig:
         seed = int(self.seed.value) if self.seed.value.strip().isdecimal() else None
@@ -133,9 +139,9 @@ class _PromptBox:
         w = kernel.widgets()
         self.model, self.tokenizer = model, tokenizer
         self.text = w.Textarea(value=prompt, layout=w.Layout(**WIDTH))
-        self.text.description, self.text.style.description_width = "beginning", "100px"
+        self.text.description, self.text.style.description_width = say("beginning"), "100px"
         self.sampling, self.answer = Sampling(w, SamplingConfig()), w.HTML()
-        write, stop = w.Button(description="Write"), w.Button(description="Stop")
+        write, stop = w.Button(description=say("Write")), w.Button(description=say("Stop"))
         write.button_style = "primary"
         self.job = kernel.InThread(write, stop, self._write)
         row = w.HBox([write, stop])
@@ -154,7 +160,7 @@ class _PromptBox:
             self.answer.value = continued(begun, shown)
             yield
         if not written:
-            self.answer.value = continued(begun, " (the model ends its text here)")
+            self.answer.value = continued(begun, say(" (the model ends its text here)"))
 
     def show(self, text: str) -> None:
         kernel.show(self.whole, f"{text}\n\n{self.text.value}", self.answer.value)
@@ -166,19 +172,20 @@ class _ChatBox:
     def __init__(self, talk: Chat, prompt: str) -> None:
         w = kernel.widgets()
         self.talk, self.history = talk, w.HTML(layout=w.Layout(**WIDTH))
-        self.text = w.Text(value=prompt, placeholder="Say something", layout={"width": "300px"})
-        say, stop = w.Button(description="Say"), w.Button(description="Stop")
-        new = w.Button(description="New conversation")
-        say.button_style = "primary"
-        say.layout.width = stop.layout.width = "70px"
+        self.text = w.Text(value=prompt, placeholder=say("Say something"))
+        self.text.layout.width = "300px"
+        send, stop = w.Button(description=say("Say")), w.Button(description=say("Stop"))
+        new = w.Button(description=say("New conversation"))
+        send.button_style = "primary"
+        send.layout.width = stop.layout.width = "70px"
         new.layout.width = "150px"
         self.sampling = Sampling(w, dataclasses.replace(talk.sampling, temperature=0))
-        self.job = kernel.InThread(say, stop, self._answer)
+        self.job = kernel.InThread(send, stop, self._answer)
         with warnings.catch_warnings():  # Enter: later versions prefer an event that blur sends too
             warnings.simplefilter("ignore", DeprecationWarning)
             self.text.on_submit(self.job.start)
         new.on_click(self._begin)
-        row = w.HBox([self.text, say, stop, new], layout={"flex_flow": "row wrap"})
+        row = w.HBox([self.text, send, stop, new], layout={"flex_flow": "row wrap"})
         self.whole = w.VBox([self.history, row, self.sampling.whole])
         usual = talk.sampling.temperature
         self.job.run()  # the first answer is its best

@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 from bitllm.notebook.figures import ACCENT, INK, figure_png, loss_figure, ternary_figure
+from bitllm.notebook.language import say
 
 Sample = tuple[int, list[tuple[bool, str]]]
 """A step, and what was said: whether by the user, and the text."""
@@ -27,7 +28,9 @@ def duration(seconds: float) -> str:
         return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} hours" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
+    if seconds < 172_800:
+        return say("{hours:.1f} hours", hours=seconds / 3600)
+    return say("{days:.1f} days", days=seconds / 86_400)
 
 
 def bubbles(turns: list[tuple[bool, str]]) -> str:
@@ -65,16 +68,20 @@ def card(
         f'<div style="background:{ACCENT};{shape};width:{done:.0%}"></div></div>'
     )
     left = known.pop("time left", "")
-    validation, _, where = known.pop("validation loss", "").partition(" at ")
+    validation, _, where = known.pop("validation loss", "").partition(say(" at "))
     tiles = [
-        _tile("progress", f"step {step}", bar + f"<span>{html.escape(left)}</span>"),
-        _tile("loss", known.pop("loss", "–"), "on the text it learns from"),
         _tile(
-            "validation loss", validation or "–", f"on text it has not seen, {where}".strip(", ")
+            say("progress"), say("step {step}", step=step), f"{bar}<span>{html.escape(left)}</span>"
         ),
-        _tile("speed", known.pop("tokens/s", "–"), "tokens per second"),
+        _tile(say("loss"), known.pop("loss", "–"), say("on the text it learns from")),
+        _tile(
+            say("validation loss"),
+            validation or "–",
+            say("on text it has not seen, {where}", where=where).strip(", "),
+        ),
+        _tile(say("speed"), known.pop("tokens/s", "–"), say("tokens per second")),
     ]
-    more = " · ".join(f"{html.escape(k)} {html.escape(v)}" for k, v in known.items())
+    more = " · ".join(f"{html.escape(say(k))} {html.escape(v)}" for k, v in known.items())
     small = "".join(f'<div style="{_SOFT}">{text}</div>' for text in (more, hint) if text)
     return (
         f'<div style="{CARD}"><div style="font-size:15px;font-weight:600;margin:6px 0">'
@@ -99,7 +106,7 @@ def _samples(samples: list[Sample]) -> str:
     numbers = sorted({0, (len(samples) - 1) // 2, len(samples) - 1})
     shown = [
         f'<div style="{_EDGE};padding:6px 12px;flex:1 1 220px;min-width:0">'
-        f'<div style="{_SOFT}">what it says at step {samples[i][0]:,}</div>'
+        f'<div style="{_SOFT}">{say("what it says at step {step:,}", step=samples[i][0])}</div>'
         f"{bubbles(samples[i][1])}</div>"
         for i in numbers
     ]
@@ -110,7 +117,8 @@ def _picture(lines: list[dict[str, Any]], max_steps: int) -> str:
     figure = loss_figure(lines, max_steps)
     if figure is None:
         return ""
-    return _image(figure, "loss by step, on the text it learns from and on text it has not seen")
+    text = say("loss by step, on the text it learns from and on text it has not seen")
+    return _image(figure, text)
 
 
 def _image(figure: Any, alt: str) -> str:
@@ -125,11 +133,15 @@ def details(lines: list[dict[str, Any]], max_steps: int) -> str:
     figure = ternary_figure(lines, max_steps)
     if figure is None:
         return ""
-    picture = _image(figure, "zeros and flips of the ternary weights by layer, and learning rate")
+    alt = say("zeros and flips of the ternary weights by layer, and learning rate")
+    summary = say("Details: what the weights do")
+    note = say(
+        "Each weight is -1, 0 or 1. A network that is still learning keeps changing them; they "
+        "freeze as the learning rate falls."
+    )
     return (
-        f'<details style="{CARD}"><summary style="cursor:pointer">Details: what the weights do'
-        f"</summary>{picture}<div>Each weight is -1, 0 or 1. A network that is still learning "
-        "keeps changing them; they freeze as the learning rate falls.</div></details>"
+        f'<details style="{CARD}"><summary style="cursor:pointer">{summary}</summary>'
+        f"{_image(figure, alt)}<div>{note}</div></details>"
     )
 
 
@@ -139,10 +151,16 @@ def verdict(lines: list[dict[str, Any]], vocab_size: int) -> str:
     if not evals:
         return ""
     last = evals[-1]["val_loss"]
-    text = f"Perplexity {math.exp(min(last, 700)):,.1f} (random guessing: {vocab_size:,})."
+    perplexity = math.exp(min(last, 700))
+    text = say(
+        "Perplexity {perplexity:,.1f} (random guessing: {vocab_size:,}).",
+        perplexity=perplexity,
+        vocab_size=vocab_size,
+    )
     watched = [line["val_loss"] for line in evals if not line.get("final")]  # of the same text
     if watched and watched[-1] > 1.05 * min(watched):
-        text += " It began to learn its text by heart: more text, or fewer steps, would help."
+        heart = say("It began to learn its text by heart: more text, or fewer steps, would help.")
+        text = f"{text} {heart}"
     return text
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import bitllm.notebook.kernel as kernel
 from bitllm.notebook.card import card, details, duration, verdict
+from bitllm.notebook.language import retold, say
 from bitllm.notebook.runs import expected_steps, read_metrics, run_facts
 from bitllm.notebook.samples import Samples, evaluated, read_samples
 from bitllm.progress import ProgressBar
@@ -21,6 +22,8 @@ from bitllm_core import Callback, MetricsLog, TrainState, first_line
 
 log = logging.getLogger("bitllm")
 
+BUTTONS = {"Stop": "stop", "Pause": "pause", "Continue": "continue", "Save now": "save"}
+"""What they ask for. Here one button is Pause or Continue; `watch` has both."""
 SHARE = 49  # of the time between two drawings to one: they take 2%
 
 
@@ -57,7 +60,7 @@ class LiveDisplay(Callback):
         self.lines = MetricsLog.read(self.out / "metrics.jsonl")
         self.samples.begin(state.step)
         if state.step:
-            self.facts["last save"] = f"step {state.step:,}"
+            self.facts["last save"] = say("step {step:,}", step=state.step)
         if state.mirror:
             self.on_mirror(state, state.mirror.status())
         self.resources = contextlib.ExitStack()
@@ -96,10 +99,12 @@ class LiveDisplay(Callback):
 
     def on_checkpoint(self, state: TrainState, path: Path) -> None:
         when = time.strftime("%H:%M:%S", time.localtime(state.last_saved_at))
-        self.facts["last save"] = f"step {state.last_saved_step:,} at {when}"
+        self.facts["last save"] = say(
+            "step {step:,} at {time}", step=state.last_saved_step, time=when
+        )
 
     def on_mirror(self, state: TrainState, status: str) -> None:
-        self.facts["mirror"] = status.removeprefix("mirror: ")
+        self.facts["mirror"] = retold(status.removeprefix("mirror: "))
 
     def on_end(self, state: TrainState) -> None:
         if self.progress_bar:
@@ -153,16 +158,16 @@ class LiveDisplay(Callback):
         widgets = kernel.widgets()
         if widgets is None:
             return
-        for name in ("Stop", "Pause", "Save now"):
-            self.buttons[name] = widgets.Button(description=name)
+        for name in [name for name in BUTTONS if name != "Continue"]:
+            self.buttons[name] = widgets.Button(description=say(name))
             self.buttons[name].on_click(lambda _, name=name: _click(state, name))
             kernel.deliver_to_thread(self.buttons[name].comm)
-        note = widgets.HTML("Stop and ■ (interrupt) both save first.")
+        note = widgets.HTML(say("Stop and ■ (interrupt) both save first."))
         row = widgets.HBox([*self.buttons.values(), note], layout={"flex_flow": "row wrap"})
         if self.box:
             self.box.children = [*self.box.children, row]
         else:
-            kernel.show(row, "buttons: Stop, Pause, Save now")
+            kernel.show(row, say("buttons: Stop, Pause, Save now"))
 
     def _show(self, page: str, plain: str = "") -> Any:
         """Show HTML below what is there; returns what updates it."""
@@ -187,7 +192,7 @@ class LiveDisplay(Callback):
             return
         self.drawn_state = shown
         if self.buttons:
-            self.buttons["Pause"].description = "Continue" if state.paused else "Pause"
+            self.buttons["Pause"].description = say("Continue") if state.paused else say("Pause")
         try:
             page = self._card(state)
             if self.handle is None:
@@ -202,47 +207,63 @@ class LiveDisplay(Callback):
     def _card(self, state: TrainState) -> dict[str, str]:
         head, max_steps = _headline(self, state), self._steps(state)
         facts = run_facts(self.lines, max_steps, state.config.batch_tokens)
-        facts |= {"step": f"{state.step:,} of {max_steps:,}", **self.facts}
+        facts |= {"step": say("{step:,} of {steps:,}", step=state.step, steps=max_steps)}
+        facts |= self.facts
         if self.ended and "time left" in facts:
-            facts["time left"] = "done" if state.finished else "stopped"
+            facts["time left"] = say("done") if state.finished else say("stopped")
         hint = ""
         if not self.ended:
-            hint = (
+            hint = say(
                 "If this page is closed or reloaded, training continues. To see it again, run "
-                f"<code>bit.watch({self.out.as_posix()!r})</code> in another notebook."
+                "<code>{code}</code> in another notebook.",
+                code=f"bit.watch({self.out.as_posix()!r})",
             )
         page = card(head, facts, self.lines, max_steps, self.samples.taken, hint)
-        text = ", ".join([head, *(f"{name} {value}" for name, value in facts.items() if value)])
+        text = ", ".join(
+            [head, *(f"{say(name)} {value}" for name, value in facts.items() if value)]
+        )
         return {"text/html": page, "text/plain": text}
 
 
 def _headline(display: LiveDisplay, state: TrainState) -> str:
     """What is going on, in a sentence."""
     place = display.out.as_posix()
-    steps = f"step {state.step:,} of {display._steps(state):,}"
+    steps = say("step {step:,} of {steps:,}", step=state.step, steps=display._steps(state))
     if not display.ended and not state.stop_signal:
         if state.paused:
-            return "Paused: press Continue."
-        first = "Getting ready: the first step takes longest."
-        return "Training" if display.lines else first
+            return say("Paused: press Continue.")
+        first = say("Getting ready: the first step takes longest.")
+        return say("Training") if display.lines else first
     if not display.ended:
-        return "Stopping: saving ..."
+        return say("Stopping: saving ...")
     if not state.finished:
-        return f"Stopped at {steps}, saved in {place}. To resume, run this cell again."
+        return say(
+            "Stopped at {steps}, saved in {place}. To resume, run this cell again.",
+            steps=steps,
+            place=place,
+        )
     what = verdict(display.lines, state.model.config.vocab_size)
     if display.handle is None:
-        return (
-            f"Complete already: {state.step:,} steps, in {place}. {what} To train longer give "
-            'more minutes; to start over choose "start over" under Advanced.'
+        return say(
+            "Complete already: {step:,} steps, in {place}. {verdict} To train longer give "
+            'more minutes; to start over choose "start over" under Advanced.',
+            step=state.step,
+            place=place,
+            verdict=what,
         )
-    early = f" at {steps}: it got no better" if state.out_of_patience else ""
+    early = say(" at {steps}: it got no better", steps=steps) if state.out_of_patience else ""
     took = duration(max(time.monotonic() - display.started, state.train_seconds))  # all sessions
-    return f"Done in {took}{early}. {what} Saved in {place}. Try it below."
+    return say(
+        "Done in {time}{early}. {verdict} Saved in {place}. Try it below.",
+        time=took,
+        early=early,
+        verdict=what,
+        place=place,
+    )
 
 
 def _click(state: TrainState, name: str) -> None:
-    word = {"Stop": "stop", "Save now": "save"}.get(name)
-    press(state, word or ("continue" if state.paused else "pause"))
+    press(state, BUTTONS["Continue" if name == "Pause" and state.paused else name])
 
 
 def _has_matplotlib() -> bool:

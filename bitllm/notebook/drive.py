@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bitllm.notebook.language import say
 from bitllm_core import first_line
 
 
@@ -15,18 +16,22 @@ def mount_drive(mount_point: str = "/content/drive", timeout_s: int = 120) -> Pa
     try:
         from google.colab import drive  # type: ignore[import-not-found]
     except ImportError:
-        print("Drive: this is not Colab, so there is nothing to mount; runs stay in this folder")
+        print(
+            say("Drive: this is not Colab, so there is nothing to mount; runs stay in this folder")
+        )
         return None
     try:
         drive.mount(mount_point, timeout_ms=1000 * timeout_s)
         folder = Path(mount_point) / "MyDrive" / "bitllm"
         folder.mkdir(parents=True, exist_ok=True)
     except Exception as error:  # Colab raises classes of its own; none may stop the notebook
-        print(
-            f"Drive: not mounted ({type(error).__name__}: {first_line(error)}). Training works "
-            "without it, but the run is lost when Colab takes the machine back. To try again, run "
-            "this cell once more and allow access within two minutes"
+        text = say(
+            "Drive: not mounted ({error}). Training works without it, but the run is lost when "
+            "Colab takes the machine back. To try again, run this cell once more and allow access "
+            "within two minutes",
+            error=f"{type(error).__name__}: {first_line(error)}",
         )
+        print(text)
         return None
-    print("Drive: mounted; checkpoints are copied to MyDrive/bitllm")
+    print(say("Drive: mounted; checkpoints are copied to MyDrive/bitllm"))
     return folder

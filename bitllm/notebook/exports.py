@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 import bitllm.notebook.kernel as kernel
+from bitllm.notebook.language import say
 from bitllm_core import first_line
 
 FORMATS = {  # button: ending, help
@@ -28,7 +29,7 @@ def download_button(path: str | Path) -> None:
     path = _as_file(Path(path))
     widgets = kernel.widgets()
     if widgets is None:
-        print(f"saved as {path}")
+        print(say("saved as {path}", path=path))
         return
     from IPython.display import display
 
@@ -40,9 +41,9 @@ def download_button(path: str | Path) -> None:
 
 def link(path: Path) -> str:
     """A link that downloads a file beside the notebook, with its size."""
-    address, name = quote(path.as_posix()), html.escape(path.name)
+    address, text = quote(path.as_posix()), say("Download {name}", name=html.escape(path.name))
     size = f" ({path.stat().st_size / 1e6:.1f} MB)" if path.exists() else ""
-    return f'<a href="{address}" download>Download {name}</a>{size}'
+    return f'<a href="{address}" download>{text}</a>{size}'
 
 
 def _as_file(path: Path) -> Path:
@@ -58,7 +59,7 @@ def _colab_button(path: Path) -> Any:
         from google.colab import files  # type: ignore[import-not-found]
     except ImportError:
         return None
-    description = f"Download {path.name}"
+    description = say("Download {name}", name=path.name)
     button = kernel.widgets().Button(description=description, layout={"width": "auto"})
     button.on_click(lambda _: files.download(str(path)))
     return button
@@ -69,7 +70,7 @@ def upload_box(folder: str | Path = "models") -> None:
     w = kernel.widgets()
     if w is None:
         return
-    button = w.FileUpload(accept=".safetensors,.gguf", description="or upload a model")
+    button = w.FileUpload(accept=".safetensors,.gguf", description=say("or upload a model"))
     button.layout.width, said = "220px", w.HTML()
 
     def keep(change: dict[str, Any]) -> None:
@@ -77,10 +78,12 @@ def upload_box(folder: str | Path = "models") -> None:
             path = Path(folder) / Path(name).name
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
-            said.value = f"{html.escape(path.as_posix())}: now run everything again"
+            text = say("{file}: now run everything again", file=path.as_posix())
+            said.value = html.escape(text)
 
     button.observe(keep, "value")
-    kernel.show(w.HBox([button, said]), "a button that uploads a model: run this cell to use it")
+    text = say("a button that uploads a model: run this cell to use it")
+    kernel.show(w.HBox([button, said]), text)
 
 
 def uploaded(value: Any) -> dict[str, bytes]:
@@ -98,26 +101,27 @@ def export_box(run: str | Path, folder: str | Path = "exports") -> None:
         return
     stop, out, rows = w.Button(), w.Output(), []
     for name, (_, tip) in FORMATS.items():
-        button = w.Button(description=name, tooltip=tip)
+        button = w.Button(description=say(name), tooltip=say(tip))
         button.layout = w.Layout(width="130px", flex="0 0 auto")
         kernel.InThread(button, stop, lambda name=name: _export(name, run, Path(folder), out))
-        rows.append(w.HBox([button, w.HTML(html.escape(tip))]))
-    kernel.show(w.VBox([*rows, out]), "buttons that export the model: run this cell to use them")
+        rows.append(w.HBox([button, w.HTML(html.escape(say(tip)))]))
+    text = say("buttons that export the model: run this cell to use them")
+    kernel.show(w.VBox([*rows, out]), text)
 
 
 def _export(name: str, run: Path, folder: Path, out: Any) -> Iterator[None]:
     """Write one export, say how to use it, and offer it."""
-    _say(out, f"<i>{html.escape(name)}: writing ...</i>")
+    _fill(out, f"<i>{html.escape(say('{name}: writing ...', name=say(name)))}</i>")
     yield
     try:
         path = write_export(name, run, folder)
     except Exception as error:  # a thread's traceback would reach nobody
-        return _say(out, f"{html.escape(name)}: {html.escape(first_line(error))}")
+        return _fill(out, html.escape(f"{say(name)}: {first_line(error)}"))
     file = _as_file(path)
     frame = _frame(path) if path.suffix == ".html" else ""
     if (button := _colab_button(file)) is None:
-        return _say(out, f"<div>{link(file)}</div>{frame}")
-    _say(out, frame)
+        return _fill(out, f"<div>{link(file)}</div>{frame}")
+    _fill(out, frame)
     out.append_display_data(button)
 
 
@@ -152,7 +156,7 @@ def _frame(path: Path) -> str:
     return f'<iframe src="{address}" style="{style};border-radius:8px"></iframe>'
 
 
-def _say(out: Any, page: str) -> None:
+def _fill(out: Any, page: str) -> None:
     """Replace what an Output widget shows; unlike `with out`, from any thread."""
-    data = {"text/html": page, "text/plain": "an export"}
+    data = {"text/html": page, "text/plain": say("an export")}
     out.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from bitllm.notebook.language import say
+
 INK = "var(--jp-content-font-color1, var(--colab-primary-text-color, inherit))"
 ACCENT = "var(--jp-brand-color1, #3a8fd0)"
 """Text and marks of the displays: the theme's own, in JupyterLab and in Colab."""
@@ -24,11 +26,11 @@ def loss_figure(lines: list[dict[str, Any]], max_steps: int) -> Any:
         return None
     figure = new_figure(2.6)
     axes = figure.add_axes((0.07, 0.18, 0.915, 0.78))
-    _curve(axes, steps, "loss", BLUE, "text it learns from")
-    _curve(axes, evals, "val_loss", ORANGE, "text it has not seen", marker="o")
+    _curve(axes, steps, "loss", BLUE, say("text it learns from"))
+    _curve(axes, evals, "val_loss", ORANGE, say("text it has not seen"), marker="o")
     axes.set_xlim(0, max_steps)
-    axes.set_xlabel("step", fontsize=9, color=GREY)
-    axes.set_ylabel("loss, nats per token", fontsize=9, color=GREY)
+    axes.set_xlabel(say("step"), fontsize=9, color=GREY)
+    axes.set_ylabel(say("loss, nats per token"), fontsize=9, color=GREY)
     axes.legend(fontsize=9, frameon=False, labelcolor=GREY)
     plain(axes)
     return figure
@@ -40,22 +42,22 @@ def ternary_figure(lines: list[dict[str, Any]], max_steps: int) -> Any:
     if len(layered) < MIN_POINTS:
         return None
     figure = new_figure(2.6)
-    places = (0.05, "zero_fraction", "weights that are 0", (0.2, 0.4))
-    more = (0.4, "flip_rate", "weights that changed since the last point", (0.0, 0.15))
+    places = (0.05, "zero_fraction", say("weights that are 0"), (0.2, 0.4))
+    more = (0.4, "flip_rate", say("weights that changed since the last point"), (0.0, 0.15))
     for left, key, title, limits in (places, more):
         axes = figure.add_axes((left, 0.18, 0.24, 0.7))
         scale = figure.add_axes((left + 0.245, 0.18, 0.01, 0.7))
         _heat_map(axes, scale, layered, key, limits)
         axes.set_xlim(0, max_steps)
         axes.set_title(title, fontsize=9, color=GREY)
-        axes.set_ylabel("layer", fontsize=9, color=GREY)
-        axes.set_xlabel("step", fontsize=9, color=GREY)
+        axes.set_ylabel(say("layer"), fontsize=9, color=GREY)
+        axes.set_xlabel(say("step"), fontsize=9, color=GREY)
     axes = figure.add_axes((0.77, 0.18, 0.215, 0.7))
     _curve(axes, [line for line in lines if "loss" in line], "learning_rate", GREEN)
     axes.set_xlim(0, max_steps)
     axes.set_ylim(0, None)
-    axes.set_title("learning rate", fontsize=9, color=GREY)
-    axes.set_xlabel("step", fontsize=9, color=GREY)
+    axes.set_title(say("learning rate"), fontsize=9, color=GREY)
+    axes.set_xlabel(say("step"), fontsize=9, color=GREY)
     plain(axes)
     return figure
 

@@ -16,6 +16,7 @@ from bitllm.companion import recorded_persona
 from bitllm.corpora import LANGUAGES, Persona
 from bitllm.notebook.card import CARD
 from bitllm.notebook.exports import uploaded
+from bitllm.notebook.language import retold, say
 from bitllm.notebook.launch import Launch
 from bitllm.notebook.settings import SHORT_MINUTES, Settings
 from bitllm_core import KNOWN_DATA, PRESETS, read_json, write_atomically
@@ -86,38 +87,39 @@ class SettingsPanel:
             return
         if self._whole is None:
             self._whole = self._form(widgets)
-        text = f"a form: run this cell to see it\n\n{self._given.describe()}"
-        kernel.show(self._whole, text)
+        text = say("a form: run this cell to see it")
+        kernel.show(self._whole, f"{text}\n\n{self._given.describe()}")
 
     def _form(self, w: Any) -> Any:
         given = asdict(self._given)
         persona = Persona.parse(recorded_persona(given.pop("persona")) or "")
         self._fields = {name: _field(w, name, given[name]) for name in FIELDS}
         for name, value in asdict(persona).items():
-            self._facts[name] = w.Text(value=value, description=name, **_wide(w))
+            self._facts[name] = w.Text(value=value, description=say(name), **_wide(w))
         for field in (*self._fields.values(), *self._facts.values()):
             if field.has_trait("continuous_update"):
                 field.continuous_update = False
             field.observe(self._show_summary, names="value")
-        self._own = w.Textarea(placeholder=HINT, rows=5, continuous_update=False, **_wide(w))
-        self._own.description = "your own text"
+        self._own = w.Textarea(placeholder=say(HINT), rows=5, continuous_update=False, **_wide(w))
+        self._own.description = say("your own text")
         with contextlib.suppress(OSError, UnicodeDecodeError):
             if self._given.data.startswith("texts/pasted"):
                 self._own.value = Path(self._given.data).read_text(encoding="utf-8")[:1_000_000]
         self._own.observe(lambda change: self._paste(change["new"]), "value")
-        upload = w.FileUpload(accept=".txt,.jsonl,.parquet", description="or upload a text")
+        upload = w.FileUpload(accept=".txt,.jsonl,.parquet", description=say("or upload a text"))
         upload.layout = w.Layout(width="220px", margin="2px 2px 2px 138px")
         upload.observe(lambda change: self._use_as_data(uploaded(change["new"])), "value")
-        self._summary, self._train = w.HTML(), w.Button(description="Train", button_style="primary")
-        title = w.HTML("Who the companion is; empty fields stay as shown in grey:")
+        self._summary, self._train = w.HTML(), w.Button(description=say("Train"))
+        self._train.button_style = "primary"
+        title = w.HTML(say("Who the companion is; empty fields stay as shown in grey:"))
         self._persona = w.VBox([title, *self._facts.values()])
         advanced = w.Accordion(children=[w.VBox([self._fields[name] for name in ADVANCED])])
         advanced.selected_index, advanced.layout = None, w.Layout(width="620px", max_width="100%")
-        advanced.set_title(0, "Advanced")
+        advanced.set_title(0, say("Advanced"))
         below = w.VBox([])
         launch = Launch(below, self._train)
         self._train.on_click(lambda _: launch.start(lambda: self.settings))
-        hint = w.HTML("or Run all: the notebook trains what is chosen here")
+        hint = w.HTML(say("or Run all: the notebook trains what is chosen here"))
         rows = [self._own, upload, self._fields["data"], self._persona, self._fields["preset"]]
         rows += [self._fields["minutes"], advanced, self._summary]
         self._show_summary()
@@ -181,21 +183,20 @@ class SettingsPanel:
         """In grey, what an empty field means."""
         bare = Settings(settings.preset, settings.data, minutes=settings.minutes)
         model, data, config = bare.configs() if bare.is_dialed else PRESETS[bare.preset_name]
-        chosen = "chosen" if bare.is_dialed else bare.preset_name
-        steps = (
-            f"{SHORT_MINUTES:g}, without a GPU"
-            if bare.is_fallback
-            else f"{config.max_steps:,} steps"
-        )
+        chosen = say("chosen") if bare.is_dialed else bare.preset_name
+        if bare.is_fallback:
+            steps = say("{minutes:g}, without a GPU", minutes=SHORT_MINUTES)
+        else:
+            steps = say("{steps:,} steps", steps=config.max_steps)
         rate = config.learning_rate or 0.04
         known = {"data": data.data, "minutes": steps, "hidden_size": model.hidden_size}
         known |= {"num_hidden_layers": model.num_hidden_layers, "batch_tokens": config.batch_tokens}
-        known |= {"learning_rate": rate, "mirror": "none"}
+        known |= {"learning_rate": rate}
         known["out"] = settings.replace(out="").run_folder.as_posix()
         for name, value in known.items():
             self._fields[name].placeholder = f"{value} ({chosen})"
         self._fields["out"].placeholder = known["out"]
-        self._fields["mirror"].placeholder = "none"
+        self._fields["mirror"].placeholder = say("none")
 
     def _keep(self, settings: Settings) -> None:
         """Write down what was typed, for the next kernel."""
@@ -215,15 +216,16 @@ def _wide(w: Any) -> dict[str, Any]:
 def _field(w: Any, name: str, value: Any) -> Any:
     """The widget for a setting, with its label and help."""
     label, tip = FIELDS[name]
-    options = {"description": label, **_wide(w)}
+    options = {"description": say(label), **_wide(w)}
     if name == "preset":
-        sizes = [
-            (f"{k}: {p[0].num_parameters / 1e6:.1f}M parameters", k) for k, p in PRESETS.items()
-        ]
-        field = w.Dropdown(options=[("what suits this machine", "auto"), *sizes], **options)
+        sizes = [(say("what suits this machine"), "auto")]
+        for key, (model, *_) in PRESETS.items():
+            million = model.num_parameters / 1e6
+            sizes.append((say("{name}: {million:.1f}M parameters", name=key, million=million), key))
+        field = w.Dropdown(options=sizes, **options)
         field.value = value
     elif name == "resume":
-        choices = [("resume it", "auto"), ("start over", "never")]
+        choices = [(say("resume it"), "auto"), (say("start over"), "never")]
         field = w.Dropdown(options=choices, value=value, **options)
     elif name == "data":
         languages = [f"companion:{language}" for language in LANGUAGES if language != "en"]
@@ -233,7 +235,7 @@ def _field(w: Any, name: str, value: Any) -> Any:
         field = w.Text(
             value=f"{value:g}" if value and name in NUMBERS else str(value or ""), **options
         )
-    field.set_trait("tooltip" if field.has_trait("tooltip") else "description_tooltip", tip)
+    field.set_trait("tooltip" if field.has_trait("tooltip") else "description_tooltip", say(tip))
     return field
 
 
@@ -241,6 +243,7 @@ def _in_terms_of_the_form(error: str) -> str:
     """An error with the form's labels for the names of fields."""
     found = re.fullmatch(r"(\w+)=(.*): expected (.*)", error, re.DOTALL)
     if not found or found[1] not in FIELDS:
-        return f"not possible: {error}"
-    expected = found[3].replace("max_position_embeddings=", "the context, ")
-    return f"{FIELDS[found[1]][0]} {found[2]}: use {expected}"
+        return say("not possible: {error}", error=error)
+    expected = retold(found[3]).replace("max_position_embeddings=", "the context, ")
+    label = say(FIELDS[found[1]][0])
+    return say("{label} {value}: use {expected}", label=label, value=found[2], expected=expected)

@@ -10,6 +10,7 @@ import bitllm.notebook.kernel as kernel
 from bitllm.notebook.boxes import answer_box
 from bitllm.notebook.card import calm
 from bitllm.notebook.display import LiveDisplay
+from bitllm.notebook.language import say
 from bitllm.notebook.settings import Settings
 from bitllm_core import Callback, TrainState, first_line, train
 
@@ -41,14 +42,14 @@ class Launch:
         """Train what the form asks for, unless a training runs."""
         if self.thread and self.thread.is_alive():
             return
-        self.button.disabled, self.button.description = True, "Training"
+        self.button.disabled, self.button.description = True, say("Training")
         self.box.children = []
         self.thread = threading.Thread(target=self._work, args=(settings,), daemon=True)
         self.thread.start()
 
     def _work(self, settings: Callable[[], Settings]) -> None:
         place = kernel.Place(self.box)
-        place.update({"text/html": calm("Preparing the text: some ten seconds.")})
+        place.update({"text/html": calm(say("Preparing the text: some ten seconds."))})
         try:
             asked = settings()
             run = asked.run_folder
@@ -61,4 +62,4 @@ class Launch:
             said = first_line(error) or type(error).__name__
             place.update({"text/html": calm(said)})
         finally:
-            self.button.disabled, self.button.description = False, "Train"
+            self.button.disabled, self.button.description = False, say("Train")

@@ -8,6 +8,7 @@ from typing import Any
 
 import bitllm.notebook.kernel as kernel
 from bitllm.notebook.card import card, duration
+from bitllm.notebook.language import say
 from bitllm.notebook.samples import read_samples
 from bitllm_core import MetricsLog, checkpoint_step, list_checkpoints, read_json
 
@@ -15,7 +16,7 @@ from bitllm_core import MetricsLog, checkpoint_step, list_checkpoints, read_json
 def run_facts(lines: list[dict[str, Any]], max_steps: int, batch_tokens: int) -> dict[str, str]:
     """The latest numbers of a run as text, by name."""
     step = max((line["step"] for line in lines), default=0)
-    facts = {"step": f"{step:,} of {max_steps:,}"}
+    facts = {"step": say("{step:,} of {steps:,}", step=step, steps=max_steps)}
     last = next((line for line in reversed(lines) if "loss" in line), None)
     evaluation = next((line for line in reversed(lines) if "val_loss" in line), None)
     if last:
@@ -24,9 +25,10 @@ def run_facts(lines: list[dict[str, Any]], max_steps: int, batch_tokens: int) ->
         facts["tokens/s"] = f"{last['tokens_per_s']:,.0f}"
         if "memory_bytes" in last:  # the core alone does not measure it
             facts["memory"] = f"{last['memory_bytes'] / 2**30:.2f} GiB"
-        facts["time left"] = f"about {duration(left)} left" if left else ""
+        facts["time left"] = say("about {time} left", time=duration(left)) if left else ""
     if evaluation:
-        facts["validation loss"] = f"{evaluation['val_loss']:.3f} at step {evaluation['step']:,}"
+        where = say("step {step:,}", step=evaluation["step"])
+        facts["validation loss"] = f"{evaluation['val_loss']:.3f}{say(' at ')}{where}"
     return facts
 
 
@@ -58,10 +60,12 @@ class RunStatus:
     finished: bool  # there is no step left to do: all are done, or more would only overfit
 
     def __str__(self) -> str:
-        steps = f"{self.step:,} of {self.max_steps:,} steps"
+        steps = say("{step:,} of {steps:,} steps", step=self.step, steps=self.max_steps)
         if not self.finished:
-            return f"{steps} done; will resume"
-        return f"complete ({steps})" if self.step >= self.max_steps else f"ended early ({steps})"
+            return say("{steps} done; will resume", steps=steps)
+        if self.step >= self.max_steps:
+            return say("complete ({steps})", steps=steps)
+        return say("ended early ({steps})", steps=steps)
 
 
 def run_status(out: str | Path) -> RunStatus | None:
@@ -90,7 +94,7 @@ def drawing(out: str | Path, head: str = "", hint: str = "") -> dict[str, str]:
     lines = read_metrics(out)
     max_steps = expected_steps(saved["train"], lines)
     facts = run_facts(lines, max_steps, saved["train"]["batch_tokens"])
-    text = ", ".join(f"{name} {value}" for name, value in facts.items() if value)
+    text = ", ".join(f"{say(name)} {value}" for name, value in facts.items() if value)
     return {
         "text/html": card(head or out.as_posix(), facts, lines, max_steps, read_samples(out), hint)
     } | {"text/plain": text}

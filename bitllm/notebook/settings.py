@@ -29,6 +29,7 @@ from bitllm.dial import (
 )
 from bitllm.mixture import is_mixture, sources_of
 from bitllm.notebook.card import duration
+from bitllm.notebook.language import say
 from bitllm.notebook.runs import run_status
 from bitllm.planner import estimate_memory
 from bitllm_core import (
@@ -241,21 +242,27 @@ class Settings:
         model, data, config = self.configs()
         device = choose_device(config.device, config.dtype)
         memory = estimate_memory(model, config) / 2**20
-        small = " (small and short: there is no GPU here)"
+        small = say(" (small and short: there is no GPU here)")
         small = small if self.is_fallback and not self.minutes else ""
-        size = "chosen for this text, these minutes and this machine"
-        steps = f"{config.minutes:g} minutes" if config.minutes else f"{config.max_steps:,} steps"
+        size = say("chosen for this text, these minutes and this machine")
+        persona = data.persona or say("as its language has it")
         lines = {
-            "size": (size if self.is_dialed else self.preset_name) + small,
-            "model": f"{model.num_parameters / 1e6:.2f}M parameters: {model.num_hidden_layers} "
-            f"layers of width {model.hidden_size}, context {model.max_position_embeddings}",
-            "data": data.data + _length_of_text(data, model, config),
-            **({"companion": data.persona or "as its language has it"} if self.language else {}),
-            "training": f"{steps}, {config.batch_tokens:,} tokens per step, peak "
-            f"learning rate {peak_rates(model, config)[0]:g}",
-            "memory": f"{memory:,.0f} MB for weights, gradients and optimizer, plus activations",
-            "time": _time(self, model, config, device),
-            "run folder": f"{self.run_folder.as_posix()}: {_folder_status(self, model, data)}",
+            say("size"): (size if self.is_dialed else self.preset_name) + small,
+            say("model"): say(
+                "{million:.2f}M parameters: {layers} layers of width {width}, context {context}",
+                million=model.num_parameters / 1e6,
+                layers=model.num_hidden_layers,
+                width=model.hidden_size,
+                context=model.max_position_embeddings,
+            ),
+            say("data"): data.data + _length_of_text(data, model, config),
+            **({say("companion"): persona} if self.language else {}),
+            say("training"): _training(model, config),
+            say("memory"): say(
+                "{size:,.0f} MB for weights, gradients and optimizer, plus activations", size=memory
+            ),
+            say("time"): _time(self, model, config, device),
+            say("run folder"): f"{self.run_folder.as_posix()}: {_folder_status(self, model, data)}",
         }
         return "\n".join(f"{name + ':':12}{value}" for name, value in lines.items())
 
@@ -272,34 +279,54 @@ class Settings:
         return self.run_folder, {}
 
 
+def _training(model: ModelConfig, config: TrainConfig) -> str:
+    if config.minutes:
+        steps = say("{minutes:g} minutes", minutes=config.minutes)
+    else:
+        steps = say("{steps:,} steps", steps=config.max_steps)
+    return say(
+        "{steps}, {count:,} tokens per step, peak learning rate {rate:g}",
+        steps=steps,
+        count=config.batch_tokens,
+        rate=peak_rates(model, config)[0],
+    )
+
+
 def _time(settings: Settings, model: ModelConfig, config: TrainConfig, device: Device) -> str:
     place, saved = settings.resumed_run()
     status, before = run_status(place) if saved else None, saved.get("train", {})
     name = "minutes" if config.minutes else "max_steps"
     if status and status.finished and before[name] >= getattr(config, name):
-        return "none: this run is complete"
+        return say("none: this run is complete")
     if config.minutes:
-        return f"{config.minutes:g} minutes in all, however often it is stopped and resumed"
+        return say(
+            "{minutes:g} minutes in all, however often it is stopped and resumed",
+            minutes=config.minutes,
+        )
     machine = this_machine()
     compiled = machine.compiles and config.compile != "off"
     whole = START_S + COMPILING_S * compiled
     whole += config.max_steps * config.batch_tokens * token_seconds(model, machine, compiled)
     left = whole * (1 - min(1.0, (status.step if status else 0) / config.max_steps))
-    return f"about {duration(left)} on this {device.device.type} (rough estimate)"
+    return say(
+        "about {time} on this {device} (rough estimate)",
+        time=duration(left),
+        device=device.device.type,
+    )
 
 
 def _folder_status(settings: Settings, model: ModelConfig, data: DataConfig) -> str:
     place, saved = settings.saved_run()
     if not saved:
-        return "new"
+        return say("new")
     if settings.resume == "never":
-        return "holds a run, which is moved aside"
+        return say("holds a run, which is moved aside")
     before = {**asdict(DataConfig()), **saved.get("data", {})}  # of an earlier version
     if (saved.get("model"), before) != (asdict(model), asdict(data)):
-        return "HOLDS A RUN WITH OTHER SETTINGS; choose another folder, or start over"
+        return say("HOLDS A RUN WITH OTHER SETTINGS; choose another folder, or start over")
     status = run_status(place)
     if place != settings.run_folder:
-        return f"{status}, from {place}"
+        return say("{status}, from {place}", status=status, place=place)
     return str(status)
 
 
@@ -335,8 +362,9 @@ def _length_of_text(data: DataConfig, model: ModelConfig, config: TrainConfig) -
     if config.minutes:
         often = "" if tokens < SHORT_TEXT else None  # the clock ends it before it only overfits
     else:
-        often = f", which will be read {epochs:,.0f} times and learned by heart"
+        often = say(", which will be read {times:,.0f} times and learned by heart", times=epochs)
         often = often if epochs >= MOST_EPOCHS / 2 else None
     if often is None:
         return ""
-    return f"\n{'':12}SHORT: about {tokens:,} tokens{often};\n{'':12}100 kB or more make sense"
+    short = say("SHORT: about {tokens:,} tokens{often};", tokens=tokens, often=often)
+    return f"\n{'':12}{short}\n{'':12}{say('100 kB or more make sense')}"

@@ -18,16 +18,17 @@ import torch
 
 import bitllm.notebook.kernel as kernel
 from bitllm.compiling import why_not_compile
+from bitllm.notebook.language import retold, say
 from bitllm_core import choose_device, versions
 
 
 def environment_report(folder: str | Path = ".") -> str:
     """GPU, memory, disk, precision, versions and where the package came from, one line each."""
     device, disk = choose_device(), shutil.disk_usage(folder)
-    gpu = "none, so the CPU trains. In Colab: Runtime > Change runtime type > T4 GPU"
+    gpu = say("none, so the CPU trains. In Colab: Runtime > Change runtime type > T4 GPU")
     if torch.cuda.is_available():
         gpu = f"{torch.cuda.get_device_name()}, {_free_of(*torch.cuda.mem_get_info())}"
-    memory = "unknown"
+    memory = say("unknown")
     with contextlib.suppress(ImportError):  # every notebook kernel brings it
         import psutil
 
@@ -38,14 +39,14 @@ def environment_report(folder: str | Path = ".") -> str:
             installed[name] = importlib.metadata.version(name)
     report = {
         "GPU": gpu,
-        "memory": f"{memory}, {os.cpu_count()} cores",
-        "disk": _free_of(disk.free, disk.total),
-        "precision": str(device),
-        "torch.compile": why_not_compile(device.device) or "available",
-        "versions": ", ".join(f"{name} {version}" for name, version in installed.items()),
+        say("memory"): say("{memory}, {count} cores", memory=memory, count=os.cpu_count()),
+        say("disk"): _free_of(disk.free, disk.total),
+        say("precision"): retold(str(device)),
+        "torch.compile": retold(why_not_compile(device.device)) or say("available"),
+        say("versions"): ", ".join(f"{name} {version}" for name, version in installed.items()),
     }
     if archive := _installed_from():
-        report["package"] = archive + _other_origin(archive)
+        report[say("package")] = archive + _other_origin(archive)
     return "\n".join(f"{name + ':':15}{value}" for name, value in report.items())
 
 
@@ -64,7 +65,7 @@ def show_environment(folder: str | Path = ".") -> None:
 
 
 def _free_of(free: int, total: int) -> str:
-    return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    return say("{free:.1f} of {total:.1f} GiB free", free=free / 2**30, total=total / 2**30)
 
 
 def repository() -> str | None:
@@ -112,8 +113,9 @@ def _other_origin(archive: str) -> str:
     path = f"{origin}".replace("@", "/archive/") + ".zip"
     if not origin or archive.endswith(f"/{path}"):
         return ""
-    return (
-        f"\nThis notebook is a copy of one in {origin}. For the package of that repository, run\n"
-        f"%pip install -q --no-deps --force-reinstall https://github.com/{path}\n"
-        "and restart the session."
+    return say(
+        "\nThis notebook is a copy of one in {origin}. For the package of that repository, run\n"
+        "{command}\nand restart the session.",
+        origin=origin,
+        command=f"%pip install -q --no-deps --force-reinstall https://github.com/{path}",
     )

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import bitllm.notebook.kernel as kernel
+from bitllm.notebook.display import BUTTONS
+from bitllm.notebook.language import say
 from bitllm.notebook.runs import drawing, read_metrics, run_status
 from bitllm.requests import ask
 
@@ -45,7 +47,7 @@ def watch(
             process.wait()
             _draw(out, _head(out, False), None)
         else:
-            print("no longer watching; the training continues")
+            print(say("no longer watching; the training continues"))
 
 
 def _follow(out: Path, process: subprocess.Popen[Any] | None) -> None:
@@ -81,10 +83,12 @@ def is_training(out: str | Path) -> bool:
 def _head(out: Path, running: bool) -> str:
     status = run_status(out)
     if running or status is None:
-        return f"Training in {out.as_posix()}" if read_metrics(out) else "Getting ready"
+        training = say("Training in {place}", place=out.as_posix())
+        return training if read_metrics(out) else say("Getting ready")
+    steps = say("{step:,} of {steps:,} steps", step=status.step, steps=status.max_steps)
     if not status.finished:
-        return f"Stopped: {status.step:,} of {status.max_steps:,} steps, saved in {out.as_posix()}."
-    return f"Done: {status.step:,} of {status.max_steps:,} steps, in {out.as_posix()}."
+        return say("Stopped: {steps}, saved in {place}.", steps=steps, place=out.as_posix())
+    return say("Done: {steps}, in {place}.", steps=steps, place=out.as_posix())
 
 
 def _draw(out: Path, head: str, handle: Any) -> Any:
@@ -107,10 +111,11 @@ def _buttons(out: Path) -> list[Any]:
     if w is None:
         return []
     found = []
-    for word in ("stop", "pause", "continue", "save"):
-        button = w.Button(description="Save now" if word == "save" else word.capitalize())
+    for name, word in BUTTONS.items():
+        button = w.Button(description=say(name))
         button.on_click(lambda _, word=word: ask(out, word))
         kernel.deliver_to_thread(button.comm)
         found.append(button)
-    kernel.show(w.HBox(found, layout={"flex_flow": "row wrap"}), "buttons: Stop, Pause, ...")
+    text = say("buttons: Stop, Pause, Save now")
+    kernel.show(w.HBox(found, layout={"flex_flow": "row wrap"}), text)
     return found

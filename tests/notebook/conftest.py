@@ -7,6 +7,7 @@ import pytest
 
 import bitllm_core as bit
 from bitllm.dial import Machine
+from bitllm.notebook import language
 
 
 @pytest.fixture
@@ -16,6 +17,12 @@ def empty_folder(tmp_path, monkeypatch):
     # measuring takes a second
     machine = Machine(bit.choose_device("cpu"), 1e12, compiles=True)
     monkeypatch.setattr("bitllm.notebook.settings.this_machine", lambda: machine)
+
+
+@pytest.fixture(autouse=True)
+def _english(monkeypatch):
+    """The language that a test chooses ends with it."""
+    monkeypatch.setattr(language, "_chosen", "en")
 
 
 @pytest.fixture

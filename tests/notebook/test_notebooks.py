@@ -121,7 +121,11 @@ def test_the_spanish_notebook_runs_what_the_english_one_runs():
     english, spanish = ([c.source for c in book.cells if c.cell_type == "code"] for book in books)
     changed = {
         "SettingsPanel.kept()": 'SettingsPanel.kept(bit.Settings(data="companion:es"))',
-        "try_out(run)": 'try_out(run, "¡Hola!")',
+        "bit.log_to": 'bit.speak("es")\nbit.log_to',
+        "@title Set up": "@title Preparar",
+        "@title Start": "@title Empezar",
+        "@title Settings": "@title Ajustes",
+        "(optional)": "(opcional)",
     }
     for old, new in changed.items():
         english = [source.replace(old, new) for source in english]

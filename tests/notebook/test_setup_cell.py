@@ -20,12 +20,14 @@ from tests.notebook.kernels import put_package
 SOURCES = sorted((ROOT / "notebooks").glob("*.py"))
 FORK = "https://github.com/some-one/my.fork/blob/dev/new/notebooks/01_train.ipynb"
 FORKS_ARCHIVE = "https://github.com/some-one/my.fork/archive/dev/new.zip"
+SET_UP = ("# @title Set up", "# @title Preparar")
 FALLBACK = "https://github.com/OWNER/bitllm/archive/main.zip"
 
 
 def set_up_cell(source):
-    cells = [cell.source for cell in jupytext.read(source).cells]
-    return next(text for text in cells if text.startswith("# @title Set up"))
+    """Its code; the title, which each notebook has in its own language, is not part of it."""
+    cells = [cell.source.partition("\n") for cell in jupytext.read(source).cells]
+    return next(code for title, _, code in cells if title in SET_UP)
 
 
 CELL = set_up_cell(SOURCES[0])
