@@ -178,7 +178,7 @@ class _ChatBox:
         new = w.Button(description=say("New conversation"))
         send.button_style = "primary"
         send.layout.width = stop.layout.width = "70px"
-        new.layout.width = "150px"
+        new.layout.width = "170px"
         self.sampling = Sampling(w, dataclasses.replace(talk.sampling, temperature=0))
         self.job = kernel.InThread(send, stop, self._answer)
         with warnings.catch_warnings():  # Enter: later versions prefer an event that blur sends too
