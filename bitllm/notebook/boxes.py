@@ -103,7 +103,10 @@ class Sampling:
     """Sliders for how the next token is chosen, folded away."""
 
     def __init__(self, w: Any, sampling: SamplingConfig) -> None:
-        wide = {"layout": w.Layout(**WIDTH), "style": {"description_width": "100px"}}
+        wide = {
+            "layout": w.Layout(**{**WIDTH, "max_width": "calc(100% - 4px)"}),
+            "style": {"description_width": "100px"},
+        }
         known = dataclasses.asdict(sampling)
         self.given = sampling
         self.sliders = {

@@ -209,7 +209,7 @@ class SettingsPanel:
 def _wide(w: Any) -> dict[str, Any]:
     return {
         "style": {"description_width": "130px"},
-        "layout": w.Layout(width="620px", max_width="100%"),
+        "layout": w.Layout(width="620px", max_width="calc(100% - 4px)"),
     }
 
 
