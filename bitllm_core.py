@@ -1276,9 +1276,9 @@ def _epoch_order(seed: int, epoch: int, windows: int, tokens: int) -> tuple[int,
 def same_data(out: Path, config: DataConfig, vocab_size: int) -> bool:
     """Whether a run folder's token files were made with these settings."""
     manifest = read_json(out / "data" / "manifest.json") or {}
-    asked = manifest.get("asked") or {"data": {}}
-    asked["data"] = {**asdict(DataConfig()), **asked["data"]}  # later fields have their defaults
-    return asked == {"data": asdict(config), "vocab_size": vocab_size}
+    asked = manifest.get("asked") or {}
+    data = {**asdict(DataConfig()), **asked.get("data", {})}  # later fields have their defaults
+    return {**asked, "data": data} == {"data": asdict(config), "vocab_size": vocab_size}
 
 
 def _open_data(out: Path) -> tuple[TokenData, Any] | None:

@@ -151,6 +151,15 @@ def test_a_run_of_an_earlier_version_keeps_its_tokens(tiny_corpus, tmp_path, mon
     prepared(tiny_corpus, tmp_path)
 
 
+def test_tokens_whose_manifest_is_damaged_are_made_anew(tmp_path):
+    """A key with a flipped bit is another key, and no traceback."""
+    (tmp_path / "data").mkdir()
+    for data, expected in (("data", True), ("dat`", False)):
+        manifest = {"asked": {data: {"data": "pydocs"}, "vocab_size": 300}}
+        (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
+        assert bit.same_data(tmp_path, bit.DataConfig("pydocs"), 300) is expected
+
+
 def test_known_names_win_over_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pydocs").mkdir()

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import re
 import sys
+import types
 
 import pytest
 
@@ -11,6 +12,7 @@ import bitllm_core as bit
 from bitllm.notebook.display import LiveDisplay
 from bitllm.notebook.runs import newest_run, show_run
 from bitllm.notebook.settings import Settings
+from tests import tiny
 from tests.notebook.kernels import KERNELS, TRAIN, Cell, kernel, new_subshell, python_of
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
@@ -99,3 +101,32 @@ def test_a_display_that_cannot_be_drawn_does_not_end_the_training(tmp_path):
         cell = Cell(client, TRAIN + BROKEN).listen_until(lambda c: c.done)
     assert "display: not drawn (RuntimeError: no fonts)" in cell.text
     assert "came to 4" in cell.text
+
+
+def test_drawings_and_samples_take_two_percent_of_the_time(tmp_path, monkeypatch):
+    """By a clock that steps, drawings and samples move."""
+    now, spent = [0.0], {"drawing": 0.0, "sample": 0.0}
+
+    def take(what, seconds):
+        now[0] += seconds
+        spent[what] += seconds
+
+    clock = types.SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr("bitllm.notebook.display.time", clock)
+    display = LiveDisplay(tmp_path)
+    display.progress_bar, display.poll = None, lambda: None
+    display.handle = types.SimpleNamespace(update=lambda page, raw: take("drawing", 0.3))
+    monkeypatch.setattr(display, "_card", lambda state: {})
+
+    def sample(state):
+        take("sample", 0.7)
+        display.samples.add(state.step, [])
+
+    monkeypatch.setattr(display.samples, "take", sample)
+    config = dataclasses.replace(tiny.TRAIN, max_steps=2000)
+    state = types.SimpleNamespace(config=config, paused=False, stop_signal=0)
+    for state.step in range(1, 2001):
+        now[0] += 0.1
+        display.on_step(state, {"step": state.step, "loss": 1.0} if state.step % 10 == 0 else None)
+    assert 0.3 * 2 <= spent["drawing"] <= 0.007 * now[0] + 0.3 * 2  # the first at once
+    assert 0.7 * 2 <= spent["sample"] <= 0.007 * now[0] + 0.7
