@@ -82,7 +82,7 @@ def runs(tiny_corpus, tmp_path_factory):
     few = f"fsdp=true:eval_tokens=20:{brief}"
     tasks += [f"nan:nan=4:{brief}", "sharded", "sharded-stopped:stop=5"]
     tasks += [f"sharded-nan:nan=4:{brief}"]
-    tasks += ["clocked:minutes=0.04", "sharded-clocked:minutes=0.04"]
+    tasks += ["clocked:minutes=0.02", "sharded-clocked:minutes=0.02"]
     tasks = [f"{t}:fsdp=true" if t.startswith("sharded") else t for t in tasks]
     tasks += [f"whole:{few}", f"again:{few}:stop=5", f"again:{few}"]
     still = "max_steps=1:learning_rate=1e-30:adamw_learning_rate=1e-30"
@@ -228,9 +228,10 @@ def test_one_process_has_nobody_to_share_a_model_with(runs):
 def test_all_processes_end_by_the_clock_of_the_first(runs, name):
     folder, _ = runs
     found = bit.load_checkpoint(folder / name)
-    assert found["clock_seconds"] >= 60 * 0.04
+    assert found["clock_seconds"] >= 60 * 0.02
     final = bit.MetricsLog.read(folder / name / "metrics.jsonl")[-1]
     assert (final["final"], final["step"]) == (True, found["step"])
+    assert found["step"] > 2
 
 
 def test_a_killed_process_ends_the_others(runs):

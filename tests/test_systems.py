@@ -38,7 +38,7 @@ def test_every_file_is_read_by_every_version(version):
 
 # Encodings
 
-MORE = "m\u00e1s"
+NAME = "m\u00e1s"
 SEVERAL = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
@@ -60,15 +60,15 @@ def test_names_and_texts_in_an_environment_without_unicode(run_cli, tmp_path):
     poor = {k: v for k, v in os.environ.items() if k not in ("LANG", "PYTHONUTF8")} | poor
     done = run_cli("train", *flags, "--out", folder / "one", "--max-steps", 3)
     assert done.returncode == 0, done.stderr
-    train, out = ["train", *flags, "--out", folder / MORE], folder / "\u00e9"
-    export = ["export", "--model", folder / MORE, "--to", "hf", "--out", out]
+    train, out = ["train", *flags, "--out", folder / NAME], folder / "\u00e9"
+    export = ["export", "--model", folder / NAME, "--to", "hf", "--out", out]
     commands = [[*train, "--max-steps", 2], [*train, "--max-steps", 3], export]
     commands = json.dumps([[str(word) for word in command] for command in commands])
     several = [sys.executable, "-c", SEVERAL, ROOT, commands]
     done = subprocess.run(several, env=poor, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert_same_bits(state_of(folder / "one"), state_of(folder / MORE))
-    assert bit.read_json(out / "config.json")["bitllm"]["name"] == MORE
+    assert_same_bits(state_of(folder / "one"), state_of(folder / NAME))
+    assert bit.read_json(out / "config.json")["bitllm"]["name"] == NAME
     prompt = "\u00f1and\u00fas"
     flags = ["--model", out, "--prompt", prompt, "--temperature", 0, "--max-new-tokens", 4]
     texts = [run_cli("generate", *flags, env=environment).stdout for environment in (None, poor)]

@@ -68,7 +68,7 @@ def card(
         f'<div style="background:{ACCENT};{shape};width:{done:.0%}"></div></div>'
     )
     left = known.pop("time left", "")
-    validation, _, where = known.pop("validation loss", "").partition(say(" at "))
+    where = known.pop("validated at", "")
     tiles = [
         _tile(
             say("progress"), say("step {step}", step=step), f"{bar}<span>{html.escape(left)}</span>"
@@ -76,7 +76,7 @@ def card(
         _tile(say("loss"), known.pop("loss", "–"), say("on the text it learns from")),
         _tile(
             say("validation loss"),
-            validation or "–",
+            known.pop("validation loss", "–"),
             say("on text it has not seen, {where}", where=where).strip(", "),
         ),
         _tile(say("speed"), known.pop("tokens/s", "–"), say("tokens per second")),

@@ -27,8 +27,8 @@ def run_facts(lines: list[dict[str, Any]], max_steps: int, batch_tokens: int) ->
             facts["memory"] = f"{last['memory_bytes'] / 2**30:.2f} GiB"
         facts["time left"] = say("about {time} left", time=duration(left)) if left else ""
     if evaluation:
-        where = say("step {step:,}", step=evaluation["step"])
-        facts["validation loss"] = f"{evaluation['val_loss']:.3f}{say(' at ')}{where}"
+        facts["validation loss"] = f"{evaluation['val_loss']:.3f}"
+        facts["validated at"] = say("step {step:,}", step=evaluation["step"])
     return facts
 
 

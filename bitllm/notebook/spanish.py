@@ -151,7 +151,7 @@ TEXTS = {
     "{step:,} of {steps:,}": "{step:,} de {steps:,}",
     "step {step:,} of {steps:,}": "paso {step:,} de {steps:,}",
     "step {step:,} at {time}": "paso {step:,} a las {time}",
-    " at ": " en el ",
+    "validated at": "validada en el",
     "about {time} left": "quedan aprox. {time}",
     "time left": "falta",
     "done": "listo",
