@@ -2382,12 +2382,12 @@ class Session:
 
     def gradients(self, windows: Tensor) -> Tensor:
         """Add up the gradients of this process' windows, (N, T + 1); return their loss."""
-        device, (x, y) = self.device.device, read_signed(windows[:, :-1], windows[:, 1:])  # (N, T)
-        total = torch.zeros((), device=device)
+        windows = windows.to(self.device.device)
+        total = torch.zeros((), device=windows.device)
         with self.hold(self.device.dtype):
-            for pair in self.processes.micro_batches(x, y, self.micro_batch):
-                parts = (part.to(device, non_blocking=True).contiguous() for part in pair)
-                total += self.micro_step(*parts)
+            pair = read_signed(windows[:, :-1], windows[:, 1:])  # (N, T) each
+            for x, y in self.processes.micro_batches(*pair, self.micro_batch):
+                total += self.micro_step(x.contiguous(), y.contiguous())
         return total
 
     def micro_step(self, x: Tensor, y: Tensor) -> Tensor:

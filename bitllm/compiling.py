@@ -108,6 +108,9 @@ def prepare(session: Session) -> None:
         model.zero_grad()
     if device.type == "cuda":
         parameters = parameters_of(session.state.optimizers)
-        recorded = extension("cuda", "CUDA graphs").RecordedStep
-        session.micro_step = recorded(session.micro_step, model, session.device.dtype, parameters)
+        cuda = extension("cuda", "CUDA graphs")
+        step, dtype = session.micro_step, session.device.dtype
+        session.micro_step = cuda.RecordedStep(step, model, dtype, parameters)
         session.hold = contextlib.nullcontext  # the recording holds the weights itself
+        for optimizer in session.state.optimizers:
+            optimizer.step = cuda.RecordedUpdate(optimizer)

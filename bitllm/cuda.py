@@ -26,26 +26,33 @@ class Recording:
     Args:
         work: may not wait for the device; what it returns is overwritten by the next replay.
         reset: called after the calls that warm it up, and after the recording.
+        warm_up: calls before the recording; 0 for work that was done before.
 
     What cannot be recorded, as on another device, is called again by each replay.
     """
 
-    def __init__(self, work: Callable[[], Any], device: torch.device, reset: Callable[[], None]):
+    def __init__(
+        self,
+        work: Callable[[], Any],
+        device: torch.device,
+        reset: Callable[[], None] = lambda: None,
+        warm_up: int = WARM_UP,
+    ) -> None:
         self.work, self.graph = work, None
         try:
             if device.type == "cuda":
-                self._record(reset)
+                self._record(reset, warm_up)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             core.log.warning(f"CUDA graphs: off ({core.first_line(error)})")
         reset()
 
-    def _record(self, reset: Callable[[], None]) -> None:
+    def _record(self, reset: Callable[[], None], warm_up: int) -> None:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
+            for _ in range(warm_up):
                 self.work()
         torch.cuda.current_stream().wait_stream(side)
         reset()
@@ -118,6 +125,45 @@ class RecordedStep:
         self.recordings[x.shape] = x, y, recording
 
 
+class RecordedUpdate:
+    """An optimizer's `step`, recorded: Python takes longer for a small model's than the GPU.
+
+    The recording reads the learning rates from tensors, and so do the steps that are not recorded:
+    the first, which makes the optimizer's state, and all where recording fails.
+
+    Args:
+        optimizer: its parameters' gradients lie in the same place in every step.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.plain, self.groups = optimizer.step, optimizer.param_groups
+        self.device = self.groups[0]["params"][0].device
+        self.rates = [torch.zeros((), device=self.device) for _ in self.groups]
+        self.begun, self.recording = False, None
+
+    def update(self) -> None:
+        given = [dict(group) for group in self.groups]
+        try:
+            for group, rate in zip(self.groups, self.rates, strict=True):
+                group.update(lr=rate, capturable=True)  # without this, AdamW refuses a recording
+            self.plain()
+        finally:
+            for group, before in zip(self.groups, given, strict=True):
+                group.clear()
+                group.update(before)
+
+    def __call__(self) -> None:
+        for group, rate in zip(self.groups, self.rates, strict=True):
+            rate.fill_(group["lr"])
+        if self.begun and self.recording is None:
+            self.recording = Recording(self.update, self.device, warm_up=0)
+        if self.recording is not None:
+            self.recording.replay()
+        else:
+            self.update()
+        self.begun = True
+
+
 class RecordedDecoder:
     """The step of a generation: one token for each row in, its logits out, recorded.
 
@@ -136,7 +182,7 @@ class RecordedDecoder:
         self.keys_at = torch.arange(limit, device=device)
         self.left_pad = left_pad
         self.position.fill_(cache.length)
-        self.recording = Recording(self._step, device, lambda: None)
+        self.recording = Recording(self._step, device)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """What attention calls: store at the position and return all of the cache."""

@@ -66,9 +66,11 @@ class Muon(torch.optim.Optimizer):
         ops._foreach_lerp_(means, gradients, 1 - group["momentum"])
         ops._foreach_lerp_(gradients, means, group["momentum"])  # Nesterov's look ahead
         rows, columns = weights[0].shape
-        rate = group["lr"] * math.sqrt(max(1, rows / columns))
+        rate = group["lr"] * math.sqrt(max(1, rows / columns))  # a tensor where it is recorded
+        updates = self.updates(gradients, group["ns_steps"])
+        ops._foreach_mul_(updates, rate)
         ops._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        ops._foreach_add_(weights, self.updates(gradients, group["ns_steps"]), alpha=-rate)
+        ops._foreach_sub_(weights, updates)
 
     def updates(self, directions: list[Any], steps: int) -> Sequence[Any]:
         return orthogonalize(torch.stack(directions), steps).to(directions[0].dtype).unbind()

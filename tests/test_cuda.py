@@ -67,7 +67,7 @@ def test_recorded_micro_steps_add_up_the_same_gradients():
 
 
 def test_what_cannot_be_recorded_is_called(monkeypatch, caplog):
-    def fail(self, reset):
+    def fail(self, reset, warm_up):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(cuda.Recording, "_record", fail)
@@ -93,3 +93,32 @@ def test_a_run_with_recorded_steps_equals_one_without(tiny_corpus, tmp_path, mon
         state = bit.train(tiny.MODEL, data, train, tmp_path / name, callbacks=[])
         runs.append(state.model.state_dict())
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_a_recorded_update_takes_each_step_at_its_rate():
+    """As the plain optimizers do; and it leaves their groups as they were, for checkpoints."""
+    nets = [bit.BitLM(tiny.MODEL) for _ in range(2)]
+    plain, recorded = (bit.make_optimizers(net, tiny.TRAIN) for net in nets)
+    updates = [cuda.RecordedUpdate(optimizer) for optimizer in recorded]
+    groups = [[dict(group) for group in optimizer.param_groups] for optimizer in recorded]
+    for step, factor in enumerate((1.0, 0.3, 0.0, 0.7)):
+        for net, optimizers in zip(nets, (plain, recorded), strict=True):
+            generator = torch.Generator().manual_seed(step)
+            for parameter in net.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * factor
+        before = [parameter.clone() for parameter in nets[1].parameters()]
+        for optimizer, update in zip(plain, updates, strict=True):
+            optimizer.step()
+            update()
+        for a, b in zip(*(net.parameters() for net in nets), strict=True):
+            torch.testing.assert_close(a, b)
+        moved = [not torch.equal(a, b) for a, b in zip(before, nets[1].parameters(), strict=True)]
+        assert all(moved) if factor else not any(moved)
+    for optimizer, old in zip(recorded, groups, strict=True):
+        assert all(isinstance(group["lr"], float) for group in optimizer.param_groups)
+        left = [{**group, "lr": 0.0} for group in optimizer.param_groups]
+        assert left == [{**group, "lr": 0.0} for group in old]
+    assert updates[0].recording is not None

@@ -41,7 +41,7 @@ def prepare(folder: Path, text: str) -> None:
         if name == "ci":  # the rehearsal's: a beginning will do
             text = str(folder / "beginning.txt")
             Path(text).write_text(beginning, encoding="utf-8")
-        data = core.DataConfig(data=text)
+        data = core.PRESETS["demo"][1] if name == "demo" else core.DataConfig(data=text)
         tokens, _ = core.prepare_data(
             data, model.vocab_size, model.max_position_embeddings, folder / name
         )

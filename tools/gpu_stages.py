@@ -24,6 +24,7 @@ from t4_guard import T4Guard, as_on_t4
 
 import bitllm
 import bitllm_core as core
+from bitllm.companion import right_answers, talk
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = {"t4-1h": "t4-1h", "t4-3h": "t4-3h", "demo": "demo", "seed-shape": None, "ci": "ci"}
@@ -62,6 +63,10 @@ class Job:
         """Model and training of a preset (or SEED_SHAPE), `ci`'s in a rehearsal."""
         if self.rehearse:
             model, _, train = core.PRESETS["ci"]
+            if name == "demo":  # its tokens are conversations in both
+                demo = core.PRESETS[name][0]
+                sizes = {"vocab_size", "max_position_embeddings"}
+                model = dataclasses.replace(model, **{size: getattr(demo, size) for size in sizes})
             train = dataclasses.replace(train, compile="off", device="cpu")
             changes = {**changes, "batch_tokens": 256}
         elif name == "seed-shape":
@@ -77,7 +82,8 @@ class Job:
     def run_folder(self, name: str) -> Iterator[Path]:
         """A new run folder with the tokens of `name` in it."""
         with tempfile.TemporaryDirectory() as folder:
-            shutil.copytree(self.data / ("ci" if self.rehearse else name), folder + "/run")
+            tiny = self.rehearse and name != "demo"
+            shutil.copytree(self.data / ("ci" if tiny else name), folder + "/run")
             yield Path(folder, "run")
 
 
@@ -228,16 +234,24 @@ def out_of_memory(job: Job) -> None:
 
 
 def companion(job: Job) -> None:
-    """`demo` to its end: seconds, validation loss, text."""
-    model, train = job.shape("demo")
-    watch = Stopwatch(None)
+    """`demo` to its end: seconds, validation loss, shares of right answers, a conversation."""
+    model, train = job.shape("demo", **({"max_steps": 4} if job.rehearse else {}))
     with job.run_folder("demo") as run:
         start = time.perf_counter()
-        state = core.train(model, prepared_data(run), train, run, callbacks=[watch])
+        state = core.train(model, prepared_data(run), train, run, callbacks=[])
+        trained_s = time.perf_counter() - start
+        found = core.load_model(run)
+        right = right_answers(*found, count=job.steps(200, 2))
         seconds = time.perf_counter() - start
-        net, tokenizer = core.load_model(run)
-        text = core.generate(net, tokenizer, "", core.SamplingConfig(seed=0, max_new_tokens=60))
-    job.note(seconds=seconds, steps=state.step, val_loss=state.val_loss, text=text)
+        said = list(talk(*found))
+    job.note(
+        trained_s=trained_s,
+        seconds=seconds,
+        steps=state.step,
+        val_loss=state.val_loss,
+        right=right,
+        text=said,
+    )
 
 
 def speed(job: Job, preset: str, **changes: Any) -> None:
