@@ -169,8 +169,7 @@ def test_the_package_uses_public_names_of_the_core(path):
         ["ruff", "format", "--check", "."],
         ["ruff", "check", "."],
         ["ruff", "check", "--preview", "--select", "PLW1514", "bitllm", "bitllm_core.py"],
-        ["pyright", "--pythonplatform", "Windows", "--pythonversion", "3.10"],
-        ["pyright", "--pythonplatform", "Linux", "--pythonversion", "3.14"],
+        ["pyright"],  # for this system and Python; the workflow has three and two of them
     ],
     ids=lambda command: " ".join(command[:3]),
 )
