@@ -39,6 +39,7 @@ _MODULES = {
         "SettingsPanel",
         "brief_errors",
         "chat_box",
+        "check_gpu",
         "compare",
         "download_button",
         "environment_report",

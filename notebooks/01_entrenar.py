@@ -130,3 +130,9 @@ bit.export_box(run)
 #
 # Sigue en [02_use](https://github.com/OWNER/bitllm/blob/main/notebooks/02_use.ipynb) (en inglés).
 # La guía: [README.es](https://github.com/OWNER/bitllm/blob/main/README.es.md).
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Comprobar esta GPU: marca la casilla y ejecuta esta celda (10 minutos)
+check_this_gpu = False  # @param {type: "boolean"}
+if check_this_gpu:
+    bit.check_gpu()  # its results.jsonl is what docs/gpu.md asks for

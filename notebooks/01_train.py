@@ -133,3 +133,9 @@ bit.export_box(run)
 # this model, [03_inside_ternary](https://github.com/OWNER/bitllm/blob/main/notebooks/03_inside_ternary.ipynb)
 # shows what the ternary weights do, and
 # [troubleshooting](https://github.com/OWNER/bitllm/blob/main/docs/troubleshooting.md) helps.
+
+# %% cellView="form" jupyter={"source_hidden": true}
+# @title Check this GPU: tick the box and run this cell (10 minutes)
+check_this_gpu = False  # @param {type: "boolean"}
+if check_this_gpu:
+    bit.check_gpu()  # its results.jsonl is what docs/gpu.md asks for

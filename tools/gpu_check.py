@@ -33,14 +33,15 @@ import bitllm_core as core  # noqa: E402
 
 
 def prepare(folder: Path, text: str) -> None:
-    """Tokenizers and tokens of a local text, for every shape that the stages use."""
-    with Path(text).open(encoding="utf-8") as file:
-        beginning = file.read(200_000)
+    """Tokenizers and tokens of a text, for every shape that the stages use."""
+    beginning, pieces = "", core.read_pieces(text)
+    while len(beginning) < 200_000 and (piece := next(pieces, None)):
+        beginning += piece[0]
     for name, preset in DATA.items():
         model = core.PRESETS[preset][0] if preset else SEED_SHAPE
         if name == "ci":  # the rehearsal's: a beginning will do
             text = str(folder / "beginning.txt")
-            Path(text).write_text(beginning, encoding="utf-8")
+            Path(text).write_text(beginning[:200_000], encoding="utf-8")
         data = core.PRESETS["demo"][1] if name == "demo" else core.DataConfig(data=text)
         tokens, _ = core.prepare_data(
             data, model.vocab_size, model.max_position_embeddings, folder / name
@@ -161,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("prepare", help="tokens for the stages")
     command.add_argument("folder", type=Path)
-    command.add_argument("--data", required=True, help="a local text of 10 MB or more")
+    command.add_argument("--data", required=True, help="a text or a data set of 10 MB or more")
     for name in ("run", "stage"):
         command = commands.add_parser(name, help=f"{name} on the GPU")
         if name == "stage":

@@ -21,7 +21,7 @@ from bitllm.notebook.runs import (
     show_run,
 )
 from bitllm.notebook.settings import Settings
-from bitllm.notebook.setup import environment_report, show_environment
+from bitllm.notebook.setup import check_gpu, environment_report, show_environment
 from bitllm.notebook.watch import is_training, watch
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "SettingsPanel",
     "brief_errors",
     "chat_box",
+    "check_gpu",
     "compare",
     "download_button",
     "environment_report",

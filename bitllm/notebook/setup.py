@@ -9,7 +9,9 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
+import tempfile
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -19,7 +21,7 @@ import torch
 import bitllm.notebook.kernel as kernel
 from bitllm.compiling import why_not_compile
 from bitllm.notebook.language import retold, say
-from bitllm_core import choose_device, versions
+from bitllm_core import choose_device, require, versions
 
 
 def environment_report(folder: str | Path = ".") -> str:
@@ -119,3 +121,54 @@ def _other_origin(archive: str) -> str:
         origin=origin,
         command=f"%pip install -q --no-deps --force-reinstall https://github.com/{path}",
     )
+
+
+def check_gpu(
+    out: str | Path = "found", data: str = "wikitext-2", minutes: float = 10.0, stages: str = ""
+) -> Path:
+    """Find out whether everything works on this GPU, and how fast, by tools/gpu_check.py.
+
+    The tool is the checkout's, or that of the archive which the package was installed from.
+
+    Args:
+        data: a text or a data set that the stages train on, of 10 MB or more.
+        stages: only these, by comma; default: all.
+
+    Returns the file that docs/gpu.md asks for. ValueError: there is no GPU, or the tool is neither
+    here nor there. OSError: there is no such text.
+    """
+    expected = "one that CUDA knows. In Colab: Runtime > Change runtime type > T4 GPU"
+    require(torch.cuda.is_available(), "GPU", None, expected)
+    out = Path(out).resolve()
+    with tempfile.TemporaryDirectory() as folder:
+        tool = _tools(Path(folder)) / "gpu_check.py"
+        prepared = Path(folder, "tokens")
+        flags = ["--stages", stages] * bool(stages)
+        if _show_command(tool, "prepare", prepared, "--data", data):
+            raise OSError(f"no tokens of {data!r} could be prepared; the reason is above")
+        _show_command(tool, "run", prepared, "--out", out, "--minutes", minutes, *flags)
+        _show_command(tool, "report", out)
+    return out / "results.jsonl"
+
+
+def _tools(folder: Path) -> Path:
+    """The folder `tools` of a checkout, or of the package's archive, unpacked in `folder`."""
+    beside = Path(__file__).parents[2] / "tools"
+    if beside.is_dir():
+        return beside
+    archive, expected = _installed_from(), "that of a checkout, or installed from its archive"
+    require(archive.endswith(".zip"), "package", archive or "bitllm", expected)
+    path, _ = urllib.request.urlretrieve(archive, folder / "archive.zip")
+    shutil.unpack_archive(path, folder)
+    return next(folder.glob("*/tools"))
+
+
+def _show_command(*command: object) -> int:
+    """Run a Python program, print what it prints where the notebook shows it; its exit status."""
+    arguments = [sys.executable, "-u", *map(str, command)]
+    with subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as child:
+        for line in child.stdout or ():
+            print(line, end="")
+    return child.returncode

@@ -126,6 +126,9 @@ def test_the_spanish_notebook_runs_what_the_english_one_runs():
         "@title Start": "@title Empezar",
         "@title Settings": "@title Ajustes",
         "(optional)": "(opcional)",
+        "Check this GPU: tick the box and run this cell (10 minutes)": (
+            "Comprobar esta GPU: marca la casilla y ejecuta esta celda (10 minutos)"
+        ),
     }
     for old, new in changed.items():
         english = [source.replace(old, new) for source in english]

@@ -1,10 +1,13 @@
 """The report on the machine, and the repository that a notebook came from."""
 
+import shutil
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
+import torch
 
 from bitllm.notebook import setup
 from bitllm.notebook.setup import environment_report, repository
@@ -100,3 +103,53 @@ def test_a_copy_in_drive_of_a_forks_notebook_gets_a_note(front_end, monkeypatch)
     report = environment_report()
     assert "a copy of one in some-one/my.fork@dev/new" in report
     assert "https://github.com/some-one/my.fork/archive/dev/new.zip" in report
+
+
+FAKE = """
+import pathlib, sys
+print("asked:", *sys.argv[1:])
+if sys.argv[1] == "run":
+    out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+    out.mkdir()
+    (out / "results.jsonl").write_text("{}")
+sys.exit(sys.argv[1] == "prepare" and "nothing" in sys.argv)
+"""
+
+
+@pytest.fixture
+def installed_from_an_archive(tmp_path, monkeypatch):
+    """As in Colab: the package alone, and a zip of its repository where pip had it from."""
+    tools = tmp_path / "repository" / "bitllm-main" / "tools"
+    tools.mkdir(parents=True)
+    (tools / "gpu_check.py").write_text(FAKE)
+    path = shutil.make_archive(str(tmp_path / "main"), "zip", tmp_path / "repository")
+    place = tmp_path / "site-packages" / "bitllm" / "notebook" / "setup.py"
+    monkeypatch.setattr(setup, "__file__", str(place))
+    monkeypatch.setattr(setup, "_installed_from", lambda: Path(path).as_uri())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+def test_the_gpu_check_is_fetched_with_its_repository(installed_from_an_archive, tmp_path, capsys):
+    found = setup.check_gpu(tmp_path / "found", "wikitext-2", 3, "versions")
+    assert found.read_text() == "{}"
+    asked = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+    assert asked == ["prepare", "run", "report"]
+
+
+def test_a_gpu_check_without_a_text_ends_there(installed_from_an_archive, tmp_path, capsys):
+    with pytest.raises(OSError, match="no tokens of 'nothing' could be prepared"):
+        setup.check_gpu(tmp_path / "found", "nothing")
+    assert "asked: run" not in capsys.readouterr().out
+
+
+def test_a_gpu_check_needs_a_gpu_and_the_repository(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"GPU=None: expected one that .* T4 GPU"):
+        setup.check_gpu(tmp_path / "found")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(setup, "__file__", str(tmp_path / "a" / "b" / "setup.py"))
+    with pytest.raises(ValueError, match="package"):
+        setup.check_gpu(tmp_path / "found")
+
+
+def test_a_checkout_has_the_gpu_check_beside_it(tmp_path):
+    assert (setup._tools(tmp_path) / "gpu_check.py").is_file()
