@@ -141,6 +141,7 @@ OTHERWISE = [  # what of all notebooks on all kernels another test runs there
     ("01_train", "newest"),  # and there of 01_entrenar
     ("bitllm_one_cell", "newest"),  # with a model that answers
     ("kaggle_train", "newest"),  # in two sessions
+    ("03_inside_ternary", "newest"),  # where its outputs come from; only its figures are its own
 ]
 WHERE = [(name, kernel) for name in RUNS for kernel in KERNELS if (name, kernel) not in OTHERWISE]
 
