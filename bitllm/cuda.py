@@ -42,9 +42,9 @@ class Recording:
         try:
             if device.type == "cuda":
                 self._record(reset, warm_up)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if warm_up and isinstance(error, torch.OutOfMemoryError):
+                raise  # a smaller micro-batch may fit
             core.log.warning(f"CUDA graphs: off ({core.first_line(error)})")
         reset()
 

@@ -76,6 +76,17 @@ def test_what_cannot_be_recorded_is_called(monkeypatch, caplog):
         assert recording.replay() == 7
 
 
+def test_only_work_that_can_be_made_smaller_fails_for_want_of_memory(monkeypatch):
+    def fail(self, reset, warm_up):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(cuda.Recording, "_record", fail)
+    gpu = torch.device("cuda")
+    with pytest.raises(torch.OutOfMemoryError):
+        cuda.Recording(lambda: 7, gpu)
+    assert cuda.Recording(lambda: 7, gpu, warm_up=0).replay() == 7
+
+
 def test_a_run_with_recorded_steps_equals_one_without(tiny_corpus, tmp_path, monkeypatch):
     from bitllm import compiling
 
