@@ -677,7 +677,7 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-CHUNK_BYTES = 128 << 20  # of logits at once
+CHUNK_BYTES = {"cpu": 128 << 20, "mps": 128 << 20, "cuda": 512 << 20}  # of logits at once
 CHUNK_COLUMNS = 4096  # of them in one product on a CPU, to stay near its caches: docs/log.md
 
 
@@ -689,8 +689,8 @@ def log_total(logits: Tensor) -> Tensor:
 def logits_gradient(logits: Tensor, total: Tensor, target: Tensor) -> Tensor:
     """Of the cross-entropy: p of each token, less 1 at the column `target`, (N, 1), if there."""
     p = (logits - total).exp_()  # float32
-    columns = torch.arange(logits.shape[1], dtype=target.dtype, device=logits.device)
-    return p.add_(columns == target, alpha=-1).to(logits.dtype)
+    columns = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
+    return p.add_(columns == target.int(), alpha=-1).to(logits.dtype)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -714,7 +714,7 @@ class _ChunkedLoss(torch.autograd.Function):
             ctx.save_for_backward(d_hidden, d_weight)
             width = CHUNK_COLUMNS if kind == "cpu" else len(w)
             columns, d_columns = w.split(width), d_weight.split(width)
-            rows = max(1, CHUNK_BYTES // (dtype.itemsize * len(w)))
+            rows = max(1, CHUNK_BYTES[kind] // (dtype.itemsize * len(w)))
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
                 ignored = (targets[part] == -100)[:, None]  # (rows, 1)

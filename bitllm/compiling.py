@@ -64,8 +64,9 @@ def compiled_loss(model: BitLM) -> Callable[[Tensor, Tensor], Tensor]:
     for block in model.model.layers:
         block.self_attn.attend = attend_in_parts
     blocks = [torch.compile(block, dynamic=False) for block in model.model.layers]
-    # dynamic: the last chunk is a smaller one
-    softmax = [torch.compile(part, dynamic=True) for part in (log_total, logits_gradient)]
+    # dynamic: the last chunk is a smaller one; a GPU takes twice as long to divide by what may vary
+    dynamic = None if next(model.parameters()).is_cuda else True
+    softmax = [torch.compile(part, dynamic=dynamic) for part in (log_total, logits_gradient)]
 
     def loss(input_ids: Tensor, targets: Tensor) -> Tensor:
         with warnings.catch_warnings():  # the compiler looks at the input's .grad; it has none
@@ -110,7 +111,8 @@ def prepare(session: Session) -> None:
         parameters = parameters_of(session.state.optimizers)
         cuda = extension("cuda", "CUDA graphs")
         step, dtype = session.micro_step, session.device.dtype
-        session.micro_step = cuda.RecordedStep(step, model, dtype, parameters)
+        windows = config.batch_tokens // session.context // session.processes.world_size
+        session.micro_step = cuda.RecordedStep(step, model, dtype, parameters, windows)
         session.hold = contextlib.nullcontext  # the recording holds the weights itself
         for optimizer in session.state.optimizers:
             optimizer.step = cuda.RecordedUpdate(optimizer)

@@ -7,7 +7,8 @@ replays them with one call. Everything in it has to stay where it was: input, gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 import bitllm_core as core
+from bitllm.muon import batches
 
 WARM_UP = 3
 """Calls before a recording, on a stream of their own, as torch's documentation asks for."""
@@ -69,6 +71,27 @@ class Recording:
         return self.result
 
 
+@contextlib.contextmanager
+def hold_in_batches(model: core.BitLM, dtype: torch.dtype) -> Iterator[None]:
+    """As `model.hold_weights` in training, equal to rounding, with a tenth of the launches."""
+    layers = {layer.weight: layer for layer in model.bit_linears().values()}
+    try:
+        for linear in {layer.linear for layer in layers.values()}:
+            alike = [weight for weight, layer in layers.items() if layer.linear == linear]
+            for weights in batches(alike):
+                with torch.no_grad():
+                    held = torch.stack(weights)
+                    if linear != "dense":
+                        ternary, scales = torch.vmap(core.weight_quant)(held)
+                        held = ternary * scales[:, None, None]
+                for weight, own in zip(weights, held.to(dtype).unbind(), strict=True):
+                    layers[weight].held = own
+        yield
+    finally:
+        for layer in layers.values():
+            layer.held = None
+
+
 class RecordedStep:
     """A training session's micro-step, recorded for each shape of its input.
 
@@ -77,9 +100,10 @@ class RecordedStep:
             `.grad` and returns the loss.
         model: its weights are held in `dtype` inside the recording, since what is held outside
             lies elsewhere in every step.
+        windows: of a whole step; where one micro-step takes them all, nothing is added up.
 
-    The gradients are tensors of this object; they are zeroed and put in their places whenever
-    `.grad` is none of them, as after an optimizer step.
+    The gradients are tensors of this object, which stay where they are; they are put in their
+    places whenever `.grad` is none of them, as after an optimizer step.
     """
 
     def __init__(
@@ -88,41 +112,59 @@ class RecordedStep:
         model: core.BitLM,
         dtype: torch.dtype,
         parameters: Sequence[Tensor],
+        windows: int,
     ) -> None:
         self.step, self.model, self.dtype, self.parameters = step, model, dtype, parameters
-        self.gradients: list[Tensor] = []
-        self.recordings: dict[torch.Size, tuple[Tensor, Tensor, Recording]] = {}
+        self.windows = windows
+        self.gradients = [torch.zeros_like(p) for p in self.parameters]
+        self.recordings: dict[tuple[torch.Size, bool], tuple[Tensor, Tensor, Recording]] = {}
 
-    def begin(self) -> None:
-        """Zero the gradients and put them in their places."""
-        self.gradients = self.gradients or [torch.zeros_like(p) for p in self.parameters]
-        torch._foreach_zero_(self.gradients)  # pyright: ignore[reportPrivateImportUsage]
+    def place(self) -> None:
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
 
-    def held(self, x: Tensor, y: Tensor) -> Tensor:
-        with self.model.hold_weights(self.dtype):
+    def begin(self) -> None:
+        """Zero the gradients and put them in their places."""
+        torch._foreach_zero_(self.gradients)  # pyright: ignore[reportPrivateImportUsage]
+        self.place()
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        with hold_in_batches(self.model, self.dtype):
             return self.step(x, y)
+
+    def replace(self, x: Tensor, y: Tensor) -> Tensor:
+        """`begin` and `add` in one, with two passes over the gradients less."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        loss = self.add(x, y)
+        pairs = zip(self.gradients, self.parameters, strict=True)
+        own, new = zip(*((g, p.grad) for g, p in pairs if p.grad is not None), strict=True)
+        torch._foreach_copy_(own, new)  # pyright: ignore[reportPrivateImportUsage]
+        self.place()
+        return loss
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """The loss of these windows, to be read before the next call."""
-        if x.shape not in self.recordings:
-            self._record(x.clone(), y.clone())
-        if not self.gradients or self.parameters[0].grad is not self.gradients[0]:
-            self.begin()
-        own_x, own_y, recording = self.recordings[x.shape]
+        first = self.parameters[0].grad is not self.gradients[0]
+        whole = first and len(x) == self.windows
+        if (x.shape, whole) not in self.recordings:
+            self._record(x.clone(), y.clone(), whole)
+        if first:
+            self.place() if whole else self.begin()
+        own_x, own_y, recording = self.recordings[x.shape, whole]
         own_x.copy_(x)
         own_y.copy_(y)
         return recording.replay()
 
-    def _record(self, x: Tensor, y: Tensor) -> None:
+    def _record(self, x: Tensor, y: Tensor, whole: bool) -> None:
         before = [None if p.grad is None else p.grad.clone() for p in self.parameters]
         self.begin()
-        recording = Recording(partial(self.held, x, y), x.device, self.begin)
+        work = partial(self.replace if whole else self.add, x, y)
+        recording = Recording(work, x.device, self.begin)
         for gradient, value in zip(self.gradients, before, strict=True):
             if value is not None:  # a smaller last micro-batch is recorded within a step
                 gradient.copy_(value)
-        self.recordings[x.shape] = x, y, recording
+        self.recordings[x.shape, whole] = x, y, recording
 
 
 class RecordedUpdate:

@@ -22,10 +22,11 @@ def memory_size() -> int:
 
 def windows_that_fit(model: ModelConfig, device: Device, world_size: int = 1) -> int:
     """Windows of a micro-batch that the memory holds: the more, the faster (docs/log.md). What
-    blocks keep for backward takes about a sixth of it in all, or a quarter of a GPU's free.
+    blocks keep for backward takes about a sixth of it in all, or half of a GPU's free
+    (docs/gpu.md).
     """
     free = torch.cuda.mem_get_info()[0] if device.device.type == "cuda" else 0
-    room = free // 4 or ((round(memory_size() / 2**30) or 8) << 26) // world_size
+    room = free // 2 or ((round(memory_size() / 2**30) or 8) << 26) // world_size
     numbers = model.num_hidden_layers * (8 * model.hidden_size + 3 * model.intermediate_size)
     return room // (device.dtype.itemsize * numbers * model.max_position_embeddings)
 

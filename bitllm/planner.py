@@ -17,7 +17,7 @@ from bitllm.compiling import why_not_compile
 from bitllm.distributed import BUCKET_NUMBERS, MESSAGES_AT_ONCE
 from bitllm.machine import estimate_seconds, product_rate
 from bitllm.memory import memory_size
-from bitllm.muon import Muon
+from bitllm.muon import BATCH_NUMBERS
 from bitllm_core import (
     CHUNK_BYTES,
     CHUNK_COLUMNS,
@@ -73,20 +73,28 @@ def activation_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
     return (kept(2) - kept(1)) // 16
 
 
+COMPILED = 0.45
+"""Share of the activations that compiled blocks keep: 0.43 to 0.45 on an H200 (docs/gpu.md)."""
+
+
+def is_compiled(train: TrainConfig, gpu: bool) -> bool:
+    return gpu and train.compile != "off" and not train.fsdp
+
+
 def memory_parts(
     model: ModelConfig,
     train: TrainConfig,
     dtype: torch.dtype,
     processes: int = 1,
     windows: int = 1,
-    columns: int = CHUNK_COLUMNS,
+    gpu: bool = False,
 ) -> dict[str, int]:
     """Bytes on each of so many devices, by part, at the moment of a step that takes the most.
 
     That is when the loss of the second micro-batch, of so many windows, is computed: gradients of
     the first and activations of the second. Or the update, where those are small. Only tensors are
-    counted, not what an allocator keeps beyond them (docs/scaling.md). `columns` are of the logits
-    in one product: on a GPU all.
+    counted, not what an allocator keeps beyond them (docs/scaling.md). On a GPU, that of compiled
+    blocks and softmax, and of more logits at once, unless `fsdp` or `compile` forbid it.
     """
     D, V, P = model.hidden_size, model.vocab_size, model.num_parameters
     kv, up = model.num_kv_heads * model.head_dim, 2 if model.block == "seed" else 3
@@ -102,13 +110,18 @@ def memory_parts(
     reduced, quantized = size < 4, model.linear != "dense"  # else what multiplies is the weight
     head = size * V * D if reduced or (quantized and not model.tie_word_embeddings) else 0
     held = head + (size * matrices if reduced or quantized else 0)
-    logits = min(CHUNK_BYTES, size * V * tokens)
-    gradient = logits * min(columns, V) // V  # of one block; in float32, compared, and in `dtype`
+    logits = min(CHUNK_BYTES["cuda" if gpu else "cpu"], size * V * tokens)
+    gradient = logits if gpu else logits * min(CHUNK_COLUMNS, V) // V  # of one block
+    activations = activation_bytes(model, dtype) * model.num_hidden_layers * tokens
+    if is_compiled(train, gpu):
+        activations = int(COMPILED * activations)
+    else:
+        gradient = gradient * (5 + size) // size  # in float32, compared, and in `dtype`
     work = {
         "quantized weights": head if train.fsdp else held,
         "gradient of the head": size * V * D,
-        "loss": logits + gradient * (5 + size) // size + size * tokens * D,  # and d_hidden
-        "activations": activation_bytes(model, dtype) * model.num_hidden_layers * tokens,
+        "loss": logits + gradient + size * tokens * D,  # and d_hidden
+        "activations": activations,
     }
     if train.fsdp:
         two, one = (dataclasses.replace(model, num_hidden_layers=n) for n in (2, 1))
@@ -120,7 +133,7 @@ def memory_parts(
     at_once = min(MESSAGES_AT_ONCE * max(BUCKET_NUMBERS, V * D), P)
     update = {"messages": 4 * at_once if processes > shared else 0}
     if train.optimizer == "muon":
-        update["batch of matrices"] = 16 * min(Muon.BATCH_NUMBERS, matrices // processes)
+        update["batch of matrices"] = 16 * min(BATCH_NUMBERS, matrices // processes)
     return always | max(work, update, key=lambda parts: sum(parts.values()))
 
 
@@ -169,8 +182,9 @@ def plan(model: ModelConfig, config: TrainConfig, gpus: int) -> Iterator[str]:
     )
     tokens = config.batch_tokens * config.max_steps
     per_token = 6 * P + 6 * layers * context * model.hidden_size  # and causal attention's
-    memory = partial(memory_parts, model, config, dtype, gpus, columns=model.vocab_size)
+    memory = partial(memory_parts, model, config, dtype, gpus, gpu=True)
     parts, window = memory(), activation_bytes(model, dtype) * layers * context
+    window *= COMPILED if is_compiled(config, gpu=True) else 1
     share = -(-config.batch_tokens // context // gpus)
     yield f"parameters: {P:,}"
     yield f"tokens: {tokens:,} in {config.max_steps:,} steps of {config.batch_tokens:,}"
@@ -179,7 +193,7 @@ def plan(model: ModelConfig, config: TrainConfig, gpus: int) -> Iterator[str]:
     yield f"memory on each of {gpus}, {kind}, one window of {context} tokens at once:"
     yield from (f"  {name:27} {size / 2**20:8,.0f} MB" for name, size in parts.items() if size)
     yield f"  {'sum':27} {sum(parts.values()) / 2**20:8,.0f} MB"
-    yield f"  and for each window more {window / 2**20:,.0f} MB, uncompiled"
+    yield f"  and for each window more {window / 2**20:,.0f} MB"
     if config.fsdp:
         whole_state = 4 * P + memory_parts(model, config, dtype)["optimizer"]
         yield f"while it saves, in the first's main memory: {whole_state / 2**20:,.0f} MB"
@@ -197,7 +211,7 @@ def plan(model: ModelConfig, config: TrainConfig, gpus: int) -> Iterator[str]:
             f"{gpus} x {name} ({gib} GiB): {fit} of {share} windows at once, {_time_of(seconds)}"
         )
     used = ", ".join(f"{n} {share:.0%} of {peak:.3g}" for n, (_, peak, share, _) in GPUS.items())
-    yield f"time: a guess, nothing measured; assumed FLOP a second: {used}"
+    yield f"time: an estimate; assumed FLOP per second: {used} (measured: an H200, 28 to 35%)"
 
 
 def info() -> Iterator[str]:

@@ -250,7 +250,7 @@ def _score(model: BitLM, batch: Sequence[Tokens], device: Device) -> np.ndarray:
     at = torch.arange(x.shape[1], device=device.device)
     hidden = model.blocks(model.embed(x, at), at)[rows, places]  # (N, D)
     target = torch.tensor(targets, device=device.device)[:, None]
-    size = max(1, CHUNK_BYTES // (4 * model.config.vocab_size))
+    size = max(1, CHUNK_BYTES[x.device.type] // (4 * model.config.vocab_size))
     parts = [
         model.head(h).float().log_softmax(-1).gather(1, t)[:, 0].cpu()
         for h, t in zip(hidden.split(size), target.split(size), strict=True)

@@ -45,25 +45,40 @@ def micro_step(net, batch_tokens=100):
     return step
 
 
-def test_recorded_micro_steps_add_up_the_same_gradients():
-    """Of several micro-batches, a smaller last one, and over optimizer steps."""
+@pytest.mark.parametrize("linear", ["ternary", "weight_only", "dense"])
+def test_weights_held_in_batches_are_those_held_one_by_one(linear):
+    net = bit.BitLM(dataclasses.replace(tiny.MODEL, linear=linear))
+    layers = net.bit_linears().values()
+    with net.hold_weights(torch.bfloat16):
+        expected = [layer.held for layer in layers]
+    with cuda.hold_in_batches(net, torch.bfloat16):
+        for layer, held in zip(layers, expected, strict=True):
+            torch.testing.assert_close(layer.held, held)
+    assert all(layer.held is None for layer in layers)
+
+
+@pytest.mark.parametrize(("at_once", "recordings"), [(3, 2), (7, 1)])
+def test_recorded_micro_steps_add_up_the_same_gradients(at_once, recordings):
+    """Of several micro-batches, a smaller last one, or all at once; and over optimizer steps."""
     net, plain = bit.BitLM(tiny.MODEL), bit.BitLM(tiny.MODEL)
     parameters = list(net.parameters())
-    recorded = cuda.RecordedStep(micro_step(net), net, torch.float32, parameters)
-    windows = torch.randint(tiny.MODEL.vocab_size, (7, 17))
+    recorded = cuda.RecordedStep(micro_step(net), net, torch.float32, parameters, windows=7)
+    windows, places = torch.randint(tiny.MODEL.vocab_size, (7, 17)), set()
     for _ in range(2):
-        for part in windows.split(3):
+        for part in windows.split(at_once):
             x, y = part[:, :-1].contiguous(), part[:, 1:].contiguous()
             with plain.hold_weights():
                 expected = micro_step(plain)(x, y)
             assert torch.equal(recorded(x, y), expected)
         for a, b in zip(parameters, plain.parameters(), strict=True):
             assert torch.equal(a.grad, b.grad)
+            places.add(a.grad.data_ptr())
             with torch.no_grad():
                 a -= 0.1 * a.grad
                 b -= 0.1 * b.grad
             a.grad = b.grad = None
-    assert len(recorded.recordings) == 2
+    assert len(recorded.recordings) == recordings
+    assert len(places) == len(parameters)  # a recorded update reads them where they were
 
 
 def test_what_cannot_be_recorded_is_called(monkeypatch, caplog):
@@ -93,7 +108,7 @@ def test_a_run_with_recorded_steps_equals_one_without(tiny_corpus, tmp_path, mon
     def prepare(session):
         parameters = bit.parameters_of(session.state.optimizers)
         step, dtype = session.micro_step, session.device.dtype
-        session.micro_step = cuda.RecordedStep(step, session.state.model, dtype, parameters)
+        session.micro_step = cuda.RecordedStep(step, session.state.model, dtype, parameters, 4)
         session.hold = contextlib.nullcontext
 
     data, runs = bit.DataConfig(data=str(tiny_corpus)), []

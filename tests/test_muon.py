@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import bitllm_core as bit
+from bitllm import muon
 from bitllm.muon import Muon, orthogonalize
 
 
@@ -77,7 +78,7 @@ def test_muon_is_torchs_but_for_the_normalization(monkeypatch):
 @pytest.mark.parametrize("numbers", [1, 2 * 24 * 48, 1 << 24])
 def test_what_is_in_a_batch_of_muon_does_not_matter(monkeypatch, numbers):
     monkeypatch.setattr(bit, "has_bfloat16", lambda device: False)
-    monkeypatch.setattr(Muon, "BATCH_NUMBERS", numbers)
+    monkeypatch.setattr(muon, "BATCH_NUMBERS", numbers)
     together, alone = matrices(*SHAPES), matrices(*SHAPES)
     for weights in (together, alone):
         give_gradients(weights, 0)

@@ -60,7 +60,7 @@ def test_scores_are_those_of_a_plain_computation(model, tokenizer, tmp_path, mon
     warning = "2 of 9 choices with their context are longer than the model's 16 tokens"
     assert capsys.readouterr().err.count(warning) == 1
     monkeypatch.setattr(tasks, "BATCH_TOKENS", 1)
-    monkeypatch.setattr(tasks, "CHUNK_BYTES", 4 * 2 * 300)
+    monkeypatch.setitem(bit.CHUNK_BYTES, "cpu", 4 * 2 * 300)
     assert tasks.score_choices(model, tokenizer, rows, EXACT) == expected
 
 

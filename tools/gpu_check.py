@@ -135,13 +135,14 @@ def report(out: Path) -> Iterator[str]:
         if "ok" in row:
             last = "ok" if row["ok"] else row["error"].strip().splitlines()[-1]
             yield f"| {row['stage']} | {last} | {row.get('seconds', 0):.0f} |"
-    yield "\n| speed | tokens/s | step, ms | FLOP use | memory, MB | first step, s |"
-    yield "| --- | --- | --- | --- | --- | --- |"
+    yield "\n| speed | tokens/s | step, ms | FLOP use | memory, MB | planned | first step, s |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
     for row in rows:
         if "flop_use" in row:
             yield (
                 f"| {row['stage']} | {row['tokens_per_s']:,.0f} | {1e3 * row['step_s']:.1f} | "
                 f"{row['flop_use']:.3f} | {row['memory_bytes'] / 2**20:,.0f} | "
+                f"{row['planned_bytes'] / 2**20:,.0f} | "
                 f"{row['first_step_s']:.1f} |"
             )
     yield "\n| 100 steps | loss 1 | 10 | 50 | 100 | skipped | loss scale |"

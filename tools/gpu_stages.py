@@ -259,8 +259,11 @@ def speed(job: Job, preset: str, **changes: Any) -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     watch, model, train = trained(job, preset, job.steps(40), **changes)
-    rate = product_rate(core.choose_device().dtype, 256 if job.rehearse else 8192)
+    device = core.choose_device()
+    rate = product_rate(device.dtype, 256 if job.rehearse else 8192)
     tokens = train.batch_tokens / watch.seconds()
+    windows = core.windows_at_once(model, train, device)
+    planned = bitllm.memory_parts(model, train, device.dtype, windows=windows, gpu=True)
     job.note(
         preset=preset,
         changes=changes,
@@ -271,6 +274,8 @@ def speed(job: Job, preset: str, **changes: Any) -> None:
         flop_use=6 * model.num_parameters * tokens / rate,
         product_flop_per_s=rate,
         memory_bytes=peak_memory(),
+        windows=windows,
+        planned_bytes=sum(planned.values()),
         loss=watch.losses[-1],
     )
 
@@ -424,10 +429,10 @@ ALONE: dict[str, tuple[Stage, int]] = {
     "ten minutes": (ten_minutes, 120),
     "t4-1h as on a T4": (lambda job: speed_as_on_t4(job, "t4-1h"), 60),
     "t4-3h as on a T4": (lambda job: speed_as_on_t4(job, "t4-3h"), 60),
-    "generation": (generation, 60),
-    "display": (display, 90),
-    "t4-1h eager": (lambda job: speed(job, "t4-1h", compile="off"), 60),
     "micro-batches": (micro_batches, 90),
     "t4-1h dense": (lambda job: speed(job, "t4-1h", linear="dense"), 60),
+    "generation": (generation, 60),
+    "t4-1h eager": (lambda job: speed(job, "t4-1h", compile="off"), 60),
+    "display": (display, 90),
 }
 STAGES = TOGETHER | ALONE

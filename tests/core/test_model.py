@@ -172,7 +172,7 @@ def test_the_chunked_loss_is_the_whole_one(tiny_config, monkeypatch, tied, dtype
         whole = gradients(F.cross_entropy(logits, targets.flatten(), reduction="sum"))
         shapes, log_total = [], bit.log_total
         noted = lambda logits: (shapes.append(tuple(logits.shape)), log_total(logits))[1]  # noqa: E731
-        monkeypatch.setattr(bit, "CHUNK_BYTES", dtype.itemsize * tiny_config.vocab_size * 7)
+        monkeypatch.setitem(bit.CHUNK_BYTES, "cpu", dtype.itemsize * tiny_config.vocab_size * 7)
         monkeypatch.setattr(bit, "CHUNK_COLUMNS", 200)
         softmax = (noted, bit.logits_gradient)
         chunked = gradients(model.loss(inputs, targets, softmax=softmax))
@@ -195,7 +195,7 @@ def test_ignored_targets_add_neither_loss_nor_gradient(tiny_config, monkeypatch,
     logits = model(inputs).flatten(0, 1)
     whole = F.cross_entropy(logits, targets.flatten(), reduction="sum")
     expected = torch.autograd.grad(whole, list(model.parameters()))
-    monkeypatch.setattr(bit, "CHUNK_BYTES", 4 * tiny_config.vocab_size * 7)
+    monkeypatch.setitem(bit.CHUNK_BYTES, "cpu", 4 * tiny_config.vocab_size * 7)
     monkeypatch.setattr(bit, "CHUNK_COLUMNS", 200)
     loss = model.loss(inputs, targets)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
