@@ -4,7 +4,7 @@
 that is not given, in this order:
 
 1. The machine: the rate of a large matrix product, measured, tells the seconds per training token
-   of each size (`token_seconds`).
+   and step of each size (`step_seconds`).
 2. The text: its bytes, and how often they can be read in the minutes.
 3. Of all shapes and vocabularies, those that fit the time are compared by the bits per byte that
    the law promises (`bits_per_byte`), and the best is taken.
@@ -55,7 +55,7 @@ from bitllm_core import (
     require,
 )
 
-E, A, B, G = 0.933, 0.053, 1.12, 0.36
+E, A, B, G = 0.952, 0.053, 1.0, 0.42
 """Of `bits_per_byte`: what remains, of parameters, of text, of the vocabulary."""
 ALPHA, BETA, REPEATED = 0.34, 0.28, 15.4
 """Chinchilla's exponents; epochs after which reading a text again has taught most of what it can"""
@@ -69,8 +69,6 @@ WORDS_PER_TOKEN, SAMPLE_CHARS = 1.5, 1_000_000
 WIDTHS, DEPTHS = (256, 512, 768, 1024, 1536), (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24)
 """Multiples of 256, which all clients of the exports load."""
 MEASURING_S = 1.5
-SLOWER = 1.5
-"""A usual step to the fastest one. Too few steps that are too large cost more than the opposite."""
 COMPILING_S = 35.0
 """what torch.compile takes where its cache is empty"""
 BY_CLOCK = "none with minutes, which end the run; more minutes make it longer"
@@ -162,18 +160,45 @@ def bytes_per_token(vocab_size: int) -> float:
     return 3.43 + 0.4 * math.log2(vocab_size / 4096)
 
 
-def token_seconds(model: ModelConfig, machine: Machine, compiled: bool) -> float:
-    """Seconds of training per token: products at a share of the measured rate; what grows with
-    width and depth; and the embedding's way through memory (docs/dial.md). Of a GPU, all three are
-    assumed; nothing was measured.
+def step_seconds(
+    model: ModelConfig, machine: Machine, compiled: bool, batch_tokens: float
+) -> float:
+    """Seconds of a step of so many tokens, with the neighbours that a machine usually has.
+
+    A token takes products at a share of the measured rate; what grows with width and depth; and,
+    on a CPU, the softmax. A step takes what it takes to start it, the optimizer's way through
+    memory, and its products. docs/dial.md tells what this misses.
     """
-    share, other, memory = 0.3, 3e-9, 0.5e-12
+    rate, width = machine.rate, model.hidden_size
     if machine.device.device.type == "cpu":
-        share, other, memory = 0.62, 36e-9 * 2 / machine.threads, 6e-12 * 2 / machine.threads
-    width = model.hidden_size * model.num_hidden_layers
-    embedding = model.num_parameters - inner_parameters(model)
-    products = 6 * model.num_parameters / (share * machine.rate)
-    return SLOWER * (products + memory * embedding + other * width * (1 if compiled else 3))
+        slower = 2 / machine.threads
+        share, element, column = 0.51, 38e-9 * slower * (1 if compiled else 4), 1e-9 * slower
+        start, parameter = 0.013, 9.5e-9 * slower
+    else:
+        share, element, column, start, parameter = 0.65, 5e4 / rate, 0.0, 0.003, 1e4 / rate
+    token = 6 * model.num_parameters / (share * rate)
+    token += element * width * model.num_hidden_layers + column * model.vocab_size
+    orthogonalizing = 18 * width * inner_parameters(model) / (share * rate)
+    return batch_tokens * token + start + parameter * model.num_parameters + orthogonalizing
+
+
+def tokens_of_step(tokens: float) -> float:
+    """Best size of a step of a run of so many tokens, before it is rounded to whole windows: 1,024
+    for a quarter of a million, 4,096 for five million, near what was measured (docs/dial.md), and
+    32,768 for a GPU's hour.
+    """
+    return min(max(0.45 * tokens**0.6, 1024), 1 << 19)
+
+
+def tokens_in(
+    seconds: float, model: ModelConfig, machine: Machine, compiled: bool, batch: float = 0
+) -> float:
+    """Tokens of so many seconds of training, in steps of `batch` or, if 0, the size for them."""
+    tokens = 1e6
+    for _ in range(8):  # a larger step costs less per token: the size of both settles soon
+        size = batch or tokens_of_step(tokens)
+        tokens = max(seconds, 0.0) * size / step_seconds(model, machine, compiled, size)
+    return tokens
 
 
 def learned_bytes(read: float, there: float) -> float:
@@ -255,7 +280,8 @@ def choose(
         most = there * useful_epochs(shape, there)
         for compiles in _compiling(asked.compile, machine):
             left = for_steps - COMPILING_S * compiles
-            read = min(left / token_seconds(shape, machine, compiles), most)
+            batch = given.get("batch_tokens", 0)
+            read = min(tokens_in(left, shape, machine, compiles, batch), most)
             loss = bits_per_byte(shape, learned_bytes(max(read, 1) * unit, text.bytes))
             if loss < best:
                 best, model, tokens, compiled = loss, shape, max(read, 1), compiles
@@ -318,7 +344,7 @@ def context_for(tokens: float, text: Text) -> int:
     """Tokens of a window: short ones learn faster in the beginning; a conversation needs 256."""
     if text.conversations:
         return 256
-    return 128 if tokens < 2e6 else 256 if tokens < 50e6 else 512
+    return 128 if tokens < 3e6 else 256 if tokens < 50e6 else 512
 
 
 def training_for(
@@ -331,14 +357,12 @@ def training_for(
 ) -> TrainConfig:
     """Size of a step, rates and evaluations.
 
-    A step of 0.45 * tokens**0.6: 1,024 for a quarter of a million, 4,096 for five million, near
-    what was measured (docs/dial.md), 32,768 for a GPU's hour. Embedding and norms learn faster in a
-    narrow model, matrices where there are few steps. Of a `small` text, which is read as often as
-    it is useful, they learn more slowly, and the matrices decay.
+    Embedding and norms learn faster in a narrow model, matrices where there are few steps. Of a
+    `small` text, which is read as often as it is useful, they learn more slowly, and the matrices
+    decay.
     """
     context, width = model.max_position_embeddings, model.hidden_size
-    wanted = min(max(0.45 * tokens**0.6, 1024), 1 << 19)
-    windows = 2 ** max(round(math.log2(wanted / context)), 0)
+    windows = 2 ** max(round(math.log2(tokens_of_step(tokens) / context)), 0)
     batch = given.get("batch_tokens") or windows * context
     steps = max(round(tokens / batch), 1)
     rate = min(max(0.04 * (steps / 500) ** -0.5, 0.02), 0.04)
@@ -369,7 +393,9 @@ def _why(
     """The three lines: machine, text, choice."""
     compiled = train.compile == "on"
     rate, kind = machine.rate / 1e12, machine.device
-    seconds = tokens * token_seconds(model, machine, compiled)
+    batch = train.batch_tokens
+    per_s = batch / step_seconds(model, machine, compiled, batch)
+    seconds = tokens / per_s
     epochs = tokens * bytes_per_token(model.vocab_size) / text.bytes
     size = f"{text.bytes / 1e6:,.1f} MB of text" if text.bytes < math.inf else "a stream of text"
     often = f"{epochs:.1f} times" if text.bytes < math.inf else "once"
@@ -380,7 +406,7 @@ def _why(
         )
     return (
         f"{train.minutes:g} minutes on {kind}: {rate:.3g} TFLOP/s measured, about "
-        f"{1 / token_seconds(model, machine, compiled):,.0f} tokens/s"
+        f"{per_s:,.0f} tokens/s"
         f"{' compiled' if compiled else ', not compiled'}",
         f"{size}, read {often} ({tokens / 1e6:,.2f}M tokens){ends}",
         f"so {model.num_parameters / 1e6:.1f}M parameters: vocabulary {model.vocab_size:,}, "

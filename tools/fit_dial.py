@@ -40,6 +40,13 @@ OTHERS: list[tuple[str, ModelConfig, float, float]] = [
     ("four minutes", ModelConfig(8192, 256, 768, 4, 4, None, 256), 1_310_720, 1.593),
     ("four minutes", ModelConfig(8192, 384, 1024, 4, 6, None, 256), 983_040, 1.630),
     ("four minutes", ModelConfig(16_384, 256, 512, 2, 4, None, 128), 1_597_440, 1.507),
+    ("one minute", ModelConfig(16_384, 256, 512, 2, 4, 2, 128), 229_376, 1.853),
+    ("three minutes", ModelConfig(8192, 256, 512, 2, 4, 2, 256), 1_984_512, 1.571),
+    ("three minutes", ModelConfig(8192, 256, 512, 2, 4, 2, 128), 2_058_240, 1.553),
+    ("three minutes", ModelConfig(16_384, 256, 512, 2, 4, 2, 128), 1_464_320, 1.567),
+    ("three minutes", ModelConfig(16_384, 256, 512, 2, 4, 2, 128), 1_609_728, 1.548),
+    ("ten minutes", ModelConfig(16_384, 256, 512, 4, 4, 2, 256), 5_279_744, 1.381),
+    ("ten minutes", ModelConfig(16_384, 256, 512, 2, 4, 2, 128), 6_010_880, 1.442),
 ]
 """Runs that have no row there: name, shape, tokens, bits per byte."""
 MACHINES = {

@@ -106,13 +106,13 @@ def dial(rounds=12, windows=32):
         given = {"vocab_size": vocabulary, "num_hidden_layers": layers, "hidden_size": width}
         given["max_position_embeddings"] = 128
         [model] = choosing.shapes(choosing.Text(1e9, "any"), given)
-        seconds = choosing.token_seconds(model, here, here.compiles) / choosing.SLOWER
+        seconds = choosing.step_seconds(model, here, here.compiles, windows * 128) / windows / 128
         name = f"{vocabulary:,}, {layers} x {width}"
         found[name] = {"expected": 1e6 * seconds}
         turns[name] = steps.bench_step(model, here.device, windows)
     times = [[step() for step in turns.values()] for _ in range(rounds)]
     for name, column in zip(found, zip(*times, strict=True), strict=True):
-        found[name]["measured"] = 1e6 * min(column) / (windows * 128)
+        found[name]["measured"] = 1e6 * statistics.median(column) / (windows * 128)
     return {"flop_per_s": here.rate, **found}
 
 

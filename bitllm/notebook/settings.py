@@ -25,7 +25,7 @@ from bitllm.dial import (
     choose,
     measure,
     size_of,
-    token_seconds,
+    step_seconds,
 )
 from bitllm.mixture import is_mixture, sources_of
 from bitllm.notebook.card import duration
@@ -306,7 +306,7 @@ def _time(settings: Settings, model: ModelConfig, config: TrainConfig, device: D
     machine = this_machine()
     compiled = machine.compiles and config.compile != "off"
     whole = START_S + COMPILING_S * compiled
-    whole += config.max_steps * config.batch_tokens * token_seconds(model, machine, compiled)
+    whole += config.max_steps * step_seconds(model, machine, compiled, config.batch_tokens)
     left = whole * (1 - min(1.0, (status.step if status else 0) / config.max_steps))
     return say(
         "about {time} on this {device} (rough estimate)",

@@ -96,8 +96,8 @@ def test_without_gpu_and_choice_the_clock_keeps_a_run_short():
 
 def test_times_are_those_of_the_dial():
     model, _, train = bit.PRESETS["demo"]
-    token = dial.token_seconds(model, settings_module.this_machine(), True)
-    seconds = dial.START_S + dial.COMPILING_S + 640 * 2048 * token
+    step = dial.step_seconds(model, settings_module.this_machine(), True, 2048)
+    seconds = dial.START_S + dial.COMPILING_S + 640 * step
     assert train.max_steps * train.batch_tokens == 640 * 2048
     assert f"time:       about {duration(seconds)} on this cpu" in Settings("demo").describe()
 
