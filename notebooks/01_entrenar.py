@@ -24,7 +24,7 @@
 # español, con 2,2 millones de parámetros, para conversar con él, descargarlo y enviarlo a un amigo
 # como página web. Sus pesos son solo -1, 0 y 1 ([BitNet b1.58](https://arxiv.org/abs/2402.17764)).
 #
-# ![Lo que verás: el progreso, lo que dice el modelo y su curva](attachment:live_display.png)
+# ![Lo que verás: el progreso, lo que dice el modelo y su curva](attachment:live_display_es.png)
 #
 # **Ejecútalo todo una vez:** en Colab, *Entorno de ejecución > Ejecutar todas*; en JupyterLab,
 # *Run > Run All Cells*. No hace falta pulsar nada más. Sin GPU tarda unos tres minutos. JupyterLab
