@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 import bitllm.notebook.kernel as kernel
-from bitllm.notebook.language import say
+from bitllm.notebook.language import number, say
 from bitllm_core import first_line
 
 FORMATS = {  # button: ending, help
@@ -42,7 +42,7 @@ def download_button(path: str | Path) -> None:
 def link(path: Path) -> str:
     """A link that downloads a file beside the notebook, with its size."""
     address, text = quote(path.as_posix()), say("Download {name}", name=html.escape(path.name))
-    size = f" ({path.stat().st_size / 1e6:.1f} MB)" if path.exists() else ""
+    size = f" ({number(path.stat().st_size / 1e6, '.1f')} MB)" if path.exists() else ""
     return f'<a href="{address}" download>{text}</a>{size}'
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import string
+from typing import Any
 
 from bitllm.notebook.spanish import MESSAGES, TEXTS
 from bitllm_core import require
@@ -10,6 +12,8 @@ from bitllm_core import require
 LANGUAGES = {"en": ({}, {}), "es": (TEXTS, MESSAGES)}
 """By code: what `say` and `retold` look up, keyed by the English text."""
 
+SIGNS = {"en": {}, "es": str.maketrans({",": "\N{NO-BREAK SPACE}", ".": ","})}
+"""In numbers: Spanish reads 1,024 as a little more than one."""
 _chosen = "en"
 
 
@@ -31,7 +35,18 @@ def speak(language: str) -> None:
 
 def say(text: str, /, **values: object) -> str:
     """A text in the chosen language, with `values` for its {placeholders}."""
-    return LANGUAGES[_chosen][0].get(text, text).format(**values)
+    return _Formatter().format(LANGUAGES[_chosen][0].get(text, text), **values)
+
+
+def number(value: float, form: str) -> str:
+    """A number in a format such as ",.3f", as the chosen language writes it."""
+    return format(value, form).translate(SIGNS[_chosen])
+
+
+class _Formatter(string.Formatter):
+    def format_field(self, value: Any, format_spec: str) -> str:
+        known = isinstance(value, (int, float))
+        return number(value, format_spec) if known else super().format_field(value, format_spec)
 
 
 def retold(message: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import bitllm.notebook.kernel as kernel
 from bitllm.notebook.card import card, duration
-from bitllm.notebook.language import say
+from bitllm.notebook.language import number, say
 from bitllm.notebook.samples import read_samples
 from bitllm_core import MetricsLog, checkpoint_step, list_checkpoints, read_json
 
@@ -21,13 +21,13 @@ def run_facts(lines: list[dict[str, Any]], max_steps: int, batch_tokens: int) ->
     evaluation = next((line for line in reversed(lines) if "val_loss" in line), None)
     if last:
         left = (max_steps - step) * batch_tokens / max(last["tokens_per_s"], 1)
-        facts["loss"] = f"{last['loss']:.3f}"
-        facts["tokens/s"] = f"{last['tokens_per_s']:,.0f}"
+        facts["loss"] = number(last["loss"], ".3f")
+        facts["tokens/s"] = number(last["tokens_per_s"], ",.0f")
         if "memory_bytes" in last:  # the core alone does not measure it
-            facts["memory"] = f"{last['memory_bytes'] / 2**30:.2f} GiB"
+            facts["memory"] = number(last["memory_bytes"] / 2**30, ".2f") + " GiB"
         facts["time left"] = say("about {time} left", time=duration(left)) if left else ""
     if evaluation:
-        facts["validation loss"] = f"{evaluation['val_loss']:.3f}"
+        facts["validation loss"] = number(evaluation["val_loss"], ".3f")
         facts["validated at"] = say("step {step:,}", step=evaluation["step"])
     return facts
 

@@ -93,6 +93,9 @@ def test_without_a_choice_or_after_english_all_is_english():
     assert "lo que dice en el paso 10" in spanish
     assert "en texto que no ha visto, paso 40" in spanish
     assert "tasa de aprendizaje" in spanish
+    assert "(random guessing: 1,024)" in english
+    assert "(al azar: 1\N{NO-BREAK SPACE}024)" in spanish  # 1,024 would be a little more than one
+    assert "tasa de aprendizaje máxima 0,03" in spanish
     assert in_language("en").splitlines()[0] == english.splitlines()[0]
     words = set(re.findall(r"[a-z]{3,}", re.sub(r"<[^>]*>", " ", spanish.lower())))
     left = words & {"the", "step", "steps", "loss", "learning", "text", "run", "time", "weights"}
@@ -114,7 +117,7 @@ def test_the_form_is_spanish_and_its_values_reach_the_settings(panel):
     assert panel._own.description == "tu propio texto"
     assert panel._train.description == "Entrenar"
     assert [field.description for field in panel._facts.values()][:2] == ["nombre", "casa"]
-    assert "2.23M de parámetros: 3 capas de anchura 256" in panel._summary.value
+    assert "2,23M de parámetros: 3 capas de anchura 256" in panel._summary.value
     panel._fields["hidden_size"].value, panel._fields["resume"].value = "128", "never"
     panel._facts["name"].value = "Luna"
     asked = Settings("demo", "companion:es", 128, resume="never", persona="name=Luna")
