@@ -82,7 +82,7 @@ def endure(folder: Path, corpus: Path, place: str, fault, expected) -> str:
     assert_same_result(result_of(folder / "run"), expected)
     if not injection.struck:
         return "not reached"
-    return "refused to begin" if refused else "ended with a message" if message else "went on"
+    return "refused to start" if refused else "ended with a message" if message else "continued"
 
 
 @pytest.mark.parametrize("place", ["run", "mirror"])

@@ -98,7 +98,8 @@ def damages(folder: Path, text: Path, chance: random.Random, times: int) -> int:
     for _ in range(times):
         case = folder / "case"
         shutil.copytree(folder / "whole", case)
-        files = sorted(p for p in (case / "run").rglob("*") if p.is_file())
+        paths = sorted((case / "run").rglob("*"))
+        files = [p for p in paths if p.is_file() and not p.name.startswith(".")]  # no lock
         damaged = chance.sample(files, 3)
         for path in damaged:
             corrupt(path, chance)

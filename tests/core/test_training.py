@@ -1,4 +1,4 @@
-"""The loop: it learns, it stops anywhere, and goes on as if it had not."""
+"""The loop: it learns, it stops anywhere, and resumes as if it had not."""
 
 import dataclasses
 import io
@@ -295,7 +295,7 @@ def test_patience_survives_a_death(run, tmp_path, back):
 
 
 class PauseAt(StopAt):
-    """Pauses for a second, asks for a checkpoint meanwhile, then goes on or stops."""
+    """Pauses for a second, asks for a checkpoint meanwhile, then continues or stops."""
 
     def __init__(self, step, stop=False):
         super().__init__(step)
