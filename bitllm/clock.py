@@ -28,13 +28,8 @@ def inner_parameters(model: ModelConfig) -> int:
     return model.num_parameters - model.vocab_size * model.hidden_size
 
 
-def useful_epochs(model: ModelConfig, tokens: float) -> float:
-    """How often a model can read a text of so many tokens before it only learns it by heart.
-
-    Six times with twenty parameters inside the blocks per token (measured, docs/log.md), more with
-    fewer: by the square root, up to twelve, which is a guess.
-    """
-    return 6 * min(max(20 * tokens / inner_parameters(model), 1), 4) ** 0.5
+USEFUL_EPOCHS = 6.0
+"""How often to read a text before it is only learned by heart (docs/log.md)."""
 
 
 class Clock:
@@ -52,7 +47,7 @@ class Clock:
         self.session, self.state, self.last = session, session.state, started
         self.minutes = session.config.minutes or 0.0
         tokens = session.data.epoch_tokens
-        self.useful_tokens = tokens * useful_epochs(session.model_config, tokens)
+        self.useful_tokens = tokens * USEFUL_EPOCHS
         self.steps: deque[float] = deque(maxlen=20)  # seconds of the last ones
         self.before = self.state.step, self.state.train_seconds
         self.first: tuple[int, float] | None = None  # step and clock when this session's began
@@ -77,8 +72,8 @@ class Clock:
         if share >= 1 and state.step:
             if state.clock_seconds < for_steps:
                 early = f"after {state.clock_seconds / 60:.1f} of {self.minutes:g} minutes"
-                epochs = self.useful_tokens / self.session.data.epoch_tokens
-                log.info(f"ends {early}: the text was read {epochs:.1f} times, more only overfits")
+                read = f"the text was read {USEFUL_EPOCHS:g} times"
+                log.info(f"ends {early}: {read}, more only overfits")
             state.clock_seconds = budget  # what is left is for the end
             return 1.0
         self.first = self.first or self._now()

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from bitllm.clock import inner_parameters, useful_epochs
+from bitllm.clock import USEFUL_EPOCHS, inner_parameters
 from bitllm.compiling import why_not_compile
 from bitllm.files import files_on_disk
 from bitllm.machine import measure_products
@@ -59,6 +59,8 @@ E, A, B, G = 0.952, 0.053, 1.0, 0.42
 """Of `bits_per_byte`: what remains, of parameters, of text, of the vocabulary."""
 ALPHA, BETA, REPEATED = 0.34, 0.28, 15.4
 """Chinchilla's exponents; epochs after which reading a text again has taught most of what it can"""
+OFTEN = 3
+"""Epochs above which embedding and norms learn more slowly and matrices decay, or it overfits."""
 LARGEST = 1.5
 """parameters inside the blocks for each byte of text, at most: more learn a small text by heart"""
 VOCABULARIES = (1024, 2048, 4096, 8192, 16_384)
@@ -271,13 +273,13 @@ def choose(
     for_steps = max(60 * minutes - START_S - reading, 20 * minutes)
     found = list(shapes(text, given))
     smallest = min(map(inner_parameters, found))
-    best, model, tokens, compiled, small = math.inf, None, 0.0, False, False
+    best, model, tokens, compiled, epochs = math.inf, None, 0.0, False, 0.0
     for shape in found:
         if inner_parameters(shape) > max(LARGEST * text.bytes, smallest):
             continue
         unit = bytes_per_token(shape.vocab_size)
         there = text.bytes / unit
-        most = there * useful_epochs(shape, there)
+        most = there * USEFUL_EPOCHS
         for compiles in _compiling(asked.compile, machine):
             left = for_steps - COMPILING_S * compiles
             batch = given.get("batch_tokens", 0)
@@ -285,15 +287,15 @@ def choose(
             loss = bits_per_byte(shape, learned_bytes(max(read, 1) * unit, text.bytes))
             if loss < best:
                 best, model, tokens, compiled = loss, shape, max(read, 1), compiles
-                small = read > 0.9 * most
+                epochs = read / there
     assert model is not None
     context = given.get("max_position_embeddings") or context_for(tokens, text)
     model = dataclasses.replace(model, max_position_embeddings=context)
-    train = training_for(model, tokens, asked, given, compiled, small)
+    train = training_for(model, tokens, asked, given, compiled, epochs > OFTEN)
     read = tokens * bytes_per_token(model.vocab_size)
     if data.max_train_tokens is None and text.bytes > 3 * read + 20e6:
         data = dataclasses.replace(data, max_train_tokens=round(1.2 * tokens))
-    why = _why(model, train, machine, text, tokens, small)
+    why = _why(model, train, machine, text, tokens, epochs > 0.9 * USEFUL_EPOCHS)
     return Choice(model, data, train, why)
 
 
@@ -353,13 +355,12 @@ def training_for(
     asked: TrainConfig,
     given: dict[str, Any],
     compiled: bool,
-    small: bool = False,
+    often: bool = False,
 ) -> TrainConfig:
     """Size of a step, rates and evaluations.
 
     Embedding and norms learn faster in a narrow model, matrices where there are few steps. Of a
-    `small` text, which is read as often as it is useful, they learn more slowly, and the matrices
-    decay.
+    text that is read `often`, they learn more slowly, and the matrices decay.
     """
     context, width = model.max_position_embeddings, model.hidden_size
     windows = 2 ** max(round(math.log2(tokens_of_step(tokens) / context)), 0)
@@ -370,8 +371,8 @@ def training_for(
         "max_steps": steps,
         "batch_tokens": batch,
         "learning_rate": None if model.linear == "dense" else round(rate, 3),
-        "adamw_learning_rate": 0.005 if small else round(min(0.015, 3.84 / width), 4),
-        "weight_decay": 0.5 if small else 0.0,
+        "adamw_learning_rate": 0.005 if often else round(min(0.015, 3.84 / width), 4),
+        "weight_decay": 0.5 if often else 0.0,
         "warmup_steps": min(20 if batch < 32_768 else 100, max(steps // 10, 1)),
         "eval_every_steps": max(steps // 10, 20),
         "eval_tokens": min(65_536, max(4096, round(tokens / 400))),
@@ -388,7 +389,7 @@ def _why(
     machine: Machine,
     text: Text,
     tokens: float,
-    small: bool,
+    ends_early: bool,
 ) -> tuple[str, str, str]:
     """The three lines: machine, text, choice."""
     compiled = train.compile == "on"
@@ -400,7 +401,7 @@ def _why(
     size = f"{text.bytes / 1e6:,.1f} MB of text" if text.bytes < math.inf else "a stream of text"
     often = f"{epochs:.1f} times" if text.bytes < math.inf else "once"
     ends = ""
-    if small:
+    if ends_early:
         ends = (
             f"; more would only overfit, so it ends after {max(seconds, 6) / 60:.1f} minutes or so"
         )

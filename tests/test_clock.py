@@ -147,11 +147,9 @@ def test_a_pause_does_not_count_but_what_others_took_does(train_for, fake):
 def test_a_small_text_ends_a_run_before_it_is_learned_by_heart(train_for, fake, capsys):
     hour = dataclasses.replace(MINUTE, minutes=60.0)
     state = train_for(config=hour)
-    found = clock.useful_epochs(tiny.MODEL, 4036)
-    assert 6 < found <= 12
-    assert state.step == math.ceil(found * 4036 / 128)
+    assert state.step == math.ceil(clock.USEFUL_EPOCHS * 4036 / 128)
     assert state.finished
-    assert f"minutes: the text was read {found:.1f} times" in capsys.readouterr().err
+    assert f"minutes: the text was read {clock.USEFUL_EPOCHS:g} times" in capsys.readouterr().err
     assert fake.lines[-1]["learning_rate"] < 0.05 * fake.lines[9]["learning_rate"]
     assert train_for(config=hour).step == state.step
 

@@ -54,11 +54,20 @@ def test_a_small_text_has_a_small_vocabulary_and_is_not_read_for_ever():
         assert choice.model.vocab_size <= 2048
         tokens = BOOK.bytes / dial.bytes_per_token(choice.model.vocab_size)
         epochs = choice.train.max_steps * choice.train.batch_tokens / tokens
-        assert epochs == pytest.approx(clock.useful_epochs(choice.model, tokens), rel=0.1)
+        assert epochs == pytest.approx(clock.USEFUL_EPOCHS, rel=0.1)
         assert (choice.train.weight_decay, choice.train.adamw_learning_rate) == (0.5, 0.005)
         assert choice.train.compile == "off"  # it would take longer than the training
         assert "more would only overfit, so it ends after" in choice.why[1]
     assert choose(1, CPU, dial.Text(3e3, "note.txt")).model.vocab_size == 1024
+
+
+def test_what_is_read_often_learns_more_slowly_and_decays():
+    for minutes, recipe in ((10, (0.0, 0.015)), (60, (0.5, 0.005))):
+        choice = choose(minutes, CPU, WIKI)
+        tokens = WIKI.bytes / dial.bytes_per_token(choice.model.vocab_size)
+        epochs = choice.train.max_steps * choice.train.batch_tokens / tokens
+        assert (epochs > dial.OFTEN) is (minutes == 60)
+        assert (choice.train.weight_decay, choice.train.adamw_learning_rate) == recipe
 
 
 def test_a_text_of_few_words_has_a_small_vocabulary():
