@@ -118,8 +118,9 @@ def choices() -> Iterator[str]:
     yield "| text | minutes | " + " | ".join(MACHINES) + " |"
     yield "| --- " * (2 + len(MACHINES)) + "|"
     for text, size in TEXTS.items():
+        rows: dict[tuple[str, ...], list[int]] = {}
         for minutes in (1, 3, 10, 60):
-            cells = [text, str(minutes)]
+            cells = []
             for machine in MACHINES.values():
                 choice = dial.choose(minutes, DataConfig(), {}, machine, dial.Text(size, text))
                 model, tokens = choice.model, choice.train.max_steps * choice.train.batch_tokens
@@ -127,7 +128,10 @@ def choices() -> Iterator[str]:
                     f"{model.num_parameters / 1e6:.1f}M, {model.vocab_size:,}, "
                     f"{model.num_hidden_layers} x {model.hidden_size}, {tokens / 1e6:.2f}M"
                 )
-            yield f"| {' | '.join(cells)} |"
+            rows.setdefault(tuple(cells), []).append(minutes)
+        for cells, times in rows.items():
+            often = " to ".join(map(str, dict.fromkeys((times[0], times[-1]))))
+            yield f"| {' | '.join((text, often, *cells))} |"
 
 
 def main() -> int:
