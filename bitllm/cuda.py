@@ -76,16 +76,14 @@ def hold_in_batches(model: core.BitLM, dtype: torch.dtype) -> Iterator[None]:
     """As `model.hold_weights` in training, equal to rounding, with a tenth of the launches."""
     layers = {layer.weight: layer for layer in model.bit_linears().values()}
     try:
-        for linear in {layer.linear for layer in layers.values()}:
-            alike = [weight for weight, layer in layers.items() if layer.linear == linear]
-            for weights in batches(alike):
-                with torch.no_grad():
-                    held = torch.stack(weights)
-                    if linear != "dense":
-                        ternary, scales = torch.vmap(core.weight_quant)(held)
-                        held = ternary * scales[:, None, None]
-                for weight, own in zip(weights, held.to(dtype).unbind(), strict=True):
-                    layers[weight].held = own
+        for weights in batches(list(layers)):
+            with torch.no_grad():
+                held = torch.stack(weights)
+                if model.config.linear != "dense":
+                    ternary, scales = torch.vmap(core.weight_quant)(held)
+                    held = ternary * scales[:, None, None]
+            for weight, own in zip(weights, held.to(dtype).unbind(), strict=True):
+                layers[weight].held = own
         yield
     finally:
         for layer in layers.values():

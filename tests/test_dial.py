@@ -61,6 +61,11 @@ def test_a_small_text_has_a_small_vocabulary_and_is_not_read_for_ever():
     assert choose(1, CPU, dial.Text(3e3, "note.txt")).model.vocab_size == 1024
 
 
+def test_a_short_run_reads_short_windows():
+    assert choose(3).model.max_position_embeddings == 128  # 2M tokens; 5M are better at 256
+    assert choose(10).model.max_position_embeddings == 256
+
+
 def test_what_is_read_often_learns_more_slowly_and_decays():
     for minutes, recipe in ((10, (0.0, 0.015)), (60, (0.5, 0.005))):
         choice = choose(minutes, CPU, WIKI)

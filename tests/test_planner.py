@@ -87,3 +87,25 @@ def test_a_short_training_is_planned_in_minutes(capsys, steps, time):
     line = re.search(r"1 x T4 .*, ([\d.]+) (\w+)$", capsys.readouterr().out, re.MULTILINE)
     assert line[2] == time
     assert 1 <= float(line[1]) < 120
+
+
+@pytest.mark.parametrize(
+    ("preset", "windows", "megabytes"),
+    [("t4-1h", 128, 12_205), ("t4-1h", 64, 6755), ("t4-1h", 32, 3581), ("t4-3h", 128, 15_073)],
+)
+def test_a_compiled_training_on_a_gpu_takes_what_is_planned(preset, windows, megabytes):
+    """As measured on an H200 in bfloat16: docs/gpu.md."""
+    model, _, train = bit.PRESETS[preset]
+    parts = memory_parts(model, train, torch.bfloat16, windows=windows, gpu=True)
+    assert sum(parts.values()) / 2**20 == pytest.approx(megabytes, rel=0.02)
+
+
+def test_half_of_a_gpus_free_memory_is_for_a_micro_batch(monkeypatch):
+    t4 = int(14.6 * 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (t4, t4))
+    device = bit.Device(torch.device("cuda"), torch.float16, "")
+    for preset in ("t4-1h", "t4-3h"):
+        model, _, train = bit.PRESETS[preset]
+        assert bit.windows_at_once(model, train, device) == 64
+        parts = memory_parts(model, train, device.dtype, windows=64, gpu=True)
+        assert sum(parts.values()) < 0.7 * t4

@@ -49,6 +49,16 @@ OTHERS: list[tuple[str, ModelConfig, float, float]] = [
     ("ten minutes", ModelConfig(16_384, 256, 512, 2, 4, 2, 128), 6_010_880, 1.442),
 ]
 """Runs that have no row there: name, shape, tokens, bits per byte."""
+STEPS = [
+    (16_384, 2, 128, 1024, False, 2.4e12, 199),
+    (2048, 2, 128, 1024, False, 2.23e12, 137),
+    (2048, 2, 128, 2048, True, 2.54e12, 91),
+    (8192, 2, 256, 2048, True, 2.48e12, 145),
+    (16_384, 2, 128, 2048, True, 2.36e12, 188),
+    (16_384, 4, 256, 4096, True, 2.58e12, 414),
+]
+"""Steps of runs by the clock, width 256: vocabulary, layers, context, tokens, whether compiled,
+FLOP/s measured, and what a step took on average, ms. Of runs alike, the one that misses most."""
 MACHINES = {
     "AMX": dial.Machine(Device(torch.device("cpu"), torch.bfloat16, ""), 1.9e12, True),
     "AVX2": dial.Machine(Device(torch.device("cpu"), torch.float32, ""), 0.17e12, True),
@@ -134,6 +144,16 @@ def choices() -> Iterator[str]:
             yield f"| {' | '.join((text, often, *cells))} |"
 
 
+def step_milliseconds() -> Iterator[tuple[str, float, float]]:
+    """Of STEPS: what it was, measured and expected."""
+    for vocabulary, layers, context, tokens, compiled, rate, measured in STEPS:
+        model = ModelConfig(vocabulary, 256, 512, layers, 4, 2, context)
+        machine = dataclasses.replace(MACHINES["AMX"], rate=rate)
+        how = "" if compiled else ", not compiled"
+        name = f"{vocabulary:,}, {layers} x 256, {tokens:,}{how}"
+        yield name, measured, 1e3 * dial.step_seconds(model, machine, compiled, tokens)
+
+
 def main() -> int:
     runs = points()
     *constants, error = fit(runs)
@@ -148,6 +168,10 @@ def main() -> int:
             f"| {run.name} | {size:.2f}M | {run.learned / 1e6:.2f} MB | {run.bits:.3f} "
             f"| {expected:.3f} |"
         )
+    print("\n| vocabulary, layers x width, tokens per step | ms per step | expected |")
+    print("| --- | --- | --- |")
+    for name, measured, expected in step_milliseconds():
+        print(f"| {name} | {measured} | {expected:.0f} |")
     print("", *choices(), sep="\n")
     return 0
 

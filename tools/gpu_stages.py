@@ -258,11 +258,11 @@ def speed(job: Job, preset: str, **changes: Any) -> None:
     """Tokens per second of the training loop, its FLOP use and memory."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    watch, model, train = trained(job, preset, job.steps(40), **changes)
-    device = core.choose_device()
+    device, (model, train) = core.choose_device(), job.shape(preset, **changes)
+    windows = core.windows_at_once(model, train, device)  # now: it depends on what is free
+    watch, _, _ = trained(job, preset, job.steps(40), **changes)
     rate = product_rate(device.dtype, 256 if job.rehearse else 8192)
     tokens = train.batch_tokens / watch.seconds()
-    windows = core.windows_at_once(model, train, device)
     planned = bitllm.memory_parts(model, train, device.dtype, windows=windows, gpu=True)
     job.note(
         preset=preset,

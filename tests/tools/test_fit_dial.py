@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
+import bitllm_core as bit
 from bitllm import dial
+from bitllm_core import Device
 from tests.conftest import ROOT
 from tools import fit_dial
 
@@ -15,6 +18,16 @@ def test_the_constants_are_those_of_the_rows():
     assert (e, a, b, g) == pytest.approx((dial.E, dial.A, dial.B, dial.G), rel=0.02)
     misses = [dial.bits_per_byte(run.model, run.learned) - run.bits for run in runs]
     assert np.abs(misses).max() < 0.05
+
+
+def test_a_step_takes_what_the_dial_expects():
+    misses = [expected / measured - 1 for _, measured, expected in fit_dial.step_milliseconds()]
+    assert np.abs(misses).max() < 0.1
+    gpu = dial.Machine(Device(torch.device("cuda"), torch.bfloat16, ""), 792e12, True)
+    for name, measured in (("t4-1h", 0.0429), ("t4-3h", 0.0647)):  # an H200: docs/gpu.md
+        model, _, train = bit.PRESETS[name]
+        expected = dial.step_seconds(model, gpu, True, train.batch_tokens)
+        assert expected == pytest.approx(measured, rel=0.1)
 
 
 def test_the_docs_show_the_tables(capsys):
