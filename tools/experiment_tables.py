@@ -181,6 +181,16 @@ TABLES: dict[str, Table] = {
         tokens=262_144,
         seeds=3,
     ),
+    "gap-14M-longer": Table(
+        "the same with 13.8M parameters and sixteen times the tokens, in steps of 4,096",
+        {**FIRST, "batch_tokens": 4096, "compile": "on"},
+        [
+            Variant("ternary", {"learning_rate": 0.03}),
+            Variant("dense", {"linear": "dense"}),
+        ],
+        tokens=4_194_304,
+        seeds=2,
+    ),
     "ten-minutes": Table(
         "ten minutes, including start, tokenizer and compiling",
         {"compile": "on"},
