@@ -5,14 +5,17 @@ training and evaluation both see the patch.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import bitllm_core as bit
+from bitllm import muon
 
 
 @contextlib.contextmanager
@@ -194,7 +197,225 @@ def first_defaults() -> Iterator[bit.Callback]:
         yield five_steps
 
 
+# -----------------------------------------------------------------------------
+# What other projects report to help
+
+
+def norm_muon(beta: float = 0.95) -> Any:
+    """Give each row of Muon's update the same long-run size (NorMuon, Li et al., 2025)."""
+    means: dict[Any, Tensor] = {}  # of the squares of each row, by shape of the batch
+
+    def make(updates):
+        def changed(self, directions, steps):
+            update = torch.stack(list(updates(self, directions, steps)))  # (n, O, I)
+            squares = update.square().mean(2, keepdim=True)  # (n, O, 1)
+            mean = means.setdefault(update.shape, torch.zeros_like(squares))
+            mean.lerp_(squares, 1 - beta)
+            even = update / mean.sqrt().clamp(min=1e-8)
+            size = update.norm(dim=(1, 2), keepdim=True)
+            return (even * (size / even.norm(dim=(1, 2), keepdim=True))).unbind()
+
+        return changed
+
+    return replaced(muon.Muon, "updates", make)
+
+
+POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+)
+"""of Amsel et al., 2025, for its first three steps"""
+
+
+def polar_express() -> Any:
+    """Other coefficients in each step of Muon's iteration."""
+
+    def make(_):
+        def orthogonalize(matrices, steps):
+            tall = matrices.shape[1] > matrices.shape[2]
+            x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) * 1.01 + 1e-7)
+            x = (x.mT if tall else x).bfloat16()
+            for a, b, c in POLAR_EXPRESS[:steps]:
+                gram = x @ x.mT
+                x = a * x + (b * gram + c * gram @ gram) @ x
+            return x.mT.contiguous() if tall else x
+
+        return orthogonalize
+
+    return replaced(muon, "orthogonalize", make)
+
+
+def cautious_decay() -> Any:
+    """Decay only where it points the way that the update goes (Chen et al., 2025)."""
+
+    def make(update):
+        def changed(self, weights, group):
+            before = [weight.clone() for weight in weights]
+            update(self, weights, {**group, "weight_decay": 0.0})
+            for weight, old in zip(weights, before, strict=True):
+                same = (old - weight) * old > 0
+                weight.sub_(old * same, alpha=float(group["lr"] * group["weight_decay"]))
+
+        return changed
+
+    return replaced(muon.Muon, "_update", make)
+
+
+def cooldown_shape(shape: Callable[[float], float]) -> Any:
+    """Another curve for the last part of the rate: `shape` of what falls linearly from 1 to 0."""
+
+    def make(factor):
+        def changed(config, step, *rest):
+            f = factor(config, step, *rest)
+            return f if step < bit.warmup_that_fits(config) else shape(f)
+
+        return changed
+
+    return replaced(bit, "learning_rate_factor", make)
+
+
+@contextlib.contextmanager
+def adamw_every_other_step() -> Iterator[None]:
+    """Update embedding and norms every second step, with the gradients of both."""
+    calls = 0
+
+    def step(original):
+        def changed(self, *args):
+            nonlocal calls
+            calls += 1
+            return original(self, *args) if calls % 2 == 0 else None
+
+        return changed
+
+    def zero_grad(original):
+        return lambda self, *args: original(self, *args) if calls % 2 == 0 else None
+
+    with (
+        replaced(torch.optim.AdamW, "step", step),
+        replaced(torch.optim.AdamW, "zero_grad", zero_grad),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def two_tokens_ahead(weight: float = 0.5) -> Iterator[bit.Callback]:
+    """Let the same logits predict the second next token too, less and less up to two thirds."""
+    now = weight
+
+    class Fade(bit.Callback):
+        def on_step(self, state, metrics):
+            nonlocal now
+            now = weight * min(max(2 - 3 * state.step / state.config.max_steps, 0), 1)
+
+    def make(loss):
+        def changed(self, input_ids, targets, blocks=(), softmax=None):
+            if not now or not torch.is_grad_enabled():
+                return loss(self, input_ids, targets, blocks, softmax)
+            at = torch.arange(input_ids.shape[1])
+            hidden = self.blocks(self.embed(input_ids, at), at, blocks=blocks)
+            logits = self.head(hidden).float()  # (B, T, V)
+            second = F.cross_entropy(
+                logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), reduction="sum"
+            )
+            return F.cross_entropy(logits.mT, targets, reduction="sum") + now * second
+
+        return changed
+
+    with replaced(bit.BitLM, "loss", make):
+        yield Fade()
+
+
+@contextlib.contextmanager
+def learned_scales() -> Iterator[None]:
+    """A learned factor for each matrix, from 1."""
+
+    def init(original):
+        def changed(self, *args, **kwargs):
+            original(self, *args, **kwargs)
+            self.norm_of_weight = torch.nn.Parameter(torch.ones(1))  # so that it begins as 1
+
+        return changed
+
+    def forward(original):
+        return lambda self, x: original(self, x) * self.norm_of_weight
+
+    with (
+        replaced(bit.BitLinear, "__init__", init),
+        replaced(bit.BitLinear, "forward", forward),
+    ):
+        yield
+
+
+def scaled_mean(factor: float) -> Any:
+    """Scale each ternary matrix by `factor` times the mean of its magnitudes.
+
+    1.53 has the least squared error of three levels for normally distributed weights (Lloyd).
+    """
+
+    def make(_):
+        def quant(weight):
+            weight = weight.float()
+            scale = (weight.abs().mean() * factor).clamp(min=1e-5)
+            return (weight / scale).round().clamp(-1, 1), scale
+
+        return quant
+
+    return replaced(bit, "weight_quant", make)
+
+
+RAMP = 2
+"""How many times as large a step is after the first quarter of the tokens."""
+
+
+@contextlib.contextmanager
+def batch_ramp() -> Iterator[None]:
+    """Steps of `batch_tokens` for the first quarter of the tokens, `RAMP` times that after it."""
+
+    def sizes(config):
+        small = config.max_steps // 4
+        return small, small + 3 * small // RAMP
+
+    def batch(original):
+        def changed(self, config, context, step):
+            small, _ = sizes(config)
+            large = dataclasses.replace(config, batch_tokens=config.batch_tokens * RAMP)
+            if step < small:
+                return original(self, config, context, step)
+            return original(self, large, context, small // RAMP + step - small)
+
+        return changed
+
+    def factor(original):
+        def changed(config, step, *rest):
+            small, _ = sizes(config)
+            tokens = min(step, small) + RAMP * max(step - small, 0)  # in steps of the first size
+            return original(config, step if step < config.warmup_steps else tokens, *rest)
+
+        return changed
+
+    def finished(original):
+        return property(lambda state: state.step >= sizes(state.config)[1] or original.fget(state))
+
+    with (
+        replaced(bit.TokenData, "batch", batch),
+        replaced(bit, "learning_rate_factor", factor),
+        replaced(bit.TrainState, "finished", finished),
+    ):
+        yield
+
+
 PATCHES: dict[str, Callable[[], Any]] = {
+    "NorMuon": norm_muon,
+    "Polar Express": polar_express,
+    "cautious decay": cautious_decay,
+    "cooldown 1 - sqrt": lambda: cooldown_shape(lambda f: 1 - (1 - f) ** 0.5),
+    "cooldown squared": lambda: cooldown_shape(lambda f: f * f),
+    "AdamW every other step": adamw_every_other_step,
+    "two tokens ahead": two_tokens_ahead,
+    "learned scales": learned_scales,
+    "1.5 x mean as scale": lambda: scaled_mean(1.53),
+    "batch ramp": batch_ramp,
     "the first defaults": first_defaults,
     "zero-init projections": lambda: initialized(scaled_projections(0.0)),
     "projections x 10": lambda: initialized(scaled_projections(10.0)),

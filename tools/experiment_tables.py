@@ -236,6 +236,26 @@ TABLES: dict[str, Table] = {
         ],
         tokens=262_144,
     ),
+    "candidates": Table(
+        "one change at a time, what the dial chooses for three minutes, equal tokens",
+        {**SHORT, "vocab_size": 8192},
+        [
+            Variant("defaults"),
+            *patched("NorMuon", "Polar Express", "1.5 x mean as scale", "learned scales"),
+            *patched("AdamW every other step", "two tokens ahead", "momentum 0.85 to 0.95"),
+            *(settings(momentum=value) for value in (0.9,)),
+            *patched("cooldown 1 - sqrt", "cooldown squared"),
+            settings(weight_decay=0.1),
+            Variant("cautious decay 0.1", {"weight_decay": 0.1}, "cautious decay"),
+            Variant(
+                "batch ramp from 1024", {"batch_tokens": 1024, "micro_batch_size": 8}, "batch ramp"
+            ),
+            Variant("batch_tokens 1024", {"batch_tokens": 1024, "micro_batch_size": 8}),
+            Variant("dense", {"linear": "dense"}),
+        ],
+        tokens=1_048_576,
+        seeds=3,
+    ),
     "shape": Table(
         "vocabulary, context and head of the same model, equal tokens (compare bits per byte)",
         SMALL,
