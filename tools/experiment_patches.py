@@ -364,6 +364,15 @@ def scaled_mean(factor: float) -> Any:
     return replaced(bit, "weight_quant", make)
 
 
+@contextlib.contextmanager
+def together(*patches: Callable[[], Any]) -> Iterator[None]:
+    """Several patches at once, none of which has a callback."""
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch())
+        yield
+
+
 RAMP = 2
 """How many times as large a step is after the first quarter of the tokens."""
 
@@ -415,6 +424,8 @@ PATCHES: dict[str, Callable[[], Any]] = {
     "two tokens ahead": two_tokens_ahead,
     "learned scales": learned_scales,
     "1.5 x mean as scale": lambda: scaled_mean(1.53),
+    "0.75 x mean as scale": lambda: scaled_mean(0.75),
+    "NorMuon, learned scales": lambda: together(norm_muon, learned_scales),
     "batch ramp": batch_ramp,
     "the first defaults": first_defaults,
     "zero-init projections": lambda: initialized(scaled_projections(0.0)),
