@@ -385,6 +385,10 @@ def batch_ramp() -> Iterator[None]:
         small = config.max_steps // 4
         return small, small + 3 * small // RAMP
 
+    def in_small_steps(config, step):
+        small, _ = sizes(config)
+        return min(step, small) + RAMP * max(step - small, 0)
+
     def batch(original):
         def changed(self, config, context, step):
             small, _ = sizes(config)
@@ -397,11 +401,15 @@ def batch_ramp() -> Iterator[None]:
 
     def factor(original):
         def changed(config, step, *rest):
-            small, _ = sizes(config)
-            tokens = min(step, small) + RAMP * max(step - small, 0)  # in steps of the first size
-            return original(config, step if step < config.warmup_steps else tokens, *rest)
+            done = step if step < config.warmup_steps else in_small_steps(config, step)
+            return original(config, done, *rest)
 
         return changed
+
+    def tokens(_):
+        return property(
+            lambda state: in_small_steps(state.config, state.step) * state.config.batch_tokens
+        )
 
     def finished(original):
         return property(lambda state: state.step >= sizes(state.config)[1] or original.fget(state))
@@ -410,6 +418,7 @@ def batch_ramp() -> Iterator[None]:
         replaced(bit.TokenData, "batch", batch),
         replaced(bit, "learning_rate_factor", factor),
         replaced(bit.TrainState, "finished", finished),
+        replaced(bit.TrainState, "tokens", tokens),
     ):
         yield
 
