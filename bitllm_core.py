@@ -376,6 +376,7 @@ _CI_TRAINING = TrainConfig(
 )
 _DEMO: dict[str, Any] = {"learning_rate": 0.03, "cooldown_fraction": 0.7, "save_every_steps": 100}
 _DEMO_TRAINING = TrainConfig(640, 2048, eval_every_steps=200, eval_tokens=8192, patience=3, **_DEMO)
+_OFTEN: dict[str, Any] = {"adamw_learning_rate": 0.005, "weight_decay": 0.5}
 _SEED_MODEL = ModelConfig(
     30000, 512, 2048, 6, 8, None, 512, tie_word_embeddings=False, linear="weight_only", block="seed"
 )
@@ -386,9 +387,9 @@ PRESETS: dict[str, tuple[ModelConfig, DataConfig, TrainConfig]] = {
     "ci": (ModelConfig(512, 64, 192, 2, 2, 1, 64), DataConfig(), _CI_TRAINING),
     "demo": (ModelConfig(1024, 256, 512, 3, 4, None, 256), DataConfig("companion"), _DEMO_TRAINING),
     "laptop": (
-        ModelConfig(8192, 512, 1024, 6, 8, 4, 256),
+        ModelConfig(16_384, 256, 512, 8, 4, 2, 256),
         DataConfig("wikitext-2"),
-        TrainConfig(750, 8192, eval_every_steps=75, patience=3),
+        TrainConfig(1400, 8192, learning_rate=0.024, eval_every_steps=140, patience=3, **_OFTEN),
     ),
     "t4-1h": (
         ModelConfig(8192, 512, 1536, 8, 8, 4, 512),
@@ -1022,8 +1023,7 @@ _MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf
 
 def file_lines(path: Path, opened: Any, encoding: str | None, longest: int = -1) -> Iterator[str]:
     """The lines of a text file, which `opened` opens as a binary one; line ends are \\n.
-    `encoding` is by default what its mark says. ValueError: unreadable.
-    """
+    `encoding` is by default what its mark says. ValueError: unreadable."""
     why = ""
     try:
         with opened() as file:
@@ -1582,7 +1582,7 @@ def parameters_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[Tensor]:
 def make_optimizers(model: BitLM, config: TrainConfig, muon: Any = None) -> list[Any]:
     """Muon [3] for the matrices inside the blocks and AdamW for the rest, or AdamW for all.
     Only matrices are decayed. Each group's peak rate is its `initial_lr`. Small models learn more
-    with three steps of Newton-Schulz than with torch's five (docs/log.md).
+    with three steps of Newton-Schulz than with torch's five (docs/recipe.md).
     """
     matrices = {f"{n}.weight": m.weight for n, m in model.bit_linears().items() if n != "lm_head"}
     others = [p for name, p in model.named_parameters() if name not in matrices]

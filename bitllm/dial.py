@@ -55,10 +55,12 @@ from bitllm_core import (
     require,
 )
 
-E, A, B, G = 0.952, 0.053, 1.0, 0.42
+E, A, B, G = 0.961, 0.0512, 0.965, 0.42
 """Of `bits_per_byte`: what remains, of parameters, of text, of the vocabulary."""
 ALPHA, BETA, REPEATED = 0.34, 0.28, 15.4
 """Chinchilla's exponents; epochs after which reading a text again has taught most of what it can"""
+MOMENTUM, FEW_STEPS = 0.9, 2000
+"""Of Muon, and in runs of at most so many steps: with 0.95 they learn less (docs/log.md)."""
 OFTEN = 3
 """Epochs above which embedding and norms learn more slowly and matrices decay, or it overfits."""
 LARGEST = 1.5
@@ -371,6 +373,7 @@ def training_for(
         "max_steps": steps,
         "batch_tokens": batch,
         "learning_rate": None if model.linear == "dense" else round(rate, 3),
+        "momentum": MOMENTUM if steps <= FEW_STEPS else asked.momentum,
         "adamw_learning_rate": 0.005 if often else round(min(0.015, 3.84 / width), 4),
         "weight_decay": 0.5 if often else 0.0,
         "warmup_steps": min(20 if batch < 32_768 else 100, max(steps // 10, 1)),
@@ -379,7 +382,7 @@ def training_for(
         "compile": "on" if compiled else "off",
     }
     if asked.optimizer != "muon":
-        del choice["learning_rate"], choice["adamw_learning_rate"]
+        del choice["learning_rate"], choice["adamw_learning_rate"], choice["momentum"]
     return dataclasses.replace(asked, **{k: v for k, v in choice.items() if k not in given})
 
 

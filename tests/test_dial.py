@@ -75,6 +75,13 @@ def test_what_is_read_often_learns_more_slowly_and_decays():
         assert (choice.train.weight_decay, choice.train.adamw_learning_rate) == recipe
 
 
+def test_muon_has_less_momentum_where_there_are_few_steps():
+    assert choose(10).train.momentum == 0.9
+    assert choose(180, T4, STREAM).train.momentum == 0.95
+    assert choose(10, momentum=0.8).train.momentum == 0.8
+    assert choose(10, optimizer="adamw").train.momentum == 0.95
+
+
 def test_a_text_of_few_words_has_a_small_vocabulary():
     assert choose(10, text=dataclasses.replace(WIKI, words=1500)).model.vocab_size <= 2048
 

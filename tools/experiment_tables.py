@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from bitllm_core import PRESETS
+from bitllm_core import ModelConfig
 
 SEED_SCRIPT = "the seed guide's script"  # not a patch but another program
 
@@ -181,16 +181,6 @@ TABLES: dict[str, Table] = {
         tokens=262_144,
         seeds=3,
     ),
-    "gap-14M-longer": Table(
-        "the same with 13.8M parameters and sixteen times the tokens, in steps of 4,096",
-        {**FIRST, "batch_tokens": 4096, "compile": "on"},
-        [
-            Variant("ternary", {"learning_rate": 0.03}),
-            Variant("dense", {"linear": "dense"}),
-        ],
-        tokens=4_194_304,
-        seeds=2,
-    ),
     "ten-minutes": Table(
         "ten minutes, including start, tokenizer and compiling",
         {"compile": "on"},
@@ -290,9 +280,9 @@ TABLES: dict[str, Table] = {
         train_bytes=200_000,
     ),
     "laptop": Table(
-        "the preset's model, a fifth of its tokens: size of a step and of the vocabulary",
+        "18.4M parameters, a fifth of the tokens of an hour: size of a step and of the vocabulary",
         {
-            **dataclasses.asdict(PRESETS["laptop"][0]),
+            **dataclasses.asdict(ModelConfig(8192, 512, 1024, 6, 8, 4, 256)),
             "batch_tokens": 4096,
             "micro_batch_size": 8,
             "warmup_steps": 20,

@@ -36,7 +36,8 @@ USED = {
 }
 """Tables and variants of docs/results.jsonl."""
 OTHERS: list[tuple[str, ModelConfig, float, float]] = [
-    ("laptop to its end", PRESETS["laptop"][0], 6_144_000, 1.356),
+    ("an hour", ModelConfig(8192, 512, 1024, 6, 8, 4, 256), 6_144_000, 1.356),
+    ("laptop to its end", ModelConfig(16_384, 256, 512, 8, 4, 2, 256), 11_468_800, 1.341),
     ("four minutes", ModelConfig(8192, 256, 768, 4, 4, None, 256), 1_310_720, 1.593),
     ("four minutes", ModelConfig(8192, 384, 1024, 4, 6, None, 256), 983_040, 1.630),
     ("four minutes", ModelConfig(16_384, 256, 512, 2, 4, None, 128), 1_597_440, 1.507),
@@ -65,6 +66,12 @@ MACHINES = {
     "T4": dial.Machine(Device(torch.device("cuda"), torch.float16, ""), 25e12, True),
 }
 TEXTS = {"200 kB": 200e3, "WikiText-2": TEXT}
+PLANNED = {
+    "laptop": (30, "AMX", TEXT),
+    "t4-1h": (60, "T4", math.inf),
+    "t4-3h": (180, "T4", math.inf),
+}
+"""Presets: minutes, machine, bytes of text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +151,26 @@ def choices() -> Iterator[str]:
             yield f"| {' | '.join((text, often, *cells))} |"
 
 
+def presets() -> Iterator[str]:
+    """What the law expects of a preset, and of the best choice for its time; in Markdown."""
+    yield "| preset | minutes | it | bits per byte | by the law | bits per byte |"
+    yield "| --- " * 6 + "|"
+    for name, (minutes, machine, size) in PLANNED.items():
+        model, _, train = PRESETS[name]
+        text = dial.Text(size, name)
+        choice = dial.choose(minutes, DataConfig(), {}, MACHINES[machine], text)
+        cells = []
+        for shape, plan in ((model, train), (choice.model, choice.train)):
+            tokens = plan.max_steps * plan.batch_tokens
+            read = tokens * dial.bytes_per_token(shape.vocab_size)
+            cells.append(
+                f"{shape.num_parameters / 1e6:.1f}M, {shape.vocab_size:,}, "
+                f"{shape.num_hidden_layers} x {shape.hidden_size}, {tokens / 1e6:.0f}M tokens "
+                f"| {dial.bits_per_byte(shape, dial.learned_bytes(read, size)):.3f}"
+            )
+        yield f"| `{name}` | {minutes} | {' | '.join(cells)} |"
+
+
 def step_milliseconds() -> Iterator[tuple[str, float, float]]:
     """Of STEPS: what it was, measured and expected."""
     for vocabulary, layers, context, tokens, compiled, rate, measured in STEPS:
@@ -172,7 +199,7 @@ def main() -> int:
     print("| --- | --- | --- |")
     for name, measured, expected in step_milliseconds():
         print(f"| {name} | {measured} | {expected:.0f} |")
-    print("", *choices(), sep="\n")
+    print("", *choices(), "", *presets(), sep="\n")
     return 0
 
 
