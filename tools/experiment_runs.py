@@ -215,12 +215,13 @@ def run_one(run: Run, clock: Clock) -> dict[str, Any]:
         tokenizer = bit.load_tokenizer(out / "tokenizer.json")
         result = bit.evaluate(state.model, tokenizer, run.texts()[1])
         text = bit.generate(state.model, tokenizer, "", SAMPLE)
+        trained = state.tokens  # as the patch counts them
     shutil.rmtree(out, ignore_errors=True)
     return {
         **{key: round(value, 5) for key, value in result.items()},
         "parameters": model.num_parameters,
         "steps": state.step,
-        "trained_tokens": state.tokens,
+        "trained_tokens": trained,
         "seconds": round(recorder.trained_at, 1),
         "train_seconds": round(state.train_seconds, 1),
         "curve": recorder.curve,
