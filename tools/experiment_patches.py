@@ -83,13 +83,13 @@ def z_loss(weight: float) -> Any:
     return replaced(bit.BitLM, "loss", make)
 
 
-def median_scale() -> Any:
-    """Scale each ternary matrix by the median of its magnitudes instead of the mean."""
+def scaled_by(size: Callable[[Tensor], Tensor]) -> Any:
+    """Scale each ternary matrix by `size` of its magnitudes instead of their mean."""
 
     def make(_):
         def quant(weight):
             weight = weight.float()
-            scale = weight.abs().median().clamp(min=1e-5)
+            scale = size(weight.abs()).clamp(min=1e-5)
             return (weight / scale).round().clamp(-1, 1), scale
 
         return quant
@@ -347,23 +347,6 @@ def learned_scales() -> Iterator[None]:
         yield
 
 
-def scaled_mean(factor: float) -> Any:
-    """Scale each ternary matrix by `factor` times the mean of its magnitudes.
-
-    1.53 has the least squared error of three levels for normally distributed weights (Lloyd).
-    """
-
-    def make(_):
-        def quant(weight):
-            weight = weight.float()
-            scale = (weight.abs().mean() * factor).clamp(min=1e-5)
-            return (weight / scale).round().clamp(-1, 1), scale
-
-        return quant
-
-    return replaced(bit, "weight_quant", make)
-
-
 @contextlib.contextmanager
 def together(*patches: Callable[[], Any]) -> Iterator[None]:
     """Several patches at once, none of which has a callback."""
@@ -381,17 +364,13 @@ RAMP = 2
 def batch_ramp() -> Iterator[None]:
     """Steps of `batch_tokens` for the first quarter of the tokens, `RAMP` times that after it."""
 
-    def sizes(config):
-        small = config.max_steps // 4
-        return small, small + 3 * small // RAMP
-
     def in_small_steps(config, step):
-        small, _ = sizes(config)
+        small = config.max_steps // 4
         return min(step, small) + RAMP * max(step - small, 0)
 
     def batch(original):
         def changed(self, config, context, step):
-            small, _ = sizes(config)
+            small = config.max_steps // 4
             large = dataclasses.replace(config, batch_tokens=config.batch_tokens * RAMP)
             if step < small:
                 return original(self, config, context, step)
@@ -412,7 +391,11 @@ def batch_ramp() -> Iterator[None]:
         )
 
     def finished(original):
-        return property(lambda state: state.step >= sizes(state.config)[1] or original.fget(state))
+        def changed(state):
+            done = in_small_steps(state.config, state.step)
+            return done >= state.config.max_steps or original.fget(state)
+
+        return property(changed)
 
     with (
         replaced(bit.TokenData, "batch", batch),
@@ -432,8 +415,9 @@ PATCHES: dict[str, Callable[[], Any]] = {
     "AdamW every other step": adamw_every_other_step,
     "two tokens ahead": two_tokens_ahead,
     "learned scales": learned_scales,
-    "1.5 x mean as scale": lambda: scaled_mean(1.53),
-    "0.75 x mean as scale": lambda: scaled_mean(0.75),
+    # 1.53 has the least squared error of three levels for normally distributed weights (Lloyd)
+    "1.5 x mean as scale": lambda: scaled_by(lambda sizes: 1.53 * sizes.mean()),
+    "0.75 x mean as scale": lambda: scaled_by(lambda sizes: 0.75 * sizes.mean()),
     "NorMuon, learned scales": lambda: together(norm_muon, learned_scales),
     "batch ramp": batch_ramp,
     "the first defaults": first_defaults,
@@ -442,7 +426,7 @@ PATCHES: dict[str, Callable[[], Any]] = {
     "embedding std 0.1": lambda: initialized(embedding_std(0.1)),
     "embedding std 0.005": lambda: initialized(embedding_std(0.005)),
     "z-loss 1e-4": lambda: z_loss(1e-4),
-    "median scale": median_scale,
+    "median scale": lambda: scaled_by(torch.median),
     "dense for the first 20%": lambda: full_precision_until(0.2),
     "no sub-norms": without_sub_norms,
     "dropout 0.1": lambda: dropout(0.1),

@@ -36,3 +36,15 @@ def test_the_docs_show_the_tables(capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(lines) > 20
     assert [line for line in lines if line not in page] == []
+
+
+def test_the_preset_for_laptops_is_what_the_law_chooses():
+    minutes, machine, size = fit_dial.PLANNED["laptop"]
+    text = dial.Text(size, "WikiText-2")
+    choice = dial.choose(minutes, bit.DataConfig(), {}, fit_dial.MACHINES[machine], text)
+    model, _, train = bit.PRESETS["laptop"]
+    assert choice.model == model
+    for name in ("batch_tokens", "adamw_learning_rate", "weight_decay"):
+        assert getattr(choice.train, name) == getattr(train, name), name
+    assert choice.train.learning_rate == pytest.approx(train.learning_rate, rel=0.05)
+    assert choice.train.max_steps == pytest.approx(train.max_steps, rel=0.1)  # as the machine is
