@@ -2198,20 +2198,7 @@ class MetricsLog:
 def log_to(stream: Any) -> None:
     """Show what "bitllm" logs on `stream`, a line per message, instead of where it went before."""
     log.handlers, log.propagate = [logging.StreamHandler(stream)], False
-    log.handlers[0].addFilter(lambda _: SPOKEN.set() or True)
     log.setLevel(logging.INFO)
-
-
-PULSE_S = 12.0  # silence is broken after this, twice at most: `colab run` gives up after 30
-SPOKEN = threading.Event()  # set by whatever is put out: what is logged, the package's terminal
-
-
-def break_silence(over: threading.Event) -> None:
-    """Log a line whenever nothing was put out for PULSE_S, until `over`."""
-    while not over.wait(PULSE_S):
-        if not SPOKEN.is_set():
-            log.info("still at work")
-        SPOKEN.clear()
 
 
 @contextlib.contextmanager
@@ -2779,9 +2766,6 @@ def main(arguments: Sequence[str] | None = None, parser: Any = None) -> int:
     flags = (parser or command_parser()[0]).parse_args(arguments)
     flags.started = STARTED if arguments is None else time.monotonic()
     log_to(sys.stderr)
-    over = threading.Event()
-    if "resume" in flags and not sys.stderr.isatty():  # a training that nobody may be watching
-        threading.Thread(target=break_silence, args=(over,), daemon=True).start()
     try:
         return flags.run(flags) or 0
     except KeyboardInterrupt:
@@ -2790,8 +2774,6 @@ def main(arguments: Sequence[str] | None = None, parser: Any = None) -> int:
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         log.error(f"error: {error}")
         return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
-    finally:
-        over.set()
 
 
 if __name__ == "__main__":

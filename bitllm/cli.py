@@ -29,7 +29,7 @@ from bitllm.export import add_export_flags, export_limits, llama_cpp_stream, run
 from bitllm.export.card import card_rows
 from bitllm.export.common import open_source
 from bitllm.mixture import describe, is_mixture
-from bitllm.progress import ProgressBar, Terminal
+from bitllm.progress import ProgressBar, Terminal, never_silent
 from bitllm.requests import Requests
 from bitllm_core import PRESETS, DataConfig, ModelConfig, SamplingConfig, TrainConfig, require
 
@@ -207,9 +207,10 @@ def _train(flags: argparse.Namespace) -> int:
     callbacks += [WandB(flags.out, flags.wandb)] if flags.wandb else []
     if "persona" in flags:
         flags.persona = recorded_persona(flags.persona)
-    _set_by_minutes(flags)
     err, out = Terminal(sys.stderr), Terminal(sys.stdout)
-    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out):
+    redirected = contextlib.redirect_stderr(err), contextlib.redirect_stdout(out)
+    with never_silent(), redirected[0], redirected[1]:
+        _set_by_minutes(flags)
         return core.train_command(flags, callbacks, partial(_report, flags.out))
 
 

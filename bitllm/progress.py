@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
+import threading
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from bitllm_core import SPOKEN, Callback, Session, TrainState, log, warmup_that_fits
+from bitllm_core import Callback, Session, TrainState, log, warmup_that_fits
 
 
 def describe(session: Session) -> None:
@@ -38,6 +41,39 @@ def describe_early_end(state: TrainState) -> None:
             f"{evaluations} evaluations. The best is of step {state.best_step} "
             "(--checkpoint best); --patience 0 trains to the end"
         )
+
+
+PULSE_S = 12.0
+"""Silence is broken after this, twice at most: `colab run` gives a command up after 30."""
+SPOKEN = threading.Event()
+"""Set by whatever is put out: what is logged, and the `Terminal`."""
+
+
+def break_silence(over: threading.Event) -> None:
+    """Log a line whenever nothing was put out for `PULSE_S`, until `over`."""
+    while not over.wait(PULSE_S):
+        if not SPOKEN.is_set():
+            log.info("still at work")
+        SPOKEN.clear()
+
+
+@contextlib.contextmanager
+def never_silent() -> Iterator[None]:
+    """A block that breaks its silence where nobody may be watching: stderr is no terminal."""
+
+    def heard(_: logging.LogRecord) -> bool:
+        SPOKEN.set()
+        return True
+
+    over = threading.Event()
+    if not sys.stderr.isatty():
+        threading.Thread(target=break_silence, args=(over,), daemon=True).start()
+    log.addFilter(heard)
+    try:
+        yield
+    finally:
+        log.removeFilter(heard)
+        over.set()
 
 
 class Terminal:

@@ -9,7 +9,7 @@ import time
 import pytest
 
 import bitllm_core as bit
-from bitllm import compiling
+from bitllm import compiling, progress
 from bitllm.cli import main
 from bitllm.progress import Terminal
 from tests import warm
@@ -30,7 +30,7 @@ def test_silence_is_broken_where_nobody_may_be_watching(monkeypatch, tiny_corpus
     command = ["train", "--preset", "ci", "--data", str(tiny_corpus), "--vocab-size", "300"]
     command += ["--out", str(tmp_path / "r")]
     for pulse, terminal, broken in ((0.05, False, True), (0.05, True, False), (12, False, False)):
-        monkeypatch.setattr(bit, "PULSE_S", pulse)
+        monkeypatch.setattr(progress, "PULSE_S", pulse)
         monkeypatch.setattr(sys.stderr, "isatty", lambda answer=terminal: answer)
         assert main(command) == 2
         _, said = capsys.readouterr().err.split("training tokens")
@@ -51,8 +51,9 @@ def test_only_silence_is_broken(capsys):
 
     bar = Terminal(sys.stderr)
     bit.log_to(sys.stderr)
-    bit.SPOKEN.clear()
-    bit.break_silence(Over())
+    with progress.never_silent():
+        progress.SPOKEN.clear()
+        progress.break_silence(Over())
     assert capsys.readouterr().err == "a\nbstill at work\n"
 
 
