@@ -75,7 +75,8 @@ class Muon(torch.optim.Optimizer):
         rate = group["lr"] * math.sqrt(max(1, rows / columns))  # a tensor where it is recorded
         updates = self.updates(gradients, group["ns_steps"])
         ops._foreach_mul_(updates, rate)
-        ops._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        if group["weight_decay"]:
+            ops._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         ops._foreach_sub_(weights, updates)
 
     def updates(self, directions: list[Any], steps: int) -> Sequence[Any]:
