@@ -1398,8 +1398,7 @@ def _choose(logits: Tensor, seen: Tensor, config: SamplingConfig, rng: torch.Gen
         return logits.argmax(dim=-1)
     logits = logits / config.temperature
     if 0 < config.top_k < logits.shape[1]:
-        least = logits.topk(config.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
+        logits = logits.masked_fill(logits < logits.topk(config.top_k).values[:, -1:], -math.inf)
     if config.top_p < 1:
         ordered, index = logits.sort(descending=True)
         probabilities = ordered.softmax(dim=-1)
@@ -1580,6 +1579,22 @@ def parameters_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[Tensor]:
     return [p for o in optimizers for group in o.param_groups for p in group["params"]]
 
 
+def scale_gains(adamw: Any, gains: Sequence[Tensor], times: float = 4.0) -> None:
+    """Let AdamW's steps also scale each vector as a whole, at `times` its rate, by the moments of
+    its parts: alone, those follow too slowly where Muon enlarges what reads them (docs/recipe.md).
+    """
+
+    @torch.no_grad()
+    def scale(*_: Any) -> None:
+        for gain in gains:
+            if state := adamw.state.get(gain):  # else another process updates it
+                noise = (gain.square() * state["exp_avg_sq"]).sum().sqrt()
+                way = ((gain * state["exp_avg"]).sum() / noise.clamp(min=1e-12)).clamp(-1, 1)
+                gain *= (-times * adamw.param_groups[-1]["lr"] * way).exp()
+
+    adamw.register_step_post_hook(scale)
+
+
 def make_optimizers(model: BitLM, config: TrainConfig, muon: Any = None) -> list[Any]:
     """Muon [3] for the matrices inside the blocks and AdamW for the rest, or AdamW for all.
     Only matrices are decayed. Each group's peak rate is its `initial_lr`. Small models learn more
@@ -1596,7 +1611,9 @@ def make_optimizers(model: BitLM, config: TrainConfig, muon: Any = None) -> list
     with contextlib.suppress(ImportError):  # the same, faster
         muon = muon or extension("muon", "Muon in batches").Muon
     options = {"lr": first["lr"], "momentum": config.momentum, "ns_steps": 3}
-    return [(muon or torch.optim.Muon)([decayed], **options), adamw([rest])]
+    optimizers = [(muon or torch.optim.Muon)([decayed], **options), adamw([rest])]
+    scale_gains(optimizers[1], [p for n, p in model.named_parameters() if "norm.weight" in n])
+    return optimizers
 
 
 def apply_gradients(

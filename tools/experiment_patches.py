@@ -347,6 +347,11 @@ def learned_scales() -> Iterator[None]:
         yield
 
 
+def gains_alone() -> Any:
+    """Gains of norms move one by one, as in all rows before they were also scaled."""
+    return replaced(bit, "scale_gains", lambda _: lambda *args: None)
+
+
 @contextlib.contextmanager
 def together(*patches: Callable[[], Any]) -> Iterator[None]:
     """Several patches at once, none of which has a callback."""
@@ -415,6 +420,7 @@ PATCHES: dict[str, Callable[[], Any]] = {
     "AdamW every other step": adamw_every_other_step,
     "two tokens ahead": two_tokens_ahead,
     "learned scales": learned_scales,
+    "gains alone": gains_alone,
     # 1.53 has the least squared error of three levels for normally distributed weights (Lloyd)
     "1.5 x mean as scale": lambda: scaled_by(lambda sizes: 1.53 * sizes.mean()),
     "0.75 x mean as scale": lambda: scaled_by(lambda sizes: 0.75 * sizes.mean()),

@@ -117,6 +117,28 @@ def test_clipping_bounds_adamw_only(tiny_config):
     assert all((grad == 1).all() for grad in muon)
 
 
+def test_gains_that_agree_move_together_and_others_apart(tiny_config):
+    """A part moves at AdamW's rate, and the size of all at four times that at most."""
+    model = bit.BitLM(tiny_config)
+    optimizers = bit.make_optimizers(model, bit.TrainConfig())
+    norms = {n: p for n, p in model.named_parameters() if "norm" in n}
+    assert len(norms) == 2 * 4 + 1
+    together, apart = model.model.norm.weight, model.model.layers[0].input_layernorm.weight
+    for _ in range(50):
+        for p in norms.values():
+            p.grad = torch.zeros_like(p)
+        together.grad += 1.0
+        apart.grad[::2], apart.grad[1::2] = 1.0, -1.0
+        bit.apply_gradients(optimizers, torch.amp.GradScaler("cpu", enabled=False), 0.1, 0.0)
+    rate = 0.1 * optimizers[1].param_groups[0]["initial_lr"]
+    assert together.detach().log().mean() == pytest.approx(-50 * 5 * rate, rel=0.1)
+    assert together.max() == together.min()
+    assert apart[0].item() == pytest.approx(1 - 50 * rate, rel=0.01)
+    assert apart[1].item() == pytest.approx(1 + 50 * rate, rel=0.01)
+    untouched = model.model.layers[1].mlp.ffn_sub_norm.weight
+    assert (untouched == 1).all()
+
+
 def test_each_form_has_its_own_rate_where_none_is_set(tiny_config):
     dense = dataclasses.replace(tiny_config, linear="dense")
     rates = {linear: bit.peak_rates(linear, bit.TrainConfig()) for linear in (tiny_config, dense)}
