@@ -1202,8 +1202,7 @@ def encode_pieces(tokenizer: Any, pieces: Iterable[Piece]) -> Iterator[tuple[lis
         if chat and any(MARKS[0] in text for text, _ in batch):
             encoded = extension("conversations", "").encode_batch(tokenizer, batch)
         else:
-            texts = [text for text, _ in batch]
-            plain = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            plain = tokenizer.encode_batch_fast([t for t, _ in batch], add_special_tokens=False)
             tails = ([eot] if ends and eot is not None else [] for _, ends in batch)
             encoded = [tokens.ids + tail for tokens, tail in zip(plain, tails, strict=True)]
         for (text, _), ids in zip(batch, encoded, strict=True):
@@ -1579,18 +1578,20 @@ def parameters_of(optimizers: Iterable[torch.optim.Optimizer]) -> list[Tensor]:
     return [p for o in optimizers for group in o.param_groups for p in group["params"]]
 
 
-def scale_gains(adamw: Any, gains: Sequence[Tensor], times: float = 4.0) -> None:
-    """Let AdamW's steps also scale each vector as a whole, at `times` its rate, by the moments of
-    its parts: alone, those follow too slowly where Muon enlarges what reads them (docs/recipe.md).
-    """
+def scale_gains(adamw: Any, gains: Sequence[Tensor]) -> None:
+    """Let AdamW's steps also scale each vector as a whole, at twice its rate, by moments of that:
+    alone, its parts follow too slowly where Muon enlarges what reads them (docs/recipe.md)."""
 
     @torch.no_grad()
     def scale(*_: Any) -> None:
-        for gain in gains:
-            if state := adamw.state.get(gain):  # else another process updates it
-                noise = (gain.square() * state["exp_avg_sq"]).sum().sqrt()
-                way = ((gain * state["exp_avg"]).sum() / noise.clamp(min=1e-12)).clamp(-1, 1)
-                gain *= (-times * adamw.param_groups[-1]["lr"] * way).exp()
+        group = adamw.param_groups[-1]
+        for gain, grad in [(gain, gain.grad) for gain in gains if gain.grad is not None]:
+            slope, state = (gain * grad).sum(), adamw.state[gain]
+            slope = getattr(slope, "full_tensor", slope.clone)()  # of FSDP's shards
+            means = [state.setdefault(k, torch.zeros_like(slope)) for k in ("scale", "scale_sq")]
+            means[0].lerp_(slope, 1 - group["betas"][0])
+            means[1].lerp_(slope**2, 1 - group["betas"][1])
+            gain *= (-2 * group["lr"] * means[0] / (means[1].sqrt() + 1e-8)).exp()
 
     adamw.register_step_post_hook(scale)
 
@@ -2447,9 +2448,8 @@ class Session:
             state.best_val_loss, state.best_step, state.evals_since_best = loss, state.step, 0
         model = processes.whole_model(state.model)
         if model and self.callbacks:
-            prompt, sampling = config.sample_prompt, SamplingConfig(60, seed=0)
-            text = generate(model, self.tokenizer, prompt, sampling)
-            self.notify("on_sample", prompt + text)
+            text = generate(model, self.tokenizer, config.sample_prompt, SamplingConfig(60, seed=0))
+            self.notify("on_sample", config.sample_prompt + text)
 
     def stop_asked(self) -> bool:
         """Whether any process has been told to stop; and how late it is: the same in all."""

@@ -118,7 +118,7 @@ def test_clipping_bounds_adamw_only(tiny_config):
 
 
 def test_gains_that_agree_move_together_and_others_apart(tiny_config):
-    """A part moves at AdamW's rate, and the size of all at four times that at most."""
+    """A part moves at AdamW's rate, and the size of all at twice that besides."""
     model = bit.BitLM(tiny_config)
     optimizers = bit.make_optimizers(model, bit.TrainConfig())
     norms = {n: p for n, p in model.named_parameters() if "norm" in n}
@@ -131,10 +131,9 @@ def test_gains_that_agree_move_together_and_others_apart(tiny_config):
         apart.grad[::2], apart.grad[1::2] = 1.0, -1.0
         bit.apply_gradients(optimizers, torch.amp.GradScaler("cpu", enabled=False), 0.1, 0.0)
     rate = 0.1 * optimizers[1].param_groups[0]["initial_lr"]
-    assert together.detach().log().mean() == pytest.approx(-50 * 5 * rate, rel=0.1)
+    assert together.detach().log().mean() == pytest.approx(-50 * 3 * rate, rel=0.1)
     assert together.max() == together.min()
-    assert apart[0].item() == pytest.approx(1 - 50 * rate, rel=0.01)
-    assert apart[1].item() == pytest.approx(1 + 50 * rate, rel=0.01)
+    assert (apart[1::2] / apart[::2]).mean().item() == pytest.approx(1 + 2 * 50 * rate, rel=0.005)
     untouched = model.model.layers[1].mlp.ffn_sub_norm.weight
     assert (untouched == 1).all()
 
