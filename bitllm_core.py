@@ -1585,7 +1585,7 @@ def scale_gains(adamw: Any, gains: Sequence[Tensor]) -> None:
     @torch.no_grad()
     def scale(*_: Any) -> None:
         group = adamw.param_groups[-1]
-        for gain, grad in [(gain, gain.grad) for gain in gains if gain.grad is not None]:
+        for gain, grad in [(p, p.grad) for p in gains if p.grad is not None and p in adamw.state]:
             slope, state = (gain * grad).sum(), adamw.state[gain]
             slope = getattr(slope, "full_tensor", slope.clone)()  # of FSDP's shards
             means = [state.setdefault(k, torch.zeros_like(slope)) for k in ("scale", "scale_sq")]
