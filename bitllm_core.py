@@ -427,7 +427,7 @@ def weight_quant(weight: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected a matrix")
     weight = weight.float()
     scale = weight.abs().mean().clamp(min=_SCALE_FLOOR)
-    ternary = F.hardtanh_((weight / scale).round_())  # clamped, and in place: in half the time
+    ternary = F.hardtanh_((weight / scale).round_())  # clamped; in place, a fifth faster
     return ternary, scale
 
 
