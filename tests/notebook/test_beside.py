@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import re
+import string
 import time
 
 import ipywidgets
@@ -20,8 +21,9 @@ pytestmark = pytest.mark.usefixtures("empty_folder")
 def runs(tmp_path_factory, tiny_corpus):
     """A run of a text with steps 9 and 12 kept, and one of conversations."""
     folder = tmp_path_factory.mktemp("runs")
-    config = dataclasses.replace(tiny.TRAIN, seed=1)
-    bit.train(tiny.MODEL, bit.DataConfig(str(tiny_corpus)), config, folder / "text", callbacks=[])
+    bit.train(
+        tiny.MODEL, bit.DataConfig(str(tiny_corpus)), tiny.TRAIN, folder / "text", callbacks=[]
+    )
     rows = '{"messages": [{"role": "user", "content": "hello"}, '
     rows += '{"role": "assistant", "content": "hello to you"}]}\n'
     (folder / "talk.jsonl").write_text(rows * 200)
@@ -48,16 +50,15 @@ def said(column):
 
 
 def test_the_earliest_step_and_the_newest_answer_the_same_words(runs, shown):
-    compare(runs / "text", prompt="cats")
+    sampling = dataclasses.replace(SAMPLING, temperature=0, seed=0)
+    models = [bit.load_model(runs / "text", step) for step in (9, "last")]
+    answers = {p: [p + bit.generate(*m, p, sampling) for m in models] for p in string.ascii_letters}
+    prompt = next(p for p, (early, late) in answers.items() if early != late)
+    compare(runs / "text", prompt=prompt)
     columns, text, buttons, _ = shown[0].children
     assert "text, step 9<" in columns.children[0].value
     assert "text, the newest step<" in columns.children[1].value
-    sampling = dataclasses.replace(SAMPLING, temperature=0, seed=0)
-    answers = [
-        bit.generate(*bit.load_model(runs / "text", step), "cats", sampling) for step in (9, "last")
-    ]
-    assert [said(column) for column in columns.children] == ["cats" + a for a in answers]
-    assert answers[0] != answers[1]
+    assert [said(column) for column in columns.children] == answers[prompt]
     text.value = "mats"
     buttons.children[0].click()
     end = time.monotonic() + 60
