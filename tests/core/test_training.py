@@ -69,14 +69,15 @@ def test_another_optimizer_and_epoch_ends_resume_too(run, tmp_path):
     assert bit.list_checkpoints(tmp_path / "whole" / "checkpoints", "epoch")
 
 
-def test_the_micro_batch_does_not_change_the_mathematics(run, tmp_path):
+def test_the_micro_batch_does_not_change_the_mathematics(run, tmp_path, monkeypatch):
+    """After two steps, in float32: in the third, values that round otherwise differ in earnest."""
+    monkeypatch.setattr(bit, "has_bfloat16", lambda device: False)
     for size in (1, 4, 8):
         run(tmp_path / str(size), micro_batch_size=size, callbacks=[StopAt(2)])
     one, four, eight = (weights_of(tmp_path / str(size)) for size in (1, 4, 8))
     for name in one:
-        # Newton-Schulz in bfloat16 turns float32 rounding into its own
-        torch.testing.assert_close(one[name], eight[name], rtol=0.05, atol=2e-3, msg=name)
-        torch.testing.assert_close(four[name], eight[name], rtol=0.05, atol=2e-3, msg=name)
+        torch.testing.assert_close(one[name], eight[name], rtol=0.01, atol=1e-3, msg=name)
+        torch.testing.assert_close(four[name], eight[name], rtol=0.01, atol=1e-3, msg=name)
 
 
 def test_micro_batches_accumulate_the_same_gradient(run, tmp_path, tiny_config):
