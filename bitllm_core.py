@@ -427,8 +427,7 @@ def weight_quant(weight: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected a matrix")
     weight = weight.float()
     scale = weight.abs().mean().clamp(min=_SCALE_FLOOR)
-    ternary = F.hardtanh_((weight / scale).round_())  # clamped; in place, a fifth faster
-    return ternary, scale
+    return F.hardtanh_((weight / scale).round_()), scale  # clamped; in place, a fifth faster
 
 
 def _to_8_bits(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -467,9 +466,8 @@ def quantize_input(x: Tensor, linear: str) -> Tensor:
     return straight_through(x, activation_quant(x.detach())) if linear == "ternary" else x
 
 
-KERNELS: list[Any] = []  # faster inference; importing bitllm.cpu adds one
-# Each has `ready(x) -> bool`, `rms_norm(x, weight, eps)` and `ternary_linear(x, layers)`, which
-# return what `RMSNorm` and, for frozen layers, `project` do without them, bit for bit.
+KERNELS: list[Any] = []  # faster inference, bit for bit the same; importing bitllm.cpu adds one:
+# `ready(x) -> bool`, `rms_norm(x, weight, eps)` and, for frozen layers, `ternary_linear(x, layers)`
 
 
 def kernels_for(x: Tensor) -> Any:
@@ -624,11 +622,14 @@ class Attention(nn.Module):
         self.v_proj = BitLinear(D, kv, config.linear)
         self.o_proj = BitLinear(D, D, config.linear)
         self.attn_sub_norm = nn.Identity() if config.block == "seed" else _norm(config, D)
-        self.attend: Any = attend  # the package has one for compiled training
 
     def forward(self, x: Tensor, rope: Tensor | None, cache: Any, mask: Tensor | None) -> Tensor:
-        (B, T, D), K = x.shape, self.head_dim
-        projected = project(x, (self.q_proj, self.k_proj, self.v_proj))
+        y = self.mix(project(x, (self.q_proj, self.k_proj, self.v_proj)), rope, cache, mask)
+        return project(self.attn_sub_norm(y.to(x.dtype)), (self.o_proj,))[0]
+
+    def mix(self, projected: Any, rope: Any, cache: Any, mask: Any, attend: Any = attend) -> Tensor:
+        """What tokens read of each other, (B, T, D), by their queries, keys and values."""
+        (B, T, D), K = projected[0].shape, self.head_dim
         q, k, v = (y.view(B, T, -1, K).transpose(1, 2) for y in projected)  # (B, H or G, T, K)
         if rope is not None:
             q, k = _rotate(q, rope), _rotate(k, rope)
@@ -639,9 +640,8 @@ class Attention(nn.Module):
             q, groups = q.view(B, k.shape[1], groups, K), 1
         if groups > 1:  # not enable_gqa: the T4's memory-efficient kernel does not have it
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        y = self.attend(q, k, v, mask, mask is None and T > 1)
-        y = y.reshape(B, 1, D) if T == 1 else y.transpose(1, 2).reshape(B, T, D)
-        return project(self.attn_sub_norm(y.to(x.dtype)), (self.o_proj,))[0]
+        y = attend(q, k, v, mask, mask is None and T > 1)
+        return y.reshape(B, 1, D) if T == 1 else y.transpose(1, 2).reshape(B, T, D)
 
 
 class FeedForward(nn.Module):

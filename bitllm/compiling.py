@@ -8,15 +8,16 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from bitllm.cpu import training
 from bitllm.memory import halve_when_full, keep_freed_memory
 from bitllm_core import (
     BitLM,
     Session,
-    attend,
     extension,
     first_line,
     log,
@@ -35,25 +36,10 @@ def why_not_compile(device: torch.device) -> str:
     return ""
 
 
-def attend_in_parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Attention in plain products of bfloat16 where that is faster: compiled, on a CPU, up to 512.
+def compiled_loss(model: BitLM, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    """`model.loss` with compiled blocks and softmax, whose products are in `dtype`.
 
-    A quarter of the queries at a time, against the keys up to its end. docs/log.md has the times.
-    """
-    T, fast = q.shape[2], q.dtype == torch.bfloat16 and q.device.type == "cpu"
-    if not (torch.compiler.is_compiling() and fast and causal and T <= 512 and T % 4 == 0):
-        return attend(q, k, v, mask, causal)
-    at, parts = torch.arange(T), []
-    for start in range(0, T, T // 4):
-        end = start + T // 4
-        scores = (q[:, :, start:end] @ k[:, :, :end].mT).float() * q.shape[3] ** -0.5
-        scores = scores.masked_fill(at[:end] > at[start:end, None], float("-inf"))
-        parts.append(scores.softmax(-1).to(q.dtype) @ v[:, :, :end])
-    return torch.cat(parts, 2)
-
-
-def compiled_loss(model: BitLM) -> Callable[[Tensor, Tensor], Tensor]:
-    """`model.loss` with compiled blocks and softmax; ValueError where that cannot work here.
+    ValueError where that cannot work here.
 
     The blocks are alike, so they are compiled once. The embedding stays eager: on a CPU, its
     compiled gradient is summed by several threads in no fixed order, and so two runs would differ.
@@ -61,12 +47,12 @@ def compiled_loss(model: BitLM) -> Callable[[Tensor, Tensor], Tensor]:
     why_not = why_not_compile(next(model.parameters()).device)
     if why_not:
         raise ValueError(why_not)
-    for block in model.model.layers:
-        block.self_attn.attend = attend_in_parts
-    blocks = [torch.compile(block, dynamic=False) for block in model.model.layers]
-    # dynamic: the last chunk is a smaller one; a GPU takes twice as long to divide by what may vary
-    dynamic = None if next(model.parameters()).is_cuda else True
-    softmax = [torch.compile(part, dynamic=dynamic) for part in (log_total, logits_gradient)]
+    layers, softmax = training.parts_of(model, dtype)
+    blocks = [torch.compile(block, dynamic=False) for block in layers]
+    if softmax is None:
+        # dynamic: the last chunk is smaller; a GPU takes twice as long to divide by what may vary
+        dynamic = None if next(model.parameters()).is_cuda else True
+        softmax = [torch.compile(part, dynamic=dynamic) for part in (log_total, logits_gradient)]
 
     def loss(input_ids: Tensor, targets: Tensor) -> Tensor:
         with warnings.catch_warnings():  # the compiler looks at the input's .grad; it has none
@@ -90,6 +76,9 @@ def prepare(session: Session) -> None:
     config, model, device = session.config, session.state.model, session.device.device
     if device.type == "cpu":
         keep_freed_memory()
+        if not session.processes.sharded:
+            blocks, softmax = training.parts_of(model, session.device.dtype)
+            session.loss = partial(model.loss, blocks=blocks, softmax=softmax)
     worth = 1e15 if device.type == "cuda" else 5e12  # a minute's work, guessed
     work = 6 * model.config.num_parameters * config.batch_tokens * config.max_steps
     if config.compile == "off" or session.processes.sharded:
@@ -97,7 +86,7 @@ def prepare(session: Session) -> None:
     if config.compile == "on" or work > worth:
         eager = session.loss
         try:
-            session.loss = compiled_loss(model)
+            session.loss = compiled_loss(model, session.device.dtype)
             log.info("torch.compile: on; that takes up to a minute the first time, later seconds")
             zeros = torch.zeros(session.micro_batch, session.context, dtype=torch.int64)
             with contextlib.suppress(torch.OutOfMemoryError):  # the first step will halve it

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bitllm.compiling import why_not_compile
+from bitllm.cpu.training import has_kernels, parts_of
 from bitllm.distributed import BUCKET_NUMBERS, MESSAGES_AT_ONCE
 from bitllm.machine import estimate_seconds, product_rate
 from bitllm.memory import memory_size
@@ -40,10 +41,11 @@ def machine() -> dict[str, Any]:
 
 
 @cache
-def activation_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
+def activation_bytes(model: ModelConfig, dtype: torch.dtype, kernels: bool = False) -> int:
     """Bytes that a token's activations take in one block until the backward pass, uncompiled.
 
-    Measured on the processor: what autograd keeps of 16 tokens in two blocks, less that in one.
+    Measured on the processor: what autograd keeps of 16 tokens in two blocks, less that in one;
+    with a CPU's kernels, where they are to be used and there are any.
     """
 
     def kept(layers: int) -> int:
@@ -63,7 +65,7 @@ def activation_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
             torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
             Device(torch.device("cpu"), dtype, "").autocast(),
         ):
-            net.loss(ids, ids)
+            net.loss(ids, ids, *(parts_of(net, dtype) if kernels else ()))
             weights = [*net.parameters(), *(layer.held for layer in net.bit_linears().values())]
         found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         for weight in weights:
@@ -112,9 +114,12 @@ def memory_parts(
     held = head + (size * matrices if reduced or quantized else 0)
     logits = min(CHUNK_BYTES["cuda" if gpu else "cpu"], size * V * tokens)
     gradient = logits if gpu else logits * min(CHUNK_COLUMNS, V) // V  # of one block
-    activations = activation_bytes(model, dtype) * model.num_hidden_layers * tokens
+    kernels = has_kernels(model, dtype) and not (gpu or train.fsdp)
+    activations = activation_bytes(model, dtype, kernels) * model.num_hidden_layers * tokens
     if is_compiled(train, gpu):
         activations = int(COMPILED * activations)
+    elif kernels:
+        gradient = 0  # takes the place of the logits
     else:
         gradient = gradient * (5 + size) // size  # in float32, compared, and in `dtype`
     work = {

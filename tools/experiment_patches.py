@@ -16,6 +16,7 @@ from torch import Tensor
 
 import bitllm_core as bit
 from bitllm import muon
+from bitllm.cpu import training
 
 
 @contextlib.contextmanager
@@ -28,6 +29,13 @@ def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None
 @contextlib.contextmanager
 def callback(make: Callable[[], bit.Callback]) -> Iterator[bit.Callback]:
     yield make()
+
+
+def plain_blocks() -> Any:
+    """Train with the core's blocks, which a patch changes, and not with a CPU's kernels."""
+    return replaced(
+        training, "parts_of", lambda _: lambda model, dtype: (list(model.model.layers), None)
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -113,7 +121,11 @@ def full_precision_until(share: float) -> Iterator[bit.Callback]:
     def activations(quant):
         return lambda x: x.float() if dense else quant(x)
 
-    with replaced(bit, "weight_quant", weights), replaced(bit, "activation_quant", activations):
+    with (
+        plain_blocks(),
+        replaced(bit, "weight_quant", weights),
+        replaced(bit, "activation_quant", activations),
+    ):
         yield Switch()
 
 
@@ -131,13 +143,15 @@ def without_sub_norms() -> Iterator[None]:
         return changed
 
     with (
+        plain_blocks(),
         replaced(bit.Attention, "__init__", make),
         replaced(bit.FeedForward, "__init__", make),
     ):
         yield
 
 
-def dropout(rate: float) -> Any:
+@contextlib.contextmanager
+def dropout(rate: float) -> Iterator[None]:
     """Dropout on what each half of a block adds to the residual stream, in training."""
 
     def make(_):
@@ -149,7 +163,8 @@ def dropout(rate: float) -> Any:
 
         return forward
 
-    return replaced(bit.Block, "forward", make)
+    with plain_blocks(), replaced(bit.Block, "forward", make):
+        yield
 
 
 # -----------------------------------------------------------------------------

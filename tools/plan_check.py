@@ -100,7 +100,7 @@ CASES = [
     Case(processes=2, fsdp=True, changes=LARGE),
 ]
 SHAPE = {"hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 1024, "vocab_size": 4096}
-QUICK = [Case(changes=SHAPE), Case(processes=2, fsdp=True, changes=SHAPE)]
+QUICK = [Case(windows=2, changes=SHAPE), Case(processes=2, fsdp=True, changes=SHAPE)]
 
 
 def held(name: str) -> int:

@@ -25,23 +25,27 @@ SOURCE = Path(__file__).with_name("kernels.c")
 FEW_ROWS = 8  # above, unpacking once for a product of matrices is faster
 
 
-def build(flags: Sequence[str]) -> Any:
-    """The library, compiled with more flags; None where there is no C compiler or it refuses."""
+LETTERS = {"p": ctypes.c_void_p, "i": ctypes.c_int, "f": ctypes.c_float}
+INFERENCE = {"ternary_linear": "piiipppppi", "rms_norm": "ppfiip"}
+"""What each function of kernels.c takes: pointers, integers, floats."""
+
+
+def build(source: Path, signatures: dict[str, str], *flags: str) -> Any:
+    """A library, compiled with more flags; None where there is no C compiler or it refuses."""
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None or sys.platform == "win32":
         return None
     base = [compiler, "-O3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC", *flags]
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder, "kernels.so")
-        command = [*base, str(SOURCE), "-o", str(library), "-lm"]
+        file = Path(folder, "kernels.so")
+        command = [*base, str(source), "-o", str(file), "-lm"]
         if subprocess.run(command, capture_output=True).returncode:
             return None
-        kernels = ctypes.CDLL(str(library))
-    p, i, f = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
-    kernels.ternary_linear.argtypes = [p, i, i, i, p, p, p, p, p, i]
-    kernels.rms_norm.argtypes = [p, p, f, i, i, p]
-    kernels.ternary_linear.restype = kernels.rms_norm.restype = None
-    return kernels
+        library = ctypes.CDLL(str(file))
+    for name, letters in signatures.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = [LETTERS[letter] for letter in letters], None
+    return library
 
 
 @cache
@@ -52,7 +56,8 @@ def compiled() -> Any:
     elsewhere could have been made for another processor, or by somebody else.
     """
     choices = (["-march=native", "-fopenmp"], ["-march=native"], [])
-    return next((kernels for flags in choices if (kernels := build(flags))), None)
+    built = (build(SOURCE, INFERENCE, *flags) for flags in choices)
+    return next(filter(None, built), None)
 
 
 class _Call:

@@ -99,12 +99,12 @@ def test_out_of_memory_halves_the_micro_batch_within_the_step(run, tmp_path, mon
     run(tmp_path / "small", micro_batch_size=2, max_steps=4)
     loss, seen = bit.BitLM.loss, []
 
-    def too_much(self, input_ids, targets):
+    def too_much(self, input_ids, targets, **parts):
         if torch.is_grad_enabled() and len(input_ids) > 2:
             seen.append(input_ids)
             if len(seen) == 2:  # the first half's gradient is there already
                 raise torch.OutOfMemoryError("CUDA out of memory")
-        return loss(self, input_ids, targets)
+        return loss(self, input_ids, targets, **parts)
 
     monkeypatch.setattr(bit.BitLM, "loss", too_much)
     run(tmp_path / "halved", micro_batch_size=4, max_steps=4)

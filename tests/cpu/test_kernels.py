@@ -50,7 +50,7 @@ def test_the_kernel_computes_the_same_bits_as_torch(in_features, rows):
 @pytest.mark.parametrize("in_features", [4, 131, 1028])
 def test_the_products_for_any_processor_are_the_same(flags, in_features, monkeypatch):
     """Largest numbers of one sign, which sixteen bits would not hold if they were added up."""
-    kernels = cpu.build(flags)
+    kernels = cpu.build(cpu.SOURCE, cpu.INFERENCE, *flags)
     monkeypatch.setattr(cpu, "compiled", lambda: kernels)
     layer = bit.BitLinear(in_features, 3)
     layer.set_ternary(torch.ones(3, in_features, dtype=torch.int8), torch.tensor(0.5))
