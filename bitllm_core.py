@@ -865,14 +865,14 @@ def initialize(model: BitLM, generator: torch.Generator, keep: Any = Tensor.copy
 
         parameter, in the order of names     distribution
         embed_tokens, embed_positions        normal, std 0.02 (the tied head starts near uniform)
-        q, k, v, gate, up, untied head       uniform, std 1/sqrt(in_features): unit gain
+        q, k, v, gate, up, untied head       uniform, std 1/sqrt(in_features); bitnet: / 2
         o_proj, down_proj                    the same / sqrt(2 num_hidden_layers); bitnet: / 10 more
         norms                                weight 1, bias 0
 
-    A ternary layer's output is proportional to its weights' scale: gains act as in a dense model.
+    Outputs are proportional to weights, ternary or not. From half unit gain, trits turn sooner.
     """
-    depth = (2 * model.config.num_hidden_layers) ** -0.5
-    depth *= 0.1 if model.config.block == "bitnet" else 1.0
+    gain, less = (0.5, 0.1) if model.config.block == "bitnet" else (1.0, 1.0)
+    depth = less * (2 * model.config.num_hidden_layers) ** -0.5
     for name, parameter in sorted(model.named_parameters()):
         values = torch.empty(parameter.shape, device="cpu")
         if "norm" in name:
@@ -880,7 +880,7 @@ def initialize(model: BitLM, generator: torch.Generator, keep: Any = Tensor.copy
         elif "embed" in name:
             values.normal_(0.0, 0.02, generator=generator)
         else:
-            bound = (3 / values.shape[1]) ** 0.5
+            bound = gain * (3 / values.shape[1]) ** 0.5
             bound *= depth if "o_proj" in name or "down_proj" in name else 1.0
             values.uniform_(-bound, bound, generator=generator)
         keep(parameter, values)

@@ -73,7 +73,7 @@ WORDS_PER_TOKEN, SAMPLE_CHARS = 1.5, 1_000_000
 WIDTHS, DEPTHS = (256, 512, 768, 1024, 1536), (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24)
 """Multiples of 256, which all clients of the exports load."""
 MEASURING_S = 1.5
-COMPILING_S = 35.0
+COMPILING_S = 15.0
 """what torch.compile takes where its cache is empty"""
 BY_CLOCK = "none with minutes, which end the run; more minutes make it longer"
 READ_PER_S = 3e6
@@ -176,8 +176,8 @@ def step_seconds(
     rate, width = machine.rate, model.hidden_size
     if machine.device.device.type == "cpu":
         slower = 2 / machine.threads
-        share, element, column = 0.51, 38e-9 * slower * (1 if compiled else 4), 1e-9 * slower
-        start, parameter = 0.013, 9.5e-9 * slower
+        share, element, column = 0.7, 27e-9 * slower * (1 if compiled else 1.7), 1.2e-9 * slower
+        start, parameter = 0.031, 3e-9 * slower
     else:
         share, element, column, start, parameter = 0.65, 5e4 / rate, 0.0, 0.003, 1e4 / rate
     token = 6 * model.num_parameters / (share * rate)

@@ -399,7 +399,7 @@ def test_evaluate_slides_where_asked(tmp_path, tiny_config, tokenizer):
         bit.evaluate(model, tokenizer, tmp_path / "a.txt", stride=17, **options)
 
 
-@pytest.mark.parametrize(("optimizer", "golden"), [("adamw", 5.59680), ("muon", 5.49245)])
+@pytest.mark.parametrize(("optimizer", "golden"), [("adamw", 5.507880), ("muon", 5.46117)])
 def test_three_golden_steps(run, tmp_path, monkeypatch, optimizer, golden):
     monkeypatch.setattr(bit, "has_bfloat16", lambda device: False)  # the same on every processor
     run(tmp_path, optimizer=optimizer, log_every_steps=1, callbacks=[StopAt(3)])
