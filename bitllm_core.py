@@ -65,7 +65,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 STARTED = time.monotonic()  # of a command: before torch, whose import takes seconds
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # more is slow beside others: docs/log.md
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # more is slow beside others: docs/log.md
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -67,6 +67,12 @@ def scaled_projections(gain: float) -> Callable[[bit.BitLM], None]:
     return change
 
 
+def unit_gain(model: bit.BitLM) -> None:
+    """Begin with matrices twice as large, as in all rows before they were halved."""
+    for layer in model.bit_linears().values():
+        layer.weight.mul_(2)
+
+
 def embedding_std(std: float) -> Callable[[bit.BitLM], None]:
     return lambda model: model.model.embed_tokens.weight.mul_(std / 0.02)
 
@@ -436,6 +442,7 @@ PATCHES: dict[str, Callable[[], Any]] = {
     "two tokens ahead": two_tokens_ahead,
     "learned scales": learned_scales,
     "gains alone": gains_alone,
+    "unit gain": lambda: initialized(unit_gain),
     # 1.53 has the least squared error of three levels for normally distributed weights (Lloyd)
     "1.5 x mean as scale": lambda: scaled_by(lambda sizes: 1.53 * sizes.mean()),
     "0.75 x mean as scale": lambda: scaled_by(lambda sizes: 0.75 * sizes.mean()),

@@ -435,7 +435,7 @@ def test_memory_is_the_process_own_peak():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks GNU's OpenMP what it has read")
-@pytest.mark.parametrize(("given", "used"), [({}, 1000), ({"GOMP_SPINCOUNT": "77"}, 77)])
+@pytest.mark.parametrize(("given", "used"), [({}, 10_000), ({"GOMP_SPINCOUNT": "77"}, 77)])
 def test_threads_do_not_spin_long_while_they_wait(given, used):
     unset = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
     environment = {**unset, "OMP_DISPLAY_ENV": "verbose", "PYTHONPATH": str(ROOT), **given}
