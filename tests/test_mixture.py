@@ -211,9 +211,9 @@ def test_losses_and_counts_are_those_of_a_plain_recomputation(data, sources, tmp
 def test_the_micro_batch_changes_no_data(data, tmp_path, monkeypatch):
     plain, seen = bit.BitLM.loss, []
 
-    def loss(model, input_ids, targets):
+    def loss(model, input_ids, targets, **parts):
         seen.extend(input_ids.tolist() if torch.is_grad_enabled() else [])
-        return plain(model, input_ids, targets)
+        return plain(model, input_ids, targets, **parts)
 
     monkeypatch.setattr(bit.BitLM, "loss", loss)
     found = []

@@ -165,7 +165,7 @@ def test_from_a_rounded_export_it_is_the_exports(base, tiny_corpus, tmp_path):
     data, _ = bit.prepare_data(bit.DataConfig(str(tiny_corpus)), 300, 16, tmp_path / "run")
     device, first = bit.choose_device("cpu", "float32"), bit.end_of_text_id(tokenizer)
     nats = bit.total_loss(model, data.validation, first, device)
-    assert first_loss(tmp_path / "run") == pytest.approx(nats / len(data.validation), rel=1e-6)
+    assert first_loss(tmp_path / "run") == pytest.approx(nats / len(data.validation), rel=5e-5)
     assert first_loss(tmp_path / "run") != state.val_loss  # the embedding is rounded
 
 

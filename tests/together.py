@@ -58,10 +58,10 @@ class Trouble(bit.Callback):
         self.step += 1
         return plain_apply(optimizers, *rest)
 
-    def loss(self, model, input_ids, targets):
+    def loss(self, model, input_ids, targets, **parts):
         if torch.is_grad_enabled() and len(input_ids) > 1 and self.now("memory"):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        nats = plain_loss(model, input_ids, targets)
+        nats = plain_loss(model, input_ids, targets, **parts)
         return nats * float("nan") if torch.is_grad_enabled() and self.now("nan") else nats
 
 
@@ -70,7 +70,7 @@ def train(folder: Path, task: str) -> bit.TrainState:
     asked = {key: value for key, _, value in (option.partition("=") for option in options)}
     trouble = Trouble(folder / name, {k: int(asked.pop(k)) for k in TROUBLES if k in asked})
     bit.apply_gradients = trouble.apply
-    bit.BitLM.loss = lambda *arguments: trouble.loss(*arguments)
+    bit.BitLM.loss = lambda *arguments, **parts: trouble.loss(*arguments, **parts)
     model = dataclasses.replace(tiny.MODEL, linear=asked.pop("linear", "ternary"))
     mixed = asked.pop("mixed", "false") == "true"
     changes = {key: json.loads(value) for key, value in asked.items()}

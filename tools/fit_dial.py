@@ -59,8 +59,8 @@ STEPS = [
     (16_384, 5, 256, 4096, True, 1.65e12, 519),
     (8192, 2, 128, 4096, True, 1.1e12, 269),
 ]
-"""Steps, width 256: vocabulary, layers, context, tokens, whether compiled, FLOP/s measured, and what
-a step took, ms; the last two on average in runs by the clock."""
+"""Steps, width 256: vocabulary, layers, context, tokens, whether compiled, FLOP/s measured, and
+what one took, ms; the last two on average in runs by the clock."""
 MACHINES = {
     "AMX": dial.Machine(Device(torch.device("cpu"), torch.bfloat16, ""), 1.9e12, True),
     "AVX2": dial.Machine(Device(torch.device("cpu"), torch.float32, ""), 0.17e12, True),
