@@ -176,8 +176,8 @@ def step_seconds(
     rate, width = machine.rate, model.hidden_size
     if machine.device.device.type == "cpu":
         slower = 2 / machine.threads
-        share, element, column = 0.7, 32e-9 * slower * (1 if compiled else 1.7), 1.4e-9 * slower
-        start, parameter = 0.031, 3e-9 * slower
+        share, element, column = 0.7, 35e-9 * slower * (1 if compiled else 1.7), 1.4e-9 * slower
+        start, parameter = 0.024, 3e-9 * slower
     else:
         share, element, column, start, parameter = 0.65, 5e4 / rate, 0.0, 0.003, 1e4 / rate
     token = 6 * model.num_parameters / (share * rate)
