@@ -192,7 +192,7 @@ def logits_gradient(logits: Tensor, total: Tensor, target: Tensor) -> Tensor:
 def attend_in_parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """Attention in plain products of bfloat16, up to 512 tokens, where they are faster.
 
-    A quarter of the queries at a time, against the keys up to its end. docs/log.md has the times.
+    A quarter of the queries at a time, against the keys up to its end.
     """
     T = q.shape[2]
     if not (causal and q.dtype == k.dtype == torch.bfloat16 and T <= 512 and T % 4 == 0):
