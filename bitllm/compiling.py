@@ -7,8 +7,9 @@ import platform
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,8 +37,10 @@ def why_not_compile(device: torch.device) -> str:
     return ""
 
 
-def compiled_loss(model: BitLM, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
-    """`model.loss` with compiled blocks and softmax, whose products are in `dtype`.
+def compiled_loss(
+    model: BitLM, layers: Sequence[Any], softmax: Any
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """`model.loss` with compiled blocks, of `layers`, and softmax, compiled unless it is given.
 
     ValueError where that cannot work here.
 
@@ -47,7 +50,6 @@ def compiled_loss(model: BitLM, dtype: torch.dtype) -> Callable[[Tensor, Tensor]
     why_not = why_not_compile(next(model.parameters()).device)
     if why_not:
         raise ValueError(why_not)
-    layers, softmax = training.parts_of(model, dtype)
     blocks = [torch.compile(block, dynamic=False) for block in layers]
     if softmax is None:
         # dynamic: the last chunk is smaller; a GPU takes twice as long to divide by what may vary
@@ -76,17 +78,17 @@ def prepare(session: Session) -> None:
     config, model, device = session.config, session.state.model, session.device.device
     if device.type == "cpu":
         keep_freed_memory()
-        if not session.processes.sharded:
-            blocks, softmax = training.parts_of(model, session.device.dtype)
-            session.loss = partial(model.loss, blocks=blocks, softmax=softmax)
     worth = 1e15 if device.type == "cuda" else 5e12  # a minute's work, guessed
     work = 6 * model.config.num_parameters * config.batch_tokens * config.max_steps
-    if config.compile == "off" or session.processes.sharded:
+    if session.processes.sharded:
+        return
+    layers, softmax = training.parts_of(model, session.device.dtype)
+    session.loss = eager = partial(model.loss, blocks=layers, softmax=softmax)
+    if config.compile == "off":
         return
     if config.compile == "on" or work > worth:
-        eager = session.loss
         try:
-            session.loss = compiled_loss(model, session.device.dtype)
+            session.loss = compiled_loss(model, layers, softmax)
             log.info("torch.compile: on; that takes up to a minute the first time, later seconds")
             zeros = torch.zeros(session.micro_batch, session.context, dtype=torch.int64)
             with contextlib.suppress(torch.OutOfMemoryError):  # the first step will halve it

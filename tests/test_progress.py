@@ -23,18 +23,17 @@ def test_silence_is_broken_where_nobody_may_be_watching(monkeypatch, tiny_corpus
     """`colab run` takes a command for dead after 30 seconds of silence; compiling takes longer."""
 
     def slow(session):
-        time.sleep(0.3)
+        time.sleep(1)
         raise ValueError("compiled")
 
     monkeypatch.setattr(compiling, "prepare", slow)
     command = ["train", "--preset", "ci", "--data", str(tiny_corpus), "--vocab-size", "300"]
     command += ["--out", str(tmp_path / "r")]
-    for pulse, terminal, broken in ((0.05, False, True), (0.05, True, False), (12, False, False)):
+    for pulse, terminal, broken in ((0.2, False, True), (0.2, True, False), (12, False, False)):
         monkeypatch.setattr(progress, "PULSE_S", pulse)
         monkeypatch.setattr(sys.stderr, "isatty", lambda answer=terminal: answer)
         assert main(command) == 2
         _, said = capsys.readouterr().err.split("training tokens")
-        said = said.removesuffix("still at work\n")  # a short pulse may beat after the error
         assert said.endswith("error: compiled\n")
         assert (said.count("still at work") > 1) == broken
 

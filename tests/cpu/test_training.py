@@ -131,7 +131,7 @@ def test_the_loss_and_its_gradients(tiny_config, monkeypatch, dtype, compiled, l
     config = bit.dataclasses.replace(tiny_config, linear=linear)
     model, ids = bit.BitLM(config), torch.randint(tiny_config.vocab_size, (2, 17))
     blocks, softmax = training.parts_of(model, dtype)
-    ours = compiling.compiled_loss(model, dtype)
+    ours = compiling.compiled_loss(model, blocks, softmax)
     if not compiled:
         ours = lambda x, y: model.loss(x, y, blocks, softmax)  # noqa: E731
     found = []
