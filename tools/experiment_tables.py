@@ -181,6 +181,19 @@ TABLES: dict[str, Table] = {
         tokens=262_144,
         seeds=3,
     ),
+    "gap-14M-4M": Table(
+        "the same with 16 times the tokens, in steps of 4,096",
+        {
+            **FIRST,
+            "learning_rate": None,
+            "adamw_learning_rate": None,
+            "batch_tokens": 4096,
+            "compile": "on",
+        },
+        TWINS[:2],
+        tokens=4_194_304,
+        seeds=2,
+    ),
     "ten-minutes": Table(
         "ten minutes, including start, tokenizer and compiling",
         {"compile": "on"},
