@@ -698,9 +698,8 @@ def logits_gradient(logits: Tensor, total: Tensor, target: Tensor) -> Tensor:
 class _ChunkedLoss(torch.autograd.Function):
     """Head and cross-entropy in one, a chunk of tokens at a time: all logits would be too large.
 
-    A chunk's gradient is taken while its logits are there, and only those of hidden states and
-    weight are kept, as in Liger Kernel [6]. Without `softmax`, which is `log_total` and
-    `logits_gradient` or compiled versions of them, there is no gradient.
+    A chunk's gradient is taken while its logits are there, as in Liger Kernel [6], by `softmax`:
+    `log_total`, `logits_gradient`, and what adds dy^T x to a weight's, or None; none without it.
     """
 
     @staticmethod
@@ -708,15 +707,16 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden, weight, targets, softmax, losses = inputs
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        total_of = softmax[0] if softmax else log_total
+        total_of, gradient_of, add = softmax or (log_total, None, None)
         losses = hidden.new_zeros(len(hidden), 1).float() if losses is None else losses.zero_()
         with torch.autocast(kind, enabled=False):
             w = weight.to(dtype)
-            d_hidden, d_weight = (torch.zeros_like(t) if softmax else t for t in (hidden, w))
+            grads = hidden, weight if add else w
+            d_hidden, d_weight = (torch.zeros_like(t) if softmax else t for t in grads)
             ctx.save_for_backward(d_hidden, d_weight)
             width = CHUNK_COLUMNS if kind == "cpu" else len(w)
             columns, d_columns = w.split(width), d_weight.split(width)
-            rows = max(1, CHUNK_BYTES[kind] // (dtype.itemsize * len(w)))
+            rows = max(1, CHUNK_BYTES[kind] // (dtype.itemsize * len(w) * 32)) * 32
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
                 ignored = (targets[part] == -100)[:, None]  # (rows, 1)
@@ -727,10 +727,10 @@ class _ChunkedLoss(torch.autograd.Function):
                 for block, c, d_c in zip(logits, columns, d_columns, strict=True):
                     there = (0 <= target) & (target < len(c)) & ~ignored
                     losses[part] += (total - block.gather(1, target.clamp(0, len(c) - 1))) * there
-                    if softmax:
-                        d_block = softmax[1](block, total, target)
+                    if gradient_of:
+                        d_block = gradient_of(block, total, target)
                         d_hidden[part] += (d_block @ c).masked_fill_(ignored, 0)
-                        d_c.addmm_(d_block.T, x)
+                        add(d_c, d_block, x) if add else d_c.addmm_(d_block.T, x)
                     target = target - len(c)
         return losses.sum()
 
@@ -855,7 +855,7 @@ class BitLM(nn.Module):
         if self.lm_head is not None:
             hidden = quantize_input(hidden, self.config.linear)
             weight = self.lm_head.effective_weight()
-        softmax = softmax or (log_total, logits_gradient) if torch.is_grad_enabled() else None
+        softmax = softmax or (log_total, logits_gradient, None) if torch.is_grad_enabled() else None
         return _ChunkedLoss.apply(hidden, weight, targets.flatten(), softmax, self.losses)
 
 

@@ -54,7 +54,8 @@ def compiled_loss(
     if softmax is None:
         # dynamic: the last chunk is smaller; a GPU takes twice as long to divide by what may vary
         dynamic = None if next(model.parameters()).is_cuda else True
-        softmax = [torch.compile(part, dynamic=dynamic) for part in (log_total, logits_gradient)]
+        parts = [torch.compile(part, dynamic=dynamic) for part in (log_total, logits_gradient)]
+        softmax = (*parts, None)
 
     def loss(input_ids: Tensor, targets: Tensor) -> Tensor:
         with warnings.catch_warnings():  # the compiler looks at the input's .grad; it has none

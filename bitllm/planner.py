@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bitllm.compiling import why_not_compile
+from bitllm.cpu.products import ready
 from bitllm.cpu.training import has_kernels, parts_of
 from bitllm.distributed import BUCKET_NUMBERS, MESSAGES_AT_ONCE
 from bitllm.machine import estimate_seconds, product_rate
@@ -124,7 +125,7 @@ def memory_parts(
         gradient = gradient * (5 + size) // size  # in float32, compared, and in `dtype`
     work = {
         "quantized weights": head if train.fsdp else held,
-        "gradient of the head": size * V * D,
+        "gradient of the head": (4 if kernels and ready(D, dtype) else size) * V * D,
         "loss": logits + gradient + size * tokens * D,  # and d_hidden
         "activations": activations,
     }

@@ -40,7 +40,7 @@ def test_what_pip_installs_trains_generates_and_exports(installed, tmp_path):
     python, packages = installed
     assert (packages / "bitllm" / "export" / "page.html").is_file()
     assert (packages / "bitllm" / "export" / "page" / "chat.js").is_file()
-    for name in ("kernels.c", "training.c"):
+    for name in ("kernels.c", "products.c", "training.c"):
         assert (packages / "bitllm" / "cpu" / name).is_file()
     assert (packages / "bitllm" / "corpora" / "es.json").is_file()
     program = (packages / "bin" / "bitllm").read_text()

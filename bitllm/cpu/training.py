@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from bitllm.cpu import build
-from bitllm_core import BitLM, Block, ModelConfig, attend
+from bitllm.cpu.products import add_weight_gradient, linear, ready
+from bitllm_core import BitLinear, BitLM, Block, ModelConfig, attend
 
 SOURCE = Path(__file__).with_name("training.c")
 PART = 64  # rows, as in training.c
@@ -212,6 +213,8 @@ class FusedBlock(nn.Module):
         super().__init__()
         self.block: Any = block
         self.dtype = dtype  # of products
+        features = block.self_attn.q_proj.in_features
+        self.linear = linear if ready(features, dtype) else BitLinear.__call__
 
     def read(self, x: Tensor, by: Any) -> Tensor:
         """What a block's layers read of x through the norm `by`."""
@@ -221,13 +224,14 @@ class FusedBlock(nn.Module):
     def forward(self, x: Tensor, rope: Tensor, cache: None, mask: None) -> Tensor:
         attn, mlp = self.block.self_attn, self.block.mlp
         y = self.read(x, self.block.input_layernorm)
-        projected = [attn.q_proj(y), attn.k_proj(y), attn.v_proj(y)]
+        projected = [self.linear(layer, y) for layer in (attn.q_proj, attn.k_proj, attn.v_proj)]
         y = attn.mix(projected, rope, cache, mask, attend_in_parts)
-        x = x + attn.o_proj(self.read(y, attn.attn_sub_norm))
+        x = x + self.linear(attn.o_proj, self.read(y, attn.attn_sub_norm))
         y = self.read(x, self.block.post_attention_layernorm)
-        gate, up, by = mlp.gate_proj(y), mlp.up_proj(y), mlp.ffn_sub_norm
+        gate, up = self.linear(mlp.gate_proj, y), self.linear(mlp.up_proj, y)
+        by = mlp.ffn_sub_norm
         y, _ = gated(gate, up, by.weight, by.eps, mlp.up_proj.linear == "ternary")
-        return x + mlp.down_proj(y)
+        return x + self.linear(mlp.down_proj, y)
 
 
 def has_kernels(config: ModelConfig, dtype: torch.dtype) -> bool:
@@ -240,4 +244,5 @@ def parts_of(model: BitLM, dtype: torch.dtype) -> tuple[list[Any], Any]:
     layers, cpu = list(model.model.layers), next(model.parameters()).device.type == "cpu"
     if not cpu or not has_kernels(model.config, dtype):
         return layers, None
-    return [FusedBlock(layer, dtype) for layer in layers], (log_total, logits_gradient)
+    add = add_weight_gradient if ready(model.config.hidden_size, dtype) else None
+    return [FusedBlock(layer, dtype) for layer in layers], (log_total, logits_gradient, add)

@@ -156,10 +156,11 @@ def test_a_foreign_file_is_an_error_and_never_executed(tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_chunked_loss_is_the_whole_one(tiny_config, monkeypatch, tied, dtype):
+@pytest.mark.parametrize("add", [None, lambda dw, dy, x: dw.add_(dy.T @ x)])
+def test_the_chunked_loss_is_the_whole_one(tiny_config, monkeypatch, tied, dtype, add):
     """Value and gradients, whatever the chunks; and no chunk has more rows than it may."""
     model = bit.BitLM(dataclasses.replace(tiny_config, tie_word_embeddings=tied), seed=3)
-    x = torch.randint(tiny_config.vocab_size, (3, 17))
+    x = torch.randint(tiny_config.vocab_size, (5, 17))
     inputs, targets = x[:, :-1], x[:, 1:]
 
     def gradients(loss):
@@ -172,14 +173,14 @@ def test_the_chunked_loss_is_the_whole_one(tiny_config, monkeypatch, tied, dtype
         whole = gradients(F.cross_entropy(logits, targets.flatten(), reduction="sum"))
         shapes, log_total = [], bit.log_total
         noted = lambda logits: (shapes.append(tuple(logits.shape)), log_total(logits))[1]  # noqa: E731
-        monkeypatch.setitem(bit.CHUNK_BYTES, "cpu", dtype.itemsize * tiny_config.vocab_size * 7)
+        monkeypatch.setitem(bit.CHUNK_BYTES, "cpu", dtype.itemsize * tiny_config.vocab_size * 40)
         monkeypatch.setattr(bit, "CHUNK_COLUMNS", 200)
-        softmax = (noted, bit.logits_gradient)
+        softmax = (noted, bit.logits_gradient, add)
         chunked = gradients(model.loss(inputs, targets, softmax=softmax))
     widths = [
         min(200, tiny_config.vocab_size - start) for start in range(0, tiny_config.vocab_size, 200)
     ]
-    assert shapes == [(rows, width) for rows in [7] * 6 + [6] for width in widths]
+    assert shapes == [(rows, width) for rows in [32, 32, 16] for width in widths]
     assert len(widths) > 1
     close = 1e-5 if dtype == torch.float32 else 2e-2  # bfloat16 has 8 bits
     for a, b in zip(whole, chunked, strict=True):
@@ -189,13 +190,13 @@ def test_the_chunked_loss_is_the_whole_one(tiny_config, monkeypatch, tied, dtype
 @pytest.mark.parametrize("ignored", [[], [0, 5, 6, 30], list(range(32))])
 def test_ignored_targets_add_neither_loss_nor_gradient(tiny_config, monkeypatch, ignored):
     model = bit.BitLM(tiny_config, seed=3)
-    x = torch.randint(tiny_config.vocab_size, (2, 17))
+    x = torch.randint(tiny_config.vocab_size, (4, 17))
     inputs, targets = x[:, :-1], x[:, 1:].clone()
     targets.view(-1)[ignored] = -100
     logits = model(inputs).flatten(0, 1)
     whole = F.cross_entropy(logits, targets.flatten(), reduction="sum")
     expected = torch.autograd.grad(whole, list(model.parameters()))
-    monkeypatch.setitem(bit.CHUNK_BYTES, "cpu", 4 * tiny_config.vocab_size * 7)
+    monkeypatch.setitem(bit.CHUNK_BYTES, "cpu", 4 * tiny_config.vocab_size * 40)
     monkeypatch.setattr(bit, "CHUNK_COLUMNS", 200)
     loss = model.loss(inputs, targets)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
