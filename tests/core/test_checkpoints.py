@@ -4,13 +4,16 @@ import json
 import pickle
 import shutil
 import struct
+import subprocess
+import sys
+import textwrap
 import zipfile
 
 import pytest
 import torch
 
 import bitllm_core as bit
-from tests.conftest import Payload
+from tests.conftest import ROOT, Payload
 from tests.faults import Fault, inject
 
 CONTENTS = {
@@ -278,3 +281,39 @@ def test_a_checkpoint_that_could_not_be_read_again_is_refused(tmp_path):
     with pytest.raises(ValueError, match="less than 50 MB beside tensors"):
         bit.save_checkpoint(tmp_path, {"step": 2, "metrics": lines})
     assert [path.name for path in bit.list_checkpoints(tmp_path)] == ["step_00000001.safetensors"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads as Linux shows them")
+def test_a_checkpoint_in_a_thread_of_its_own_starts_no_others(tmp_path):
+    """Torch's would be too many for the processor, and training's no longer wait for each other."""
+    script = """
+        import os, sys, threading, torch
+        import bitllm_core as bit
+
+        torch.set_num_threads(4)
+        tensors, counts = {"a": torch.rand(1 << 20)}, []
+
+        def save():
+            counts.append(len(os.listdir("/proc/self/task")))
+            bit.write_snapshot(folder, "step_00000001.safetensors", *parts)
+            counts.append(len(os.listdir("/proc/self/task")))
+            torch.equal(tensors["a"], tensors["a"].clone())
+            counts.append(len(os.listdir("/proc/self/task")))
+
+        folder = bit.Folder(bit.Path(sys.argv[1]))
+        parts = bit.snapshot({"step": 1, "model": tensors})  # by the first thread and its own
+        worker = threading.Thread(target=save)
+        worker.start()
+        worker.join()
+        print(*counts)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    before, after, with_torch = map(int, done.stdout.split())
+    assert after == before
+    assert with_torch == before + 3  # so that is how such threads would show
