@@ -1716,7 +1716,7 @@ def write_snapshot(folder: Folder, name: str, tree: str, tensors: dict[str, Tens
         with safe_open(folder.path / part, framework="pt") as file:
             pairs = ((file.get_tensor(key), tensor) for key, tensor in tensors.items())
             pairs = ([t.flatten().view(torch.uint8).numpy() for t in pair] for pair in pairs)
-            if file.metadata() != metadata or not all(np.array_equal(*pair) for pair in pairs):
+            if file.metadata() != metadata or not all(np.array_equal(a, b) for a, b in pairs):
                 raise SafetensorError("what was read back is not what was written")
     except SafetensorError as error:
         raise OSError(errno.EIO, first_line(error), str(folder.path / part)) from error
