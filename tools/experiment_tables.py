@@ -84,6 +84,15 @@ FIRST: dict[str, Any] = {
 }
 """13.8M parameters: the model of the first WikiText-2 figure in docs/log.md"""
 
+FOURTEEN: dict[str, Any] = {
+    **FIRST,
+    "learning_rate": None,
+    "adamw_learning_rate": None,
+    "batch_tokens": 2048,
+    "compile": "on",
+}
+"""the same with each form's own rates"""
+
 
 def settings(**changes: Any) -> Variant:
     """A variant that is named after the settings it changes."""
@@ -170,26 +179,14 @@ TABLES: dict[str, Table] = {
     ),
     "gap-14M": Table(
         "the same with 13.8M parameters",
-        {
-            **FIRST,
-            "learning_rate": None,
-            "adamw_learning_rate": None,
-            "batch_tokens": 2048,
-            "compile": "on",
-        },
+        FOURTEEN,
         TWINS[:2],
         tokens=262_144,
         seeds=3,
     ),
     "gap-14M-4M": Table(
         "the same with 16 times the tokens, in steps of 4,096",
-        {
-            **FIRST,
-            "learning_rate": None,
-            "adamw_learning_rate": None,
-            "batch_tokens": 4096,
-            "compile": "on",
-        },
+        {**FOURTEEN, "batch_tokens": 4096},
         TWINS[:2],
         tokens=4_194_304,
         seeds=2,

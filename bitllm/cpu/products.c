@@ -13,6 +13,8 @@
 #define DEPTH 256 /* rows packed at a time */
 #define WIDTH 1024 /* columns of dY packed at a time */
 #define LINES 16 /* of 64 bytes in a tile */
+#define ARCH_REQ_XCOMP_PERM 0x1023 /* of Linux' asm/prctl.h, since 5.16 */
+#define XFEATURE_XTILEDATA 18
 
 typedef struct {
     uint8_t palette, start, zero[14];
@@ -114,10 +116,13 @@ static void multiply(const __m512i *a, const __m512i *b, int count, int more, fl
 }
 
 /* Whether the system lets this process use the tiles. */
-void permitted(int *answer) { *answer = !syscall(SYS_arch_prctl, 0x1023, 18); }
+void permitted(int *answer) {
+    *answer = !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
+}
 
-/* dw, (n, m), is set to the product, or added to if `more`: dy, (rows, n) of a matrix with
-   `stride` columns, and x, (rows, m), all multiples of 32. `room` is for DEPTH * (WIDTH + m) numbers of 16 bits, at a multiple of 64. */
+/* dw, (n, m), is set to the product, or added to if `more`: of dy, (rows, n) of a matrix with
+   `stride` columns, and x, (rows, m); rows, n and m are multiples of 32. `room` takes
+   DEPTH * (WIDTH + m) numbers of 16 bits. */
 void weight_gradient(const uint16_t *dy, const uint16_t *x, int rows, int n, int stride, int m,
                      int more, float *dw, __m512i *room, int threads) {
     __m512i *const packed_x = room + DEPTH / 32 * WIDTH;

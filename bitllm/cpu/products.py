@@ -78,7 +78,7 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(layer: BitLinear, x: Tensor) -> Tensor:
-    """What the layer makes of x, already rounded, and the library of the gradient."""
+    """What the layer makes of x, which is rounded; its weight's gradient by the library."""
     if layer.held is None or layer.held.dtype != x.dtype:
         return layer(x)
     return _Linear.apply(x, layer.held, layer.weight)
