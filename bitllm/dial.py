@@ -55,7 +55,7 @@ from bitllm_core import (
     require,
 )
 
-E, A, B, G = 0.961, 0.0512, 0.965, 0.42
+E, A, B, G = 0.949, 0.0485, 1.03, 0.4
 """Of `bits_per_byte`: what remains, of parameters, of text, of the vocabulary."""
 ALPHA, BETA, REPEATED = 0.34, 0.28, 15.4
 """Chinchilla's exponents; epochs after which reading a text again has taught most of what it can"""
@@ -176,8 +176,8 @@ def step_seconds(
     rate, width = machine.rate, model.hidden_size
     if machine.device.device.type == "cpu":
         slower = 2 / machine.threads
-        share, element, column = 0.7, 35e-9 * slower * (1 if compiled else 1.7), 1.4e-9 * slower
-        start, parameter = 0.024, 3e-9 * slower
+        share, element, column = 0.7, 35e-9 * slower * (1 if compiled else 1.7), 0.8e-9 * slower
+        start, parameter = 0.022, 3e-9 * slower
     else:
         share, element, column, start, parameter = 0.65, 5e4 / rate, 0.0, 0.003, 1e4 / rate
     token = 6 * model.num_parameters / (share * rate)
@@ -191,7 +191,7 @@ def tokens_of_step(tokens: float) -> float:
     for a quarter of a million, 4,096 for five million, near what was measured (docs/dial.md), and
     32,768 for a GPU's hour.
     """
-    return min(max(0.45 * tokens**0.6, 1024), 1 << 19)
+    return min(max(0.4 * tokens**0.6, 1024), 1 << 19)
 
 
 def tokens_in(
