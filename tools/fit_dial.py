@@ -2,8 +2,9 @@
 
     python tools/fit_dial.py
 
-Only ternary runs on WikiText-2 with the recipe as it is now, no patches. Exponents are published
-ones; E, A, B and G of `bits_per_byte` are fitted: E and B by least squares, A and G from a grid.
+Only ternary runs on WikiText-2, no patches; some are of earlier recipes and learned a little less.
+Exponents are published ones; E, A, B and G of `bits_per_byte` are fitted: E and B by least squares,
+A and G from a grid.
 """
 
 import dataclasses
