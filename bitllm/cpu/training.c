@@ -11,6 +11,9 @@
 #define NUMBER float
 #endif
 #define PART 64 /* rows */
+#define NEAR 128 /* numbers, while those AHEAD come into the cache */
+#define AHEAD 1024
+#define LINE (64 / (int)sizeof(NUMBER))
 
 static inline float from_float(const float *p) { return *p; }
 static inline void to_float(float *p, float x) { *p = x; }
@@ -229,8 +232,13 @@ void logits_gradient(NUMBER *logits, const float *totals, const int64_t *targets
         NUMBER *row = logits + (int64_t)r * n;
         const int64_t target = targets[r];
         const float there = 0 <= target && target < n ? LOAD(row + target) : 0;
-        #pragma omp simd
-        for (int i = 0; i < n; i++) STORE(row + i, exponential(LOAD(row + i) - totals[r]));
+        const float total = totals[r];
+        for (int start = 0; start < n; start += NEAR) {
+            const int end = start + NEAR < n ? start + NEAR : n;
+            for (int i = start; i < start + NEAR; i += LINE) __builtin_prefetch(row + i + AHEAD, 1);
+            #pragma omp simd
+            for (int i = start; i < end; i++) STORE(row + i, exponential(LOAD(row + i) - total));
+        }
         if (0 <= target && target < n) STORE(row + target, exponential(there - totals[r]) - 1);
     }
 }
