@@ -82,7 +82,8 @@ else:
 
 def files() -> list[Path]:
     """The core, and of the package what the cell can come to."""
-    parts = [p for p in sorted((ROOT / "bitllm").rglob("*")) if p.suffix in (".py", ".c", ".json")]
+    kinds = (".py", ".c", ".h", ".json")
+    parts = [p for p in sorted((ROOT / "bitllm").rglob("*")) if p.suffix in kinds]
     return [ROOT / "bitllm_core.py"] + [
         path for path in parts if path.relative_to(ROOT / "bitllm").parts[0] not in LEFT_OUT
     ]

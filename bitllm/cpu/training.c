@@ -14,6 +14,7 @@
 #define NEAR 128 /* numbers, while those AHEAD come into the cache */
 #define AHEAD 1024
 #define LINE (64 / (int)sizeof(NUMBER))
+enum { PLAIN, ROUNDED, INTEGERS }; /* what norms give */
 
 static inline float from_float(const float *p) { return *p; }
 static inline void to_float(float *p, float x) { *p = x; }
@@ -73,8 +74,10 @@ static float copy(const NUMBER *from, float *x, int n) {
     return top;
 }
 
-/* One row: y = x / sqrt(mean(x^2) + eps) * weight, in 8 bits if `round`; returns the factor. */
-static float norm_row(const float *x, const float *weight, float eps, int round, int n, float *y) {
+/* One row: y = x / sqrt(mean(x^2) + eps) * weight; in 8 bits, of which one is worth `step`, unless
+   PLAIN. Returns the factor. */
+static float norm_row(const float *x, const float *weight, float eps, int form, int n, float *y,
+                      float *step) {
     float sum = 0, top = 0;
     #pragma omp simd reduction(+ : sum)
     for (int i = 0; i < n; i++) sum += x[i] * x[i];
@@ -85,11 +88,11 @@ static float norm_row(const float *x, const float *weight, float eps, int round,
         const float size = fabsf(y[i]);
         top = size > top ? size : top;
     }
-    if (round) {
-        const float scale = 127.0f / (top > 1e-5f ? top : 1e-5f), step = 1 / scale;
-        #pragma omp simd
-        for (int i = 0; i < n; i++) y[i] = rintf(y[i] * scale) * step;
-    }
+    if (form == PLAIN) return factor;
+    const float scale = 127.0f / (top > 1e-5f ? top : 1e-5f);
+    *step = 1 / scale;
+    #pragma omp simd
+    for (int i = 0; i < n; i++) y[i] = rintf(y[i] * scale);
     return factor;
 }
 
@@ -107,16 +110,28 @@ static void norm_row_back(const float *g, const float *x, const float *weight, f
     }
 }
 
-/* x: float (rows, n); y: NUMBER; factors: (rows). */
-void norm(const float *x, const float *weight, float eps, int round, int rows, int n, NUMBER *y,
-          float *factors, int threads) {
+/* A row in its form: y; or integers, of which one is worth `step`. */
+static void store(const float *row, int form, float step, int n, NUMBER *y, int8_t *integers) {
+    if (form == INTEGERS) {
+        #pragma omp simd
+        for (int i = 0; i < n; i++) integers[i] = row[i];
+    } else {
+        #pragma omp simd
+        for (int i = 0; i < n; i++) STORE(y + i, row[i] * step);
+    }
+}
+
+/* x: float (rows, n); y: NUMBER, or integers with a step for each row; factors: (rows). */
+void norm(const float *x, const float *weight, float eps, int form, int rows, int n, NUMBER *y,
+          int8_t *integers, float *steps, float *factors, int threads) {
     #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int part = 0; part < (rows + PART - 1) / PART; part++) {
         float out[n];
         for (int64_t r = part * PART; r < rows && r < (part + 1) * PART; r++) {
-            factors[r] = norm_row(x + r * n, weight, eps, round, n, out);
-            #pragma omp simd
-            for (int i = 0; i < n; i++) STORE(y + r * n + i, out[i]);
+            float step = 1;
+            factors[r] = norm_row(x + r * n, weight, eps, form, n, out, &step);
+            store(out, form, step, n, y + r * n, integers + r * n);
+            if (form == INTEGERS) steps[r] = step;
         }
     }
 }
@@ -136,8 +151,9 @@ void norm_back(const NUMBER *dy, const float *x, const float *weight, const floa
 }
 
 /* The norm of silu(gate) * up, each NUMBER (rows, n). */
-void gated(const NUMBER *gate, const NUMBER *up, const float *weight, float eps, int round,
-           int rows, int n, NUMBER *y, float *factors, int threads) {
+void gated(const NUMBER *gate, const NUMBER *up, const float *weight, float eps, int form,
+           int rows, int n, NUMBER *y, int8_t *integers, float *steps, float *factors,
+           int threads) {
     #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int part = 0; part < (rows + PART - 1) / PART; part++) {
         float x[n], out[n];
@@ -147,9 +163,10 @@ void gated(const NUMBER *gate, const NUMBER *up, const float *weight, float eps,
                 const float a = LOAD(gate + r * n + i);
                 x[i] = a / (1 + exponential(-a)) * LOAD(up + r * n + i);
             }
-            factors[r] = norm_row(x, weight, eps, round, n, out);
-            #pragma omp simd
-            for (int i = 0; i < n; i++) STORE(y + r * n + i, out[i]);
+            float step = 1;
+            factors[r] = norm_row(x, weight, eps, form, n, out, &step);
+            store(out, form, step, n, y + r * n, integers + r * n);
+            if (form == INTEGERS) steps[r] = step;
         }
     }
 }

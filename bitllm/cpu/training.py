@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitllm.cpu import build
-from bitllm.cpu.products import add_weight_gradient, linear, ready
+from bitllm.cpu import attention, build
+from bitllm.cpu.products import BYTES, add_weight_gradient, call, linear, ready
 from bitllm_core import BitLinear, BitLM, Block, ModelConfig, attend
 
 SOURCE = Path(__file__).with_name("training.c")
 PART = 64  # rows, as in training.c
+PLAIN, ROUNDED, INTEGERS = range(3)  # the forms in which norms give what layers read
 SIGNATURES = {
-    "norm": "ppfiiippi",
+    "norm": "ppfiiippppi",
     "norm_back": "ppppiippi",
-    "gated": "pppfiiippi",
+    "gated": "pppfiiippppi",
     "gated_back": "pppppiipppi",
     "causal_softmax": "pfiiiipi",
     "causal_softmax_back": "ppfiiiipi",
@@ -41,9 +42,7 @@ def library(dtype: torch.dtype) -> Any:
 
 
 def _call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
-    """Call a function of the library, with tensors as pointers."""
-    pointers = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    getattr(library(dtype), name)(*pointers, torch.get_num_threads())
+    call(library(dtype), name, *arguments)
 
 
 def _rows(x: Tensor) -> tuple[int, int]:
@@ -56,15 +55,28 @@ def _sums(x: Tensor) -> Tensor:
     return x.new_zeros((-(-rows // PART), n), dtype=torch.float32)
 
 
+Read = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _read(x: Tensor, form: int, dtype: torch.dtype) -> Read:
+    """Room for the output of a norm of x, (..., n).
+
+    That is y; or 8-bit integers and each row's step, for which y stands without memory, so that
+    they have a gradient; and each row's factor.
+    """
+    rows, integers = x.shape[:-1], form == INTEGERS
+    y = x.new_empty((1,) * x.ndim if integers else x.shape, dtype=dtype).expand(x.shape)
+    whole = x.new_empty(x.shape if integers else (0,), dtype=torch.int8)
+    steps = x.new_empty(rows if integers else (0,), dtype=torch.float32)
+    return y, whole, steps, x.new_empty(rows, dtype=torch.float32)
+
+
 @torch.library.custom_op("bitllm::norm", mutates_args=())
-def norm(
-    x: Tensor, weight: Tensor, eps: float, rounded: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """RMSNorm of x, float32 (..., n), in 8 bits if `rounded`, as `dtype`; and each row's factor."""
-    x = x.contiguous()
-    y, factors = torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[:-1])
-    _call("norm", dtype, x, weight, eps, rounded, *_rows(x), y, factors)
-    return y, factors
+def norm(x: Tensor, weight: Tensor, eps: float, form: int, dtype: torch.dtype) -> Read:
+    """RMSNorm of x, float32 (..., n), as `dtype` in this form: y, integers, steps, factors."""
+    x, read = x.contiguous(), _read(x, form, dtype)
+    _call("norm", dtype, x, weight, eps, form, *_rows(x), *read)
+    return read
 
 
 @torch.library.custom_op("bitllm::norm_back", mutates_args=())
@@ -77,14 +89,11 @@ def norm_back(dy: Tensor, x: Tensor, weight: Tensor, factors: Tensor) -> tuple[T
 
 
 @torch.library.custom_op("bitllm::gated", mutates_args=())
-def gated(
-    gate: Tensor, up: Tensor, weight: Tensor, eps: float, rounded: bool
-) -> tuple[Tensor, Tensor]:
+def gated(gate: Tensor, up: Tensor, weight: Tensor, eps: float, form: int) -> Read:
     """The same of silu(gate) * up, in their type."""
-    gate, up = gate.contiguous(), up.contiguous()
-    y, factors = torch.empty_like(gate), weight.new_empty(gate.shape[:-1])
-    _call("gated", gate.dtype, gate, up, weight, eps, rounded, *_rows(gate), y, factors)
-    return y, factors
+    gate, up, read = gate.contiguous(), up.contiguous(), _read(gate, form, gate.dtype)
+    _call("gated", gate.dtype, gate, up, weight, eps, form, *_rows(gate), *read)
+    return read
 
 
 @torch.library.custom_op("bitllm::gated_back", mutates_args=())
@@ -100,8 +109,8 @@ def gated_back(
 
 
 @norm.register_fake
-def _(x, weight, eps, rounded, dtype):
-    return torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[:-1])
+def _(x, weight, eps, form, dtype):
+    return _read(x, form, dtype)
 
 
 @norm_back.register_fake
@@ -110,8 +119,8 @@ def _(dy, x, weight, factors):
 
 
 @gated.register_fake
-def _(gate, up, weight, eps, rounded):
-    return torch.empty_like(gate), weight.new_empty(gate.shape[:-1])
+def _(gate, up, weight, eps, form):
+    return _read(gate, form, gate.dtype)
 
 
 @gated_back.register_fake
@@ -123,17 +132,17 @@ def _keep(count: int) -> Any:
     """Save the first `count` inputs and the rows' factors for the way back."""
 
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:count], output[1])
+        ctx.save_for_backward(*inputs[:count], output[3])
 
     return setup_context
 
 
 norm.register_autograd(
-    lambda ctx, dy, _: (*norm_back(dy, *ctx.saved_tensors), None, None, None),
+    lambda ctx, dy, *_: (*norm_back(dy, *ctx.saved_tensors), None, None, None),
     setup_context=_keep(2),
 )
 gated.register_autograd(
-    lambda ctx, dy, _: (*gated_back(dy, *ctx.saved_tensors), None, None),
+    lambda ctx, dy, *_: (*gated_back(dy, *ctx.saved_tensors), None, None),
     setup_context=_keep(3),
 )
 
@@ -206,6 +215,18 @@ def attend_in_parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal
     return torch.cat(parts, 2)
 
 
+def attend_by_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Attention by AMX, of which there is the library, where the shapes allow it."""
+    if causal and attention.fits(q, k):
+        return attention.attention(q, k, v)[0]
+    return attend_in_parts(q, k, v, mask, causal)
+
+
+def attention_here() -> Any:
+    """The fastest attention on this processor."""
+    return attend_by_heads if attention.library() else attend_in_parts
+
+
 class FusedBlock(nn.Module):
     """A block of a model in training, whose norms also round for what reads them."""
 
@@ -213,24 +234,33 @@ class FusedBlock(nn.Module):
         super().__init__()
         self.block: Any = block
         self.dtype = dtype  # of products
-        features = block.self_attn.q_proj.in_features
-        self.linear = linear if ready(features, dtype) else BitLinear.__call__
+        self.ternary = block.mlp.up_proj.linear == "ternary"
+        self.amx = ready(block.self_attn.q_proj.in_features, dtype)
+        self.attend = attention_here()
 
-    def read(self, x: Tensor, by: Any) -> Tensor:
+    def form(self, features: int) -> int:
+        """The form in which layers with so many inputs read them."""
+        if not self.ternary:
+            return PLAIN
+        return INTEGERS if self.amx and features % BYTES == 0 else ROUNDED
+
+    def read(self, x: Tensor, by: Any) -> Read:
         """What a block's layers read of x through the norm `by`."""
-        rounded = self.block.mlp.up_proj.linear == "ternary"
-        return norm(x.float(), by.weight, by.eps, rounded, self.dtype)[0]
+        return norm(x.float(), by.weight, by.eps, self.form(x.shape[-1]), self.dtype)
+
+    def linear(self, layer: BitLinear, read: Read) -> Tensor:
+        return linear(layer, *read[:3]) if self.amx else layer(read[0])
 
     def forward(self, x: Tensor, rope: Tensor, cache: None, mask: None) -> Tensor:
         attn, mlp = self.block.self_attn, self.block.mlp
         y = self.read(x, self.block.input_layernorm)
         projected = [self.linear(layer, y) for layer in (attn.q_proj, attn.k_proj, attn.v_proj)]
-        y = attn.mix(projected, rope, cache, mask, attend_in_parts)
+        y = attn.mix(projected, rope, cache, mask, self.attend)
         x = x + self.linear(attn.o_proj, self.read(y, attn.attn_sub_norm))
         y = self.read(x, self.block.post_attention_layernorm)
         gate, up = self.linear(mlp.gate_proj, y), self.linear(mlp.up_proj, y)
         by = mlp.ffn_sub_norm
-        y, _ = gated(gate, up, by.weight, by.eps, mlp.up_proj.linear == "ternary")
+        y = gated(gate, up, by.weight, by.eps, self.form(gate.shape[-1]))
         return x + self.linear(mlp.down_proj, y)
 
 

@@ -43,7 +43,7 @@ def test_a_norm_that_also_rounds(dtype, rounded, rows, n):
         return bit.quantize_input(y, "ternary" if rounded else "dense").to(dtype)
 
     def ours(x, weight):
-        return training.norm(x, weight, 1e-5, rounded, dtype)[0]
+        return training.norm(x, weight, 1e-5, int(rounded), dtype)[0]
 
     assert_alike(computed(ours, (x, weight)), computed(plain, (x, weight)), ROUNDING[dtype])
 
@@ -60,7 +60,7 @@ def test_a_gate_and_the_norm_of_it(dtype, rounded, rows, n):
         return bit.quantize_input(y, "ternary" if rounded else "dense").to(dtype)
 
     def ours(gate, up, weight):
-        return training.gated(gate, up, weight, 1e-5, rounded)[0]
+        return training.gated(gate, up, weight, 1e-5, int(rounded))[0]
 
     tensors = (gate, up, weight)
     assert_alike(computed(ours, tensors), computed(plain, tensors), ROUNDING[dtype])
@@ -72,7 +72,9 @@ def test_sums_do_not_depend_on_the_number_of_threads():
     for count in (1, 3):
         torch.set_num_threads(count)
         found.append(
-            computed(lambda *t: training.norm(*t, 1e-5, True, torch.float32)[0], (x, weight))
+            computed(
+                lambda *t: training.norm(*t, 1e-5, training.ROUNDED, torch.float32)[0], (x, weight)
+            )
         )
     torch.set_num_threads(threads)
     assert all(map(torch.equal, *found))

@@ -128,7 +128,7 @@ def archive_of_the_checkout():
     """The checkout as GitHub packs it: in a folder named after repository and branch."""
     buffer = io.BytesIO()
     names = ["bitllm_core.py", "pyproject.toml", "README.md", "LICENSE"]
-    parts = [p for p in (ROOT / "bitllm").rglob("*") if p.suffix in (".py", ".c", ".html")]
+    parts = [p for p in (ROOT / "bitllm").rglob("*") if p.suffix in (".py", ".c", ".h", ".html")]
     with zipfile.ZipFile(buffer, "w") as packed:
         for path in [*(ROOT / name for name in names), *parts]:
             packed.write(path, Path("my.fork-dev-new") / path.relative_to(ROOT))
