@@ -33,6 +33,7 @@ import torch
 
 from bitllm.clock import USEFUL_EPOCHS, inner_parameters
 from bitllm.compiling import why_not_compile
+from bitllm.cpu import attention
 from bitllm.files import files_on_disk
 from bitllm.machine import measure_products
 from bitllm.mixture import is_mixture, parts_of
@@ -91,6 +92,8 @@ class Machine:
     """FLOP a second of a large matrix product, of all processes together"""
     compiles: bool
     threads: int = 2
+    amx: bool = False
+    """whether training has kernels for attention and integers"""
 
 
 @dataclass(frozen=True)
@@ -104,14 +107,20 @@ class Text:
     conversations: bool = False
 
 
+def has_amx(device: Device) -> bool:
+    """Whether such training has kernels for it here."""
+    cpu = device.device.type == "cpu" and device.dtype == torch.bfloat16
+    return cpu and attention.library() is not None
+
+
 def measure(device: str = "auto", dtype: str = "auto", processes: int = 1) -> Machine:
     """Measure this machine for a second or two: neighbours make it faster and slower meanwhile."""
     found, rates, start = choose_device(device, dtype), [], time.monotonic()
     while not rates or time.monotonic() - start < MEASURING_S:
         rates.append(measure_products(found))
     rate, threads = sum(rates) / len(rates), torch.get_num_threads()
-    compiles = not why_not_compile(found.device)
-    return Machine(found, rate * processes, compiles, threads * processes)
+    compiles, amx = not why_not_compile(found.device), has_amx(found)
+    return Machine(found, rate * processes, compiles, threads * processes, amx)
 
 
 def size_of(data: DataConfig) -> Text:
@@ -176,7 +185,8 @@ def step_seconds(
     rate, width = machine.rate, model.hidden_size
     if machine.device.device.type == "cpu":
         slower = 2 / machine.threads
-        share, element, column = 0.7, 35e-9 * slower * (1 if compiled else 1.7), 0.8e-9 * slower
+        element = (20e-9 if machine.amx else 35e-9) * (1 if compiled else 1.7)
+        share, element, column = 0.7, element * slower, 0.8e-9 * slower
         start, parameter = 0.022, 3e-9 * slower
     else:
         share, element, column, start, parameter = 0.65, 5e4 / rate, 0.0, 0.003, 1e4 / rate
