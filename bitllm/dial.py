@@ -62,7 +62,7 @@ ALPHA, BETA, REPEATED = 0.34, 0.28, 15.4
 """Chinchilla's exponents; epochs after which reading a text again has taught most of what it can"""
 MOMENTUM, FEW_STEPS = 0.9, 2000
 """Of Muon, and in runs of at most so many steps: with 0.95 they learn less (docs/log.md)."""
-OFTEN = 3
+OFTEN = 3.5
 """Epochs above which embedding and norms learn more slowly and matrices decay, or it overfits."""
 LARGEST = 1.5
 """parameters inside the blocks for each byte of text, at most: more learn a small text by heart"""
