@@ -1,13 +1,13 @@
-/* Causal attention in bfloat16 with AMX, forward and back, a head at a time: after FlashAttention 2
+/* Causal attention in bfloat16 in tiles, forward and back, a head at a time: after FlashAttention 2
    (Dao 2023, algorithms 1 and 2), but that a row's scores fit into the cache, so that its softmax
    needs no second look.
 
    On the way back the scores are computed again, from the rows' log_totals. Every sum has one
    order, whatever the threads. Tokens T and features K are multiples of 32. */
 
-#include "amx.h"
+#include "tiles.h"
 
-#ifdef HAS_AMX
+#ifdef HAS_TILES
 #include <math.h>
 #include <omp.h>
 
@@ -221,7 +221,7 @@ void attention(const uint16_t *q, const uint16_t *k, const uint16_t *v, const in
                     scale * LOG2_E, rows_of(o, out, b, h), log_totals + (long)i * T,
                     (__m512i *)(room + ROOM(T, K) * omp_get_thread_num()));
         }
-        _tile_release();
+        release();
     }
 }
 
@@ -242,7 +242,7 @@ void attention_back(const uint16_t *d, const uint16_t *q, const uint16_t *k, con
                      scale, rows_of(dq, out, b, h), rows_of(dk, out, b, h), rows_of(dv, out, b, h),
                      (__m512i *)(room + ROOM(T, K) * omp_get_thread_num()));
         }
-        _tile_release();
+        release();
     }
 }
 #else

@@ -1,4 +1,4 @@
-"""Causal attention in bfloat16 on processors with AMX: see attention.c."""
+"""Causal attention in bfloat16, in tiles: see attention.c."""
 
 from functools import cache
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Products of 8-bit integers and trits, and gradients of weights, with AMX: see products.c.
+"""Products of 8-bit integers and trits, and gradients of weights, in tiles: see products.c.
 
 torch's products are at least as fast for everything else, and for all of it elsewhere.
 """
@@ -17,22 +17,34 @@ from bitllm_core import BitLinear
 
 SOURCE = Path(__file__).with_name("products.c")
 SIGNATURES = {
-    "permitted": "p",
+    "kind": "p",
     "weight_gradient": "pppiiiiippi",
     "ternary_linear": "pppiiippi",
 }
 TILE, DEPTH, WIDTH = 32, 256, 1024  # the last two as in products.c
+AMX = 2  # of the kinds in products.c
 BYTES = 64  # of a tile's line
 LEAST = 128  # features for which packing pays
 
 
 @cache
-def library() -> Any:
-    """The library, or None where there is no AMX or no C compiler that has OpenMP."""
-    built, answer = build(SOURCE, SIGNATURES, "-march=native", "-fopenmp"), ctypes.c_int(0)
+def _built() -> tuple[Any, int]:
+    """The library and its kind, as in products.c."""
+    built, kind = build(SOURCE, SIGNATURES, "-march=native", "-fopenmp"), ctypes.c_int(0)
     if built:
-        built.permitted(ctypes.addressof(answer))
-    return built if answer.value else None
+        built.kind(ctypes.addressof(kind))
+    return built, kind.value
+
+
+def library() -> Any:
+    """The library, or None without AVX-512 for bfloat16 or a C compiler that has OpenMP."""
+    built, kind = _built()
+    return built if kind else None
+
+
+def has_amx() -> bool:
+    """Whether the library multiplies with AMX."""
+    return _built()[1] == AMX
 
 
 def ready(features: int, dtype: torch.dtype) -> bool:

@@ -216,7 +216,7 @@ def attend_in_parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal
 
 
 def attend_by_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Attention by AMX, of which there is the library, where the shapes allow it."""
+    """Attention in tiles, of which there is the library, where the shapes allow it."""
     if causal and attention.fits(q, k):
         return attention.attention(q, k, v)[0]
     return attend_in_parts(q, k, v, mask, causal)
@@ -235,21 +235,21 @@ class FusedBlock(nn.Module):
         self.block: Any = block
         self.dtype = dtype  # of products
         self.ternary = block.mlp.up_proj.linear == "ternary"
-        self.amx = ready(block.self_attn.q_proj.in_features, dtype)
+        self.tiles = ready(block.self_attn.q_proj.in_features, dtype)
         self.attend = attention_here()
 
     def form(self, features: int) -> int:
         """The form in which layers with so many inputs read them."""
         if not self.ternary:
             return PLAIN
-        return INTEGERS if self.amx and features % BYTES == 0 else ROUNDED
+        return INTEGERS if self.tiles and features % BYTES == 0 else ROUNDED
 
     def read(self, x: Tensor, by: Any) -> Read:
         """What a block's layers read of x through the norm `by`."""
         return norm(x.float(), by.weight, by.eps, self.form(x.shape[-1]), self.dtype)
 
     def linear(self, layer: BitLinear, read: Read) -> Tensor:
-        return linear(layer, *read[:3]) if self.amx else layer(read[0])
+        return linear(layer, *read[:3]) if self.tiles else layer(read[0])
 
     def forward(self, x: Tensor, rope: Tensor, cache: None, mask: None) -> Tensor:
         attn, mlp = self.block.self_attn, self.block.mlp

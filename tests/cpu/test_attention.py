@@ -1,4 +1,4 @@
-"""Attention by AMX, or what stands for it without, is that of float64, and so are its gradients."""
+"""Attention in tiles, or what stands for it, is that of float64, and so are its gradients."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def here(q, k, v):
 WHOLE = [(2, 3, 32, 32), (1, 2, 96, 64), (2, 1, 160, 32), (1, 2, 512, 64), (1, 1, 288, 128)]
 
 
-@pytest.mark.parametrize("shape", [*WHOLE, (1, 2, 40, 32), (1, 2, 64, 48)])  # two not by AMX
+@pytest.mark.parametrize("shape", [*WHOLE, (1, 2, 40, 32), (1, 2, 64, 48)])  # two not in tiles
 def test_output_and_gradients(shape):
     tensors = inputs(*shape)
     for ours, theirs in zip(computed(here, *tensors), computed(exact, *tensors), strict=True):
@@ -86,8 +86,8 @@ def test_it_is_used_where_there_are_products_and_the_shapes_are_whole(tiny_confi
     assert not attention.fits(q[:, :, :40], k[:, :, :40])
     assert not attention.fits(q[:, :, -1:], k)
     assert not attention.fits(q.float(), k.float())
-    has_amx = products.library() is not None
-    assert (training.attention_here() is training.attend_by_heads) == has_amx
+    has_tiles = products.library() is not None
+    assert (training.attention_here() is training.attend_by_heads) == has_tiles
     layers, _ = training.parts_of(bit.BitLM(tiny_config), torch.bfloat16)
     assert layers[0].attend is training.attention_here()
     used = []

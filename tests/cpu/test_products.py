@@ -30,15 +30,15 @@ def integers_and_trits(rows, n, m):
     return integers, torch.rand(rows) + 0.01, (trits * 0.0234375).bfloat16()
 
 
-with_and_without = pytest.mark.parametrize("with_amx", [True, False])
+with_and_without = pytest.mark.parametrize("with_tiles", [True, False])
 
 
 @with_and_without
 @pytest.mark.parametrize(
     ("rows", "n", "m"), [(32, 32, 128), (96, 160, 192), (64, 48, 128), (33, 64, 128), (64, 64, 160)]
 )
-def test_integers_by_trits(monkeypatch, rows, n, m, with_amx):
-    if not with_amx:
+def test_integers_by_trits(monkeypatch, rows, n, m, with_tiles):
+    if not with_tiles:
         monkeypatch.setattr(products, "library", lambda: None)
     integers, steps, held = integers_and_trits(rows, n, m)
     expected = (integers.double() @ held.double().T * steps.double()[:, None]).bfloat16()
@@ -57,8 +57,8 @@ def test_only_zeros_make_zeros():
 
 @with_and_without
 @pytest.mark.parametrize(("rows", "n", "m"), [(288, 1056, 160), (96, 40, 128), (33, 64, 128)])
-def test_a_weight_s_gradient_from_integers(monkeypatch, rows, n, m, with_amx):
-    if not with_amx:
+def test_a_weight_s_gradient_from_integers(monkeypatch, rows, n, m, with_tiles):
+    if not with_tiles:
         monkeypatch.setattr(products, "library", lambda: None)
     (integers, steps, _), (dy, _) = integers_and_trits(rows, n, m), matrices(rows, n, m)
     x = (integers * steps[:, None]).bfloat16()
@@ -71,8 +71,8 @@ def test_a_weight_s_gradient_from_integers(monkeypatch, rows, n, m, with_amx):
     [(32, 32, 128), (288, 2080, 160), (544, 1040, 128), (96, 40, 128), (33, 64, 128), (64, 64, 96)],
 )
 @with_and_without
-def test_a_weight_s_gradient(monkeypatch, rows, n, m, with_amx):
-    if not with_amx:
+def test_a_weight_s_gradient(monkeypatch, rows, n, m, with_tiles):
+    if not with_tiles:
         monkeypatch.setattr(products, "library", lambda: None)
     dy, x = matrices(rows, n, m)
     expected = exact(dy, x)
@@ -97,10 +97,11 @@ def test_sums_do_not_depend_on_the_number_of_threads():
         assert all(map(torch.equal, found[0], others))
 
 
-def test_the_library_is_ready_where_the_processor_has_amx():
+def test_the_library_is_ready_where_the_processor_has_tiles_or_wide_products():
     info = Path("/proc/cpuinfo")
-    has_amx = info.exists() and "amx_bf16" in info.read_text()
-    assert products.ready(128, torch.bfloat16) == has_amx
+    flags = set(info.read_text().split()) if info.exists() else set()
+    assert products.has_amx() == ({"amx_bf16", "amx_int8"} <= flags)
+    assert products.ready(128, torch.bfloat16) == ({"avx512_bf16", "avx512_vnni"} <= flags)
     assert not products.ready(64, torch.bfloat16)
     assert not products.ready(128, torch.float32)
 
@@ -126,6 +127,6 @@ def test_the_gradients_of_a_model(tiny_config, monkeypatch, linear, size, tolera
     assert tuple(map(parts[0][0].form, (128, 160))) == forms[linear]
     ours = gradients(*parts)
     monkeypatch.setattr(products, "library", lambda: None)
-    for with_amx, without, plain in zip(ours, gradients(*parts), core, strict=True):
-        assert (with_amx - without).norm() < tolerance * without.norm()
-        assert (with_amx - plain).norm() < 0.1 * plain.norm()
+    for with_tiles, without, plain in zip(ours, gradients(*parts), core, strict=True):
+        assert (with_tiles - without).norm() < tolerance * without.norm()
+        assert (with_tiles - plain).norm() < 0.1 * plain.norm()

@@ -1,13 +1,18 @@
-/* The tiles of AMX: packing, and sums of products of 32 rows and 32 columns. */
+/* Tiles of 16 lines of 64 bytes: packing, and sums of products of 32 rows and 32 columns. By AMX;
+   elsewhere by AVX-512, 8 rows at a time, since their sums fit into its registers. */
 
-#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && defined(__linux__)
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define HAS_TILES
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
 #define HAS_AMX
+#endif
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
 
-#define LINES 16 /* of 64 bytes in a tile */
+#define LINES 16
 
+#ifdef HAS_AMX
 typedef struct {
     uint8_t palette, start, zero[14];
     uint16_t bytes[16];
@@ -22,6 +27,12 @@ static void configure(void) {
     }
     _tile_loadconfig(&tiles);
 }
+
+static void release(void) { _tile_release(); }
+#else
+static void configure(void) {}
+static void release(void) {}
+#endif
 
 /* 16 lines of 16 numbers: from both halves of ever larger groups. */
 static inline void transpose(__m512i x[LINES]) {
@@ -104,6 +115,7 @@ static inline Side in_rows(const void *first, long bytes) {
 
 /* 32 x 32 sums, of `m` columns, of `count` pairs of tiles, beginning with what is there if `more`:
    of 8-bit integers, or of bfloat16 in float. */
+#ifdef HAS_AMX
 static inline void multiply(Side a, Side b, int count, int integers, int more, void *sums, long m) {
     int32_t *to = sums, *down = to + 16 * m;
     const long bytes = m * sizeof *to;
@@ -140,6 +152,54 @@ static inline void multiply(Side a, Side b, int count, int integers, int more, v
     _tile_stored(2, down, bytes);
     _tile_stored(3, down + 16, bytes);
 }
+#else
+#define ROWS 8
+
+/* ROWS rows of them. Without AMX integers are multiplied by others from 0 to 255. */
+static inline __attribute__((always_inline)) void multiply_rows(
+    const char *a, long line, long tile, Side b, int count, int integers, int more, int32_t *to,
+    long m) {
+    __m512i sums[ROWS][2];
+    #pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+        for (int j = 0; j < 2; j++)
+            sums[r][j] = more ? _mm512_loadu_si512(to + r * m + 16 * j) : _mm512_setzero_si512();
+    for (int i = 0; i < count; i++)
+        for (int at = 0; at < LINES; at++) {
+            const __m512i first = _mm512_loadu_si512(b.first + i * b.tile + at * b.line);
+            const __m512i second = _mm512_loadu_si512(b.second + i * b.tile + at * b.line);
+            #pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) {
+                int32_t four;
+                memcpy(&four, a + r * line + i * tile + 4 * at, 4);
+                const __m512i by = _mm512_set1_epi32(four);
+                if (integers) {
+                    sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], first, by);
+                    sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], second, by);
+                } else {
+                    sums[r][0] = (__m512i)_mm512_dpbf16_ps((__m512)sums[r][0], (__m512bh)first,
+                                                           (__m512bh)by);
+                    sums[r][1] = (__m512i)_mm512_dpbf16_ps((__m512)sums[r][1], (__m512bh)second,
+                                                           (__m512bh)by);
+                }
+            }
+        }
+    #pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+        for (int j = 0; j < 2; j++) _mm512_storeu_si512(to + r * m + 16 * j, sums[r][j]);
+}
+
+static inline void multiply(Side a, Side b, int count, int integers, int more, void *sums, long m) {
+    for (int row = 0; row < 32; row += ROWS) {
+        const char *rows = (row < 16 ? a.first : a.second) + row % 16 * a.line;
+        int32_t *to = (int32_t *)sums + row * m;
+        if (integers)
+            multiply_rows(rows, a.line, a.tile, b, count, 1, more, to, m);
+        else
+            multiply_rows(rows, a.line, a.tile, b, count, 0, more, to, m);
+    }
+}
+#endif
 
 /* 32 numbers of 32 bits as bfloat16. */
 static inline void store(uint16_t *to, __m512 a, __m512 b) {
