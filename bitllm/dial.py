@@ -33,7 +33,7 @@ import torch
 
 from bitllm.clock import USEFUL_EPOCHS, inner_parameters
 from bitllm.compiling import why_not_compile
-from bitllm.cpu import attention
+from bitllm.cpu import products
 from bitllm.files import files_on_disk
 from bitllm.machine import measure_products
 from bitllm.mixture import is_mixture, parts_of
@@ -93,7 +93,7 @@ class Machine:
     compiles: bool
     threads: int = 2
     amx: bool = False
-    """whether training has kernels for attention and integers"""
+    """of a CPU: whether it trains with AMX"""
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,9 @@ class Text:
 
 
 def has_amx(device: Device) -> bool:
-    """Whether such training has kernels for it here."""
+    """Whether such training uses it."""
     cpu = device.device.type == "cpu" and device.dtype == torch.bfloat16
-    return cpu and attention.library() is not None
+    return cpu and products.has_amx()
 
 
 def measure(device: str = "auto", dtype: str = "auto", processes: int = 1) -> Machine:
@@ -180,14 +180,16 @@ def step_seconds(
 
     A token takes products at a share of the measured rate; what grows with width and depth; and,
     on a CPU, the softmax. A step takes what it takes to start it, the optimizer's way through
-    memory, and its products. docs/dial.md tells what this misses.
+    memory, and its products. With AMX products are so fast that much waits for memory.
+    docs/dial.md tells what this misses.
     """
     rate, width = machine.rate, model.hidden_size
     if machine.device.device.type == "cpu":
         slower = 2 / machine.threads
-        element = (20e-9 if machine.amx else 35e-9) * (1 if compiled else 1.7)
-        share, element, column = 0.7, element * slower, 0.8e-9 * slower
-        start, parameter = 0.022, 3e-9 * slower
+        share, start = (0.7, 0.022) if machine.amx else (0.9, 0.012)
+        element, parameter = (20e-9, 3e-9) if machine.amx else (7e-9, 1e-9)
+        element *= slower * (1 if compiled else 1.7)
+        column, parameter = 0.8e-9 * slower, parameter * slower
     else:
         share, element, column, start, parameter = 0.65, 5e4 / rate, 0.0, 0.003, 1e4 / rate
     token = 6 * model.num_parameters / (share * rate)

@@ -54,19 +54,25 @@ OTHERS: list[tuple[str, ModelConfig, float, float]] = [
 ]
 """Runs that have no row there: name, shape, tokens, bits per byte."""
 STEPS = [
-    (16_384, 2, 128, 1024, False, 2.09e12, 100),
-    (2048, 2, 128, 1024, False, 2.09e12, 57),
-    (16_384, 5, 256, 4096, False, 2.09e12, 396),
-    (2048, 2, 128, 2048, True, 2.09e12, 70),
-    (8192, 2, 128, 2048, True, 2.09e12, 96),
-    (16_384, 2, 128, 2048, True, 2.09e12, 133),
-    (16_384, 3, 128, 2048, True, 2.09e12, 155),
-    (16_384, 5, 256, 4096, True, 2.09e12, 333),
+    ("AMX", 16_384, 2, 128, 1024, False, 2.09e12, 100),
+    ("AMX", 2048, 2, 128, 1024, False, 2.09e12, 57),
+    ("AMX", 16_384, 5, 256, 4096, False, 2.09e12, 396),
+    ("AMX", 2048, 2, 128, 2048, True, 2.09e12, 70),
+    ("AMX", 8192, 2, 128, 2048, True, 2.09e12, 96),
+    ("AMX", 16_384, 2, 128, 2048, True, 2.09e12, 133),
+    ("AMX", 16_384, 3, 128, 2048, True, 2.09e12, 155),
+    ("AMX", 16_384, 5, 256, 4096, True, 2.09e12, 333),
+    ("AVX-512", 16_384, 2, 128, 1024, False, 0.423e12, 150),
+    ("AVX-512", 2048, 2, 128, 2048, True, 0.423e12, 101),
+    ("AVX-512", 16_384, 2, 128, 2048, True, 0.423e12, 247),
+    ("AVX-512", 16_384, 3, 256, 4096, True, 0.423e12, 516),
+    ("AVX-512", 16_384, 5, 256, 4096, True, 0.423e12, 625),
 ]
-"""Steps, width 256: vocabulary, layers, context, tokens, whether compiled, FLOP/s measured, and
-what one took, ms: the median of 15, in turns."""
+"""Steps, width 256: machine, vocabulary, layers, context, tokens, whether compiled, FLOP/s, and
+what one took, ms: the median of some, in turns."""
 MACHINES = {
     "AMX": dial.Machine(Device(torch.device("cpu"), torch.bfloat16, ""), 1.9e12, True, amx=True),
+    "AVX-512": dial.Machine(Device(torch.device("cpu"), torch.bfloat16, ""), 0.42e12, True),
     "AVX2": dial.Machine(Device(torch.device("cpu"), torch.float32, ""), 0.17e12, True),
     "T4": dial.Machine(Device(torch.device("cuda"), torch.float16, ""), 25e12, True),
 }
@@ -178,11 +184,11 @@ def presets() -> Iterator[str]:
 
 def step_milliseconds() -> Iterator[tuple[str, float, float]]:
     """Of STEPS: what it was, measured and expected."""
-    for vocabulary, layers, context, tokens, compiled, rate, measured in STEPS:
+    for kind, vocabulary, layers, context, tokens, compiled, rate, measured in STEPS:
         model = ModelConfig(vocabulary, 256, 512, layers, 4, 2, context)
-        machine = dataclasses.replace(MACHINES["AMX"], rate=rate)
+        machine = dataclasses.replace(MACHINES[kind], rate=rate)
         how = "" if compiled else ", not compiled"
-        name = f"{vocabulary:,}, {layers} x 256, {tokens:,}{how}"
+        name = f"{kind}: {vocabulary:,}, {layers} x 256, {tokens:,}{how}"
         yield name, measured, 1e3 * dial.step_seconds(model, machine, compiled, tokens)
 
 
@@ -200,7 +206,7 @@ def main() -> int:
             f"| {run.name} | {size:.2f}M | {run.learned / 1e6:.2f} MB | {run.bits:.3f} "
             f"| {expected:.3f} |"
         )
-    print("\n| vocabulary, layers x width, tokens per step | ms per step | expected |")
+    print("\n| machine: vocabulary, layers x width, tokens per step | ms per step | expected |")
     print("| --- | --- | --- |")
     for name, measured, expected in step_milliseconds():
         print(f"| {name} | {measured} | {expected:.0f} |")
