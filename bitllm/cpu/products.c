@@ -19,14 +19,14 @@
 
 #define ARCH_REQ_XCOMP_PERM 0x1023 /* of Linux' asm/prctl.h, since 5.16 */
 #define XFEATURE_XTILEDATA 18
-#define MORE 0 /* than trits are the bytes by which integers are multiplied */
+#define MORE 0 /* than trits are the bytes that stand for them */
 
 /* 2 where the system lets this process use AMX' tiles, 1 by AVX-512, else 0. */
 void kind(int *answer) {
     *answer = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) ? 0 : 2;
 }
 #else
-#define MORE 1
+#define MORE 1 /* since they are unsigned */
 void kind(int *answer) { *answer = 1; }
 #endif
 

@@ -155,7 +155,7 @@ static inline void multiply(Side a, Side b, int count, int integers, int more, v
 #else
 #define ROWS 8
 
-/* ROWS rows of them. Without AMX integers are multiplied by others from 0 to 255. */
+/* ROWS rows of them. Integers of b are unsigned here, those of a have a sign, as dpbusd wants. */
 static inline __attribute__((always_inline)) void multiply_rows(
     const char *a, long line, long tile, Side b, int count, int integers, int more, int32_t *to,
     long m) {
