@@ -164,7 +164,8 @@ def test_llama_cpp_samples_with_a_seed_and_stops_when_asked(exports, tmp_path):
 
     assert texts(20, seed=1) == texts(20, seed=1) != texts(20, seed=2)
     assert texts(20, max_new_tokens=0) == []
-    assert len(texts(400, seed=1, max_new_tokens=300)) > 150  # beyond the context of 64
+    lengths = [len(texts(400, seed=seed, max_new_tokens=300)) for seed in range(4)]
+    assert 150 < max(lengths) <= 300  # beyond the context of 64, unless the model ends its text
     with pytest.raises(ValueError, match="context"):
         list(llama_cpp_stream(exports["TQ2_0"], "x y " * 300))
     with pytest.raises(ValueError, match="does not load"):
