@@ -103,6 +103,16 @@ def test_compiling_is_for_runs_that_have_the_time():
     assert choose(10, dataclasses.replace(CPU, compiles=False)).train.compile == "off"
 
 
+def test_steps_are_those_of_amx_where_training_uses_it(monkeypatch):
+    monkeypatch.setattr(dial, "measure_products", lambda device: 1e12)
+    monkeypatch.setattr(dial, "MEASURING_S", 0)
+    for there in (True, False):
+        monkeypatch.setattr(dial.products, "has_amx", lambda there=there: there)
+        assert dial.measure("cpu", "bfloat16").amx is there
+        assert not dial.measure("cpu", "float32").amx
+        assert not dial.has_amx(T4.device)
+
+
 def test_a_stream_is_as_long_as_the_run():
     choice = choose(60, T4, STREAM)
     tokens = choice.train.max_steps * choice.train.batch_tokens
