@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import sys
@@ -101,7 +102,6 @@ class Run:
             "data": str(self.texts()[0]),
             "validation_data": str(cut_text(valid, 30_000, self.work)),
             "eval_tokens": 8192,
-            "save_every_minutes": 0.0,
             "keep_checkpoints": 1,
             "seed": self.seed,
             **self.table.base,
@@ -140,15 +140,24 @@ class Recorder(bit.Callback):
     """Keeps the curve: tokens, seconds, validation loss on a fixed slice.
 
     With a deadline, evaluates ten times at equal intervals and stops the run when time is up.
+    What earlier processes of a resumed run recorded is in a file beside their checkpoint.
     """
 
     def __init__(self, out: Path, clock: Clock, deadline: float = 0.0) -> None:
         self.out, self.clock, self.deadline = out, clock, deadline
-        self.curve: list[list[float]] = []
+        self.file = out / "recorded.json"
+        recorded = self.file.read_text("utf-8") if self.file.exists() else "[0.0, []]"
+        self.before, self.curve = json.loads(recorded)
         self.trained_at = 0.0
 
+    def seconds(self) -> float:
+        return self.before + self.clock.seconds()
+
+    def on_checkpoint(self, state, path):
+        bit.write_atomically(self.file, json.dumps([self.seconds(), self.curve]).encode())
+
     def on_step(self, state, metrics):
-        self.trained_at = self.clock.seconds()
+        self.trained_at = self.seconds()
         if not self.deadline:
             return
         if self.trained_at > self.deadline * (len(self.curve) + 1) / 10:
@@ -164,7 +173,7 @@ class Recorder(bit.Callback):
             self.add(state, metrics["val_loss"])
 
     def add(self, state, loss):
-        self.curve.append([state.tokens, round(self.clock.seconds(), 1), round(loss, 4)])
+        self.curve.append([state.tokens, round(self.seconds(), 1), round(loss, 4)])
 
 
 @contextlib.contextmanager
@@ -195,14 +204,21 @@ def link_data(shared: Path, out: Path) -> None:
         os.link(shared / name, out / name)
 
 
-def run_one(run: Run, clock: Clock) -> dict[str, Any]:
-    """Train and measure; what the row in the results file holds."""
-    out = run.work / "runs" / f"{os.getpid()}"
+def run_one(run: Run, clock: Clock, out: Path) -> dict[str, Any]:
+    """Train in the folder `out` and measure; what the row in the results file holds.
+
+    A run that was stopped resumes there if its budget is in tokens. One with a patch begins anew,
+    for what patches remember is in no checkpoint. SystemExit if the run is stopped now.
+    """
+    model, data, train = run.configs()
+    resumes = run.table.tokens and not run.variant.patch
+    if not (resumes and (out / "data" / "manifest.json").exists()):
+        shutil.rmtree(out, ignore_errors=True)
+        if run.table.tokens:  # with a clock, tokenizing is part of the run
+            link_data(run.token_files(), out)
     if run.variant.patch == SEED_SCRIPT:
         return run_seed_script(run, clock, out)
-    model, data, train = run.configs()
-    if run.table.tokens:  # with a clock, tokenizing is part of the run
-        link_data(run.token_files(), out)
+    train = dataclasses.replace(train, save_every_minutes=10.0 if resumes else 0.0)
     recorder = Recorder(out, clock, run.table.minutes * 60)
     with contextlib.ExitStack() as stack:
         callbacks: list[bit.Callback] = [recorder]
@@ -212,6 +228,8 @@ def run_one(run: Run, clock: Clock) -> dict[str, Any]:
         if run.table.minutes:
             stack.enter_context(rate_by_the_clock(run.table.minutes, clock))
         state = bit.train(model, data, train, out, callbacks=callbacks)
+        if run.table.tokens and state.stop_signal:
+            raise SystemExit(f"stopped after {state.step} steps; the same command resumes")
         tokenizer = bit.load_tokenizer(out / "tokenizer.json")
         result = bit.evaluate(state.model, tokenizer, run.texts()[1])
         text = bit.generate(state.model, tokenizer, "", SAMPLE)

@@ -8,10 +8,11 @@
 
 Texts are local files: the figures in the docs are WikiText-2's, unpacked with `gzip -dk`. Each run
 is a process of its own and adds a row to the results file when it ends. A row that is there is not
-run again, so you can stop a list at any time and add variants or seeds later. `--jobs 2` runs two
-at a time. A budget is in tokens (equal work), or in minutes from the start of the process to the
-last step, with import, tokenizer and compiling. Minutes are wall-clock; with --clock cpu they are
-CPU time of one thread, which other work on the machine does not affect.
+run again, so you can stop a list at any time and add variants or seeds later; a row that was
+stopped resumes if its budget is in tokens and it has no patch. `--jobs 2` runs two at a time. A
+budget is in tokens (equal work), or in minutes from the start of the process to the last step, with
+import, tokenizer and compiling. Minutes are wall-clock; with --clock cpu they are CPU time of one
+thread, which other work on the machine does not affect.
 
 The tables are in experiment_tables.py. What only experiments try is a patch of the core
 (experiment_patches.py), not one of its settings.
@@ -20,6 +21,7 @@ The tables are in experiment_tables.py. What only experiments try is a patch of 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -86,7 +88,8 @@ def run_this_process(flags: argparse.Namespace) -> None:
     table = TABLES[flags.table[0]]
     variant = next(v for v in table.variants if v.name == flags.variant)
     run = Run(table, variant, flags.seed, flags.train, flags.valid, flags.work)
-    row = run_one(run, Clock(flags.clock, flags.started))
+    out = flags.work / "runs" / re.sub(r"\W+", "-", f"{flags.table[0]} {variant.name} {run.seed}")
+    row = run_one(run, Clock(flags.clock, flags.started), out)
     print(json.dumps({**row, "machine": machine()}))
 
 

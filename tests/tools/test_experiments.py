@@ -33,7 +33,7 @@ TABLE = Table("a test", TINY, [PLAIN], tokens=512, valid_bytes=2000)
 
 def run_in(work, corpus, table=TABLE, variant=PLAIN, seed=0, clock=None):
     run = experiment_runs.Run(table, variant, seed, corpus, corpus, work)
-    return experiment_runs.run_one(run, clock or experiment_runs.Clock())
+    return experiment_runs.run_one(run, clock or experiment_runs.Clock(), work / "runs" / "one")
 
 
 @pytest.fixture
@@ -65,6 +65,41 @@ def test_every_patch_changes_the_outcome_and_leaves_nothing_behind(run, plain_lo
             inspect.signature(bit.BitLM.loss).bind(*parameters)
         assert run(variant=Variant(name, {}, name))["loss"] != plain_loss, name
     assert run()["loss"] == plain_loss
+
+
+def without_times(row):
+    curve = [[tokens, loss] for tokens, _, loss in row["curve"]]
+    return {**row, "curve": curve, "seconds": 0, "train_seconds": 0}
+
+
+@pytest.mark.parametrize(("variant", "steps"), [(PLAIN, 8), (Variant("patch", {}, "NorMuon"), 13)])
+def test_a_row_that_was_stopped_resumes_if_it_has_no_patch(run, monkeypatch, variant, steps):
+    whole, done = run(variant=variant), []
+
+    class Stopping(experiment_runs.Recorder):
+        def on_step(self, state, metrics):
+            super().on_step(state, metrics)
+            done.append(self.trained_at)
+            state.stop_signal = 2 * (len(done) == 5)
+
+    monkeypatch.setattr(experiment_runs, "Recorder", Stopping)
+    with pytest.raises(SystemExit, match="stopped after 5 steps; the same command resumes"):
+        run(variant=variant)
+    assert without_times(run(variant=variant)) == without_times(whole)
+    assert len(done) == steps
+
+
+def test_a_row_that_resumes_adds_its_time_to_the_time_before(tiny_corpus, tmp_path):
+    row = run_in(tmp_path, tiny_corpus)
+    record = tmp_path / "runs" / "one" / "recorded.json"
+    recorder = experiment_runs.Recorder(record.parent, experiment_runs.Clock("cpu"))
+    before = recorder.seconds()
+    recorder.curve += row["curve"]
+    record.parent.mkdir()
+    recorder.on_checkpoint(None, record)
+    again = experiment_runs.Recorder(record.parent, experiment_runs.Clock("cpu"))
+    assert again.curve == row["curve"]
+    assert again.seconds() >= 2 * before > 0
 
 
 def test_a_clock_ends_a_run_and_cools_it_down(run, monkeypatch):
