@@ -56,9 +56,9 @@ from bitllm_core import (
     require,
 )
 
-E, A, B, G = 0.92, 0.0546, 1.16, 0.38
+E, A, B, G = 0.937, 0.0509, 1.08, 0.4
 """Of `bits_per_byte`: what remains, of parameters, of text, of the vocabulary."""
-ALPHA, BETA, REPEATED = 0.34, 0.28, 2.0
+ALPHA, BETA, REPEATED = 0.34, 0.28, 4.0
 """Chinchilla's exponents; epochs after which reading a text again has taught most of what it can:
 fewer than the 15.4 of larger models (Muennighoff et al.)"""
 MOMENTUM, FEW_STEPS = 0.9, 2000
@@ -218,12 +218,12 @@ def tokens_in(
     return tokens
 
 
-def learned_bytes(read: float, there: float, repeated: float = REPEATED) -> float:
+def learned_bytes(read: float, there: float) -> float:
     """What reading so many bytes teaches, of a text that has fewer: as much as so many new ones."""
     if read <= there:
         return read
     again = read / there - 1
-    return there + there * repeated * (1 - math.exp(-again / repeated))
+    return there + there * REPEATED * (1 - math.exp(-again / REPEATED))
 
 
 def bits_per_byte(model: ModelConfig, learned: float) -> float:
