@@ -11,7 +11,6 @@ import dataclasses
 import math
 import sys
 from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +96,14 @@ class Point:
 
     name: str
     model: ModelConfig
-    read: float
-    """bytes, of a text of TEXT"""
+    learned: float
+    """bytes, see `dial.learned_bytes`"""
     bits: float
 
 
 def point(name: str, model: ModelConfig, tokens: float, bits: float) -> Point:
-    return Point(name, model, tokens * dial.bytes_per_token(model.vocab_size), bits)
+    read = tokens * dial.bytes_per_token(model.vocab_size)
+    return Point(name, model, dial.learned_bytes(read, TEXT), bits)
 
 
 def points() -> list[Point]:
@@ -123,11 +123,10 @@ def points() -> list[Point]:
     return found
 
 
-def term(run: Point, size: float, vocabulary: float) -> float:
+def term(model: ModelConfig, learned: float, size: float, vocabulary: float) -> float:
     """What multiplies B: the law without E, with A as a multiple of B."""
-    inner = dial.inner_parameters(run.model) / 1e6
-    text = dial.learned_bytes(run.read, TEXT) / 1e6
-    text *= (run.model.vocab_size / 8192) ** vocabulary
+    inner = dial.inner_parameters(model) / 1e6
+    text = learned / 1e6 * (model.vocab_size / 8192) ** vocabulary
     return (size * inner ** (-dial.ALPHA / dial.BETA) + 1 / text) ** dial.BETA
 
 
@@ -135,14 +134,15 @@ def fit(runs: list[Point]) -> tuple[float, ...]:
     """E, A, B, G and the root of the mean square error."""
     best = (math.inf,) * 5
     bits = np.array([run.bits for run in runs])
-    for size, vocabulary in product(np.geomspace(0.005, 0.5, 40), np.arange(0.0, 1.0, 0.02)):
-        terms = [term(run, size, vocabulary) for run in runs]
-        columns = np.stack([np.ones(len(runs)), terms], 1)
-        (e, b), *_ = np.linalg.lstsq(columns, bits, rcond=None)
-        error = float(np.sqrt(np.mean((columns @ [e, b] - bits) ** 2)))
-        if error < best[-1]:
-            inner = float(b) ** (1 / dial.BETA)
-            best = (float(e), size * inner, inner, float(vocabulary), error)
+    for size in np.geomspace(0.005, 0.5, 40):
+        for vocabulary in np.arange(0.0, 1.0, 0.02):
+            terms = [term(run.model, run.learned, size, vocabulary) for run in runs]
+            columns = np.stack([np.ones(len(runs)), terms], 1)
+            (e, b), *_ = np.linalg.lstsq(columns, bits, rcond=None)
+            error = float(np.sqrt(np.mean((columns @ [e, b] - bits) ** 2)))
+            if error < best[-1]:
+                inner = float(b) ** (1 / dial.BETA)
+                best = (float(e), size * inner, inner, float(vocabulary), error)
     return best
 
 
@@ -205,11 +205,10 @@ def main() -> int:
     print("| run | parameters | learned from | measured | expected |")
     print("| --- | --- | --- | --- | --- |")
     for run in runs:
-        learned = dial.learned_bytes(run.read, TEXT)
-        expected = dial.bits_per_byte(run.model, learned)
+        expected = dial.bits_per_byte(run.model, run.learned)
         size = run.model.num_parameters / 1e6
         print(
-            f"| {run.name} | {size:.2f}M | {learned / 1e6:.2f} MB | {run.bits:.3f} "
+            f"| {run.name} | {size:.2f}M | {run.learned / 1e6:.2f} MB | {run.bits:.3f} "
             f"| {expected:.3f} |"
         )
     print("\n| machine: vocabulary, layers x width, tokens per step | ms per step | expected |")
