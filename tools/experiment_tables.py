@@ -191,6 +191,13 @@ TABLES: dict[str, Table] = {
         tokens=4_194_304,
         seeds=2,
     ),
+    "gap-14M-16M": Table(
+        "the same with 64 times the tokens, in steps of 4,096",
+        {**FOURTEEN, "batch_tokens": 4096},
+        TWINS[:2],
+        tokens=16_777_216,
+        seeds=2,
+    ),
     "ten-minutes": Table(
         "ten minutes, including start, tokenizer and compiling",
         {"compile": "on"},
